@@ -1,0 +1,43 @@
+"""`mechint COMMAND ...`: a table from the command's name to its module, imported only when asked for."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+# name -> (module with main(argv), one line of help, script that is the same command)
+COMMANDS = {
+    "pipeline": ("mechint.cli.pipeline", "the whole path on the built-in world, in minutes", None),
+    "collect": ("mechint.cli.collect", "run a model over texts and keep its activations", "collect_activations.py"),
+    "train": ("mechint.cli.train", "train a sparse autoencoder into runs/", "train_sae.py"),
+    "eval": ("mechint.cli.evaluate", "measure an SAE on held-out data", "eval_sae.py"),
+    "ablate": ("mechint.cli.ablate", "rank latents by the effect of removing each", "batch_ablate.py"),
+    "compare": ("mechint.cli.compare", "match the latents of checkpoints", "compare_expansions.py"),
+    "verify": ("mechint.cli.verify", "check a run's files against the hashes in its manifest", None),
+}
+
+
+def help_text() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text, _) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: mechint COMMAND [flags]", "", *lines, "", "`mechint COMMAND --help` explains a command's flags."]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        from mechint import __version__
+
+        print(f"mechint {__version__}")
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS:
+        from mechint.errors import nearest
+
+        print(f"error: unknown command {name!r}; {nearest(name, COMMANDS)}", file=sys.stderr)
+        return 2
+    return importlib.import_module(COMMANDS[name][0]).main(rest)

@@ -1,0 +1,87 @@
+"""From a config class to flags, and from an error to one line with exit status 2."""
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from mechint.config import Config
+from mechint.errors import MechintError, one_line
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def parse(
+    cls: type[ConfigT],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    presets: dict[str, dict[str, Any]] | None = None,
+    config_file: bool = False,
+    description: str | None = None,
+) -> ConfigT:
+    """Flags over preset over `--config` JSON over defaults. Unknown flags end the process with status 2.
+
+    `config_file` adds a `--config` flag that names a JSON file of settings.
+    """
+    argv = list(argv)
+    default: Any = tyro.MISSING_NONPROP
+    if config_file or presets:
+        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        early.add_argument("--config")
+        early.add_argument("--preset")
+        known, rest = early.parse_known_args(argv)
+        base: dict[str, Any] = {}
+        if config_file and known.config is not None:
+            base = _read_settings(Path(known.config))
+            argv = [word for word in rest] + (["--preset", known.preset] if known.preset is not None else [])
+        if presets and known.preset in presets:
+            base = {**base, "preset": known.preset, **presets[known.preset]}
+        default = cls.from_dict(base, source=known.config or "settings")
+    text = description or cls.__doc__
+    if config_file:
+        text = f"{text}\n\nSettings can also come from --config FILE.json; flags win over it."
+    kwargs: dict[str, Any] = {} if default is tyro.MISSING_NONPROP else {"default": default}
+    return tyro.cli(cls, prog=prog, description=text, args=argv, **kwargs)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    from mechint.provenance import read_json
+
+    return read_json(path, "config file")
+
+
+def flag_given(argv: Sequence[str], *flags: str) -> bool:
+    """Whether one of the flags stands on the command line, as `--flag value` or `--flag=value`."""
+    return any(word.split("=", 1)[0].replace("_", "-") in flags for word in argv)
+
+
+def command(main: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
+    """Make `main(argv)` a command: `argv` defaults to the process's, a user's mistake is one line and status 2, Ctrl-C
+    is status 130 and a closed pipe is quiet."""
+
+    @functools.wraps(main)
+    def wrapped(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(sys.argv[1:] if argv is None else list(argv)) or 0
+        except MechintError as error:
+            print(f"error: {one_line(error, limit=1000)}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("stopped by Ctrl-C", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            sys.stderr.close()
+            return 141
+
+    return wrapped
+
+
+def print_json(value: Any) -> None:
+    """Print JSON as the files of a run directory hold it."""
+    print(json.dumps(value, indent=2, sort_keys=True))

@@ -1,0 +1,169 @@
+"""Where a result came from and how it reaches the disk: hashes, versions, seeds, atomic writes."""
+
+import contextlib
+import datetime
+import functools
+import hashlib
+import json
+import os
+import random
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mechint.errors import DISK_FULL_ERRNOS, MechintError
+
+RECORDED_PACKAGES = ("mechint", "torch", "transformer-lens", "transformers", "datasets", "safetensors", "numpy")
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike, *, overwrite: bool = True) -> Iterator[Path]:
+    """A temporary path beside `path` that becomes `path` when the block ends well, and is removed when it does not.
+
+    The file is flushed to the disk before the rename, so after a crash or a power cut `path` holds either its old
+    content or all of its new content. A full disk raises `MechintError`; what was at `path` stays.
+    """
+    path = Path(path)
+    if not overwrite and path.exists():
+        raise MechintError(f"{path} exists and is not overwritten: give another name or move it away")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        # mkstemp makes files private; what is published should follow the user's umask like any other file.
+        os.chmod(temporary, 0o666 & ~_umask())
+        if overwrite:
+            os.replace(temporary, path)
+        else:
+            os.link(temporary, path)  # fails if somebody made `path` meanwhile, unlike a rename
+        fsync_dir(path.parent)
+    except OSError as error:
+        if error.errno in DISK_FULL_ERRNOS:
+            raise disk_full(path, error) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def disk_full(path: str | os.PathLike, error: OSError) -> MechintError:
+    """The error for a write that found no room; names the file and says that a rerun goes on where it stopped."""
+    return MechintError(
+        f"no room to write {path} ({error.strerror}): free some space and run the same command again;"
+        " what was finished before is kept"
+    )
+
+
+@functools.cache
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def fsync_dir(path: str | os.PathLike) -> None:
+    """Make renames inside the directory durable (POSIX: the entry is in the directory's own data)."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: str | os.PathLike, text: str, *, overwrite: bool = True) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_path(path, overwrite=overwrite) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, value: Any, *, overwrite: bool = True) -> None:
+    """Write JSON atomically: indent 2, sorted keys, newline at the end, as every JSON of a run directory."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n", overwrite=overwrite)
+
+
+def read_json(path: str | os.PathLike, what: str = "JSON file") -> dict[str, Any]:
+    """Read a JSON object; `what` names it in the error. Raises `MechintError` when missing or broken."""
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MechintError(f"{what} not found: {path}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise MechintError(f"{what} {path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise MechintError(f"{what} {path} should hold a JSON object, found {type(value).__name__}")
+    return value
+
+
+def sha256_file(path: str | os.PathLike) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex SHA-256 of a JSON value in canonical form (sorted keys, no blanks)."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@functools.cache
+def get_git_commit() -> str:
+    """Short commit of the checkout that this package runs from, with `-dirty` if it has changes; else "unknown".
+
+    Asked of the code's own folder, not of the current one: a run started elsewhere must not record a stranger's commit.
+    """
+    folder = Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a number."""
+    import platform
+
+    versions = {"python": platform.python_version()}
+    for name in RECORDED_PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
+def timestamp_slug() -> str:
+    """The local time as `20260131-235959`, the default name of a run."""
+    return datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+
+
+def detect_device(device: str | None = None) -> str:
+    """`device` if given, else the first of cuda, mps, cpu that works. Raises `MechintError` if it cannot be used."""
+    import torch
+
+    if device is None:
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).splitlines()[0]
+        raise MechintError(f"device {device!r} cannot be used here ({first_line}): try --device cpu") from error
+    return device
+
+
+def set_global_seed(seed: int) -> None:
+    """Seed Python's and torch's generators (all devices)."""
+    import torch
+
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)

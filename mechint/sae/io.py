@@ -1,0 +1,184 @@
+"""Weights of an SAE on disk: checkpoint.pt (the old four-tensor state dict) and SAELens's folder layout.
+
+`checkpoint.pt` keeps the key `b_pre` for the decoder bias, as the first version of the pipeline wrote it. Nothing here
+ever unpickles code: `.pt` files are opened with `weights_only=True`.
+"""
+
+import pickle
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mechint.errors import MechintError, one_line
+from mechint.provenance import atomic_path, read_json, write_json
+from mechint.sae.standard import SparseAutoEncoder
+
+CFG_FILE = "cfg.json"
+WEIGHTS_FILE = "sae_weights.safetensors"
+TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
+
+# How the original pipeline collected (compare TransformerLens's old default): residual minus its mean, BOS prepended.
+LEGACY_SETTING = {"processing": "centred", "prepend_bos": True, "legacy": True}
+
+
+def save_checkpoint(sae: SparseAutoEncoder, path: str | Path, *, overwrite: bool = True) -> None:
+    """Write the four float32 tensors as a `weights_only` state dict with the old key `b_pre`, atomically."""
+    tensors = {name: tensor.detach().cpu().float().contiguous() for name, tensor in sae.named_parameters()}
+    tensors["b_pre"] = tensors.pop("b_dec")
+    with atomic_path(path, overwrite=overwrite) as temporary:
+        torch.save(tensors, temporary)
+
+
+def save_sae_folder(sae: SparseAutoEncoder, folder: str | Path) -> None:
+    """Write `cfg.json` and `sae_weights.safetensors` as SAELens 6 lays them out (architecture "standard")."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().float().contiguous() for name, tensor in sae.named_parameters()}
+    with atomic_path(folder / WEIGHTS_FILE) as temporary:
+        save_file(tensors, temporary)
+    cfg = {
+        "architecture": sae.architecture,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": dict(sae.metadata),
+    }
+    write_json(folder / CFG_FILE, cfg)
+
+
+def load_sae(path: str | Path, *, config: str | Path | None = None, device: str = "cpu") -> SparseAutoEncoder:
+    """Open an SAE: a run directory, a checkpoint.pt (old ones included), or a folder in SAELens's layout.
+
+    The shapes come from the weights, so any width of dictionary opens, `d_sae` a multiple of `d_in` or not. What the
+    SAE was trained on comes from `sae/cfg.json` beside a checkpoint; a checkpoint without one was made by the original
+    pipeline and is taken as such, with a warning. `config` names the config.json that holds its hook and model.
+
+    Raises:
+        MechintError: missing, truncated, not an SAE, shapes that do not fit each other, or a value that is not finite.
+    """
+    path = Path(path)
+    metadata: dict[str, Any] | None = None
+    if path.is_dir():
+        folder = next((place for place in (path, path / "sae") if (place / CFG_FILE).is_file()), None)
+        if folder is not None:
+            tensors, metadata = _read_folder(folder)
+        elif (path / "checkpoint.pt").is_file():
+            path = path / "checkpoint.pt"
+            tensors = read_state_dict(path)
+        else:
+            raise MechintError(f"{path} holds neither checkpoint.pt nor {CFG_FILE}: not a run directory or an SAE folder")
+    else:
+        tensors = read_state_dict(path)
+        if (path.parent / "sae" / CFG_FILE).is_file():
+            metadata = dict(read_json(path.parent / "sae" / CFG_FILE).get("metadata") or {})
+    sae = sae_from_tensors(tensors, source=str(path))
+    sae.metadata = metadata if metadata is not None else _legacy_metadata(path, config)
+    return sae.to(device)
+
+
+def load_sae_checkpoint(
+    path: str | Path,
+    activation_dim: int | None = None,
+    expansion: int | None = None,
+    device: str | None = "cpu",
+) -> SparseAutoEncoder:
+    """`load_sae` under its old name; a given `activation_dim` or `expansion` must fit the weights."""
+    sae = load_sae(path, device=device or "cpu")
+    if activation_dim is not None and sae.d_in != activation_dim:
+        raise MechintError(f"{path} has d_in {sae.d_in}, but activation_dim {activation_dim} was asked for")
+    if expansion is not None and sae.d_sae != expansion * sae.d_in:
+        raise MechintError(
+            f"{path} has {sae.d_sae} latents for d_in {sae.d_in}, but expansion {expansion} was asked for"
+        )
+    return sae
+
+
+def read_state_dict(path: str | Path) -> dict[str, Any]:
+    """The tensors of a `.pt` state dict, without running any code that the file may carry."""
+    path = Path(path)
+    if not path.is_file():
+        raise MechintError(f"checkpoint not found: {path}; `ls runs/*/checkpoint.pt` shows those of your runs")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise MechintError(
+            f"{path} is not a plain tensor file and was not executed; expected a state dict saved with torch.save"
+            f" ({one_line(error, 90)})"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
+        raise MechintError(f"{path} is truncated or not a checkpoint: {one_line(error, 120)}") from error
+    if not isinstance(loaded, dict):
+        raise MechintError(f"{path} holds a {type(loaded).__name__}, not the state dict of an SAE")
+    return loaded
+
+
+def sae_from_tensors(tensors: dict[str, Any], *, source: str) -> SparseAutoEncoder:
+    """Build the module from `W_enc`, `b_enc`, `W_dec` and `b_dec` (or `b_pre`); `source` names them in errors."""
+    tensors = dict(tensors)
+    if "b_pre" in tensors and "b_dec" not in tensors:
+        tensors["b_dec"] = tensors.pop("b_pre")
+    if set(tensors) != set(TENSORS) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        found = ", ".join(sorted(map(str, tensors))[:8]) or "nothing"
+        raise MechintError(f"{source} is not an SAE: expected W_enc, b_enc, W_dec and b_pre (or b_dec), found {found}")
+    W_dec = tensors["W_dec"]
+    if W_dec.ndim != 2:
+        raise MechintError(f"{source}: W_dec should be [d_sae, d_in], found shape {list(W_dec.shape)}")
+    d_sae, d_in = W_dec.shape
+    for name, expected in {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "b_dec": (d_in,)}.items():
+        if tuple(tensors[name].shape) != expected:
+            raise MechintError(
+                f"{source}: {name} has shape {list(tensors[name].shape)}, expected {list(expected)} beside W_dec"
+                f" {[d_sae, d_in]}"
+            )
+    for name in TENSORS:
+        if not tensors[name].is_floating_point() or not bool(torch.isfinite(tensors[name]).all()):
+            raise MechintError(f"{source}: {name} holds values that are not finite floating-point numbers")
+    # Shapes only: the drawn initial values are replaced at once.
+    with torch.device("meta"):
+        sae = SparseAutoEncoder(d_in, d_sae=d_sae)
+    sae.load_state_dict({name: tensors[name].float().contiguous() for name in TENSORS}, assign=True)
+    return sae.requires_grad_(True)
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    cfg = read_json(folder / CFG_FILE, "SAE configuration")
+    architecture = cfg.get("architecture", "standard")
+    plain = architecture == "standard" and cfg.get("apply_b_dec_to_input", True)
+    if not plain or cfg.get("normalize_activations", "none") not in ("none", False):
+        raise MechintError(
+            f"{folder}: only architecture standard with apply_b_dec_to_input and without input normalisation opens"
+            f" here; this one is {architecture!r}, apply_b_dec_to_input {cfg.get('apply_b_dec_to_input', True)},"
+            f" normalize_activations {cfg.get('normalize_activations', 'none')!r}"
+        )
+    try:
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except FileNotFoundError:
+        raise MechintError(f"{folder} has {CFG_FILE} but no {WEIGHTS_FILE}") from None
+    except (SafetensorError, OSError) as error:
+        raise MechintError(f"{folder / WEIGHTS_FILE} cannot be read: {one_line(error, 120)}") from error
+    return tensors, dict(cfg.get("metadata") or {})
+
+
+def _legacy_metadata(path: Path, config: str | Path | None) -> dict[str, Any]:
+    """What an original checkpoint was trained on: its config.json if there is one, and the original's processing."""
+    config_path = Path(config) if config is not None else path.parent / "config.json"
+    recorded: dict[str, Any] = {}
+    if config is not None or config_path.is_file():
+        values = read_json(config_path, "config file")
+        recorded = {key: values[key] for key in ("hook_name", "model_name", "model_source") if key in values}
+    warnings.warn(
+        f"{path} does not say how its activations were processed; taken as the original pipeline's setting"
+        " (centred residual, BOS prepended)",
+        stacklevel=3,
+    )
+    return {**recorded, **LEGACY_SETTING}

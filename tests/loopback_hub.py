@@ -1,0 +1,294 @@
+"""A Hugging Face Hub on 127.0.0.1, for tests: the real client libraries talk to it unmodified.
+
+    with LoopbackHub(tmp_path) as hub:
+        sha = hub.add_repo("EleutherAI/pythia-70m", folder)                       # returns the commit
+        hub.add_repo("Skylion007/openwebtext", {"data/train-0.parquet": data}, type="dataset")
+        subprocess.run([sys.executable, "-c", script], env=hub.env(tmp_path / "hf"))
+        assert hub.seen("GET", r"/resolve/")
+
+The client reads its endpoint when it is imported, so a test runs it in a subprocess with `hub.env(...)`. Every
+request that subprocess makes to anywhere else goes to this server as to a proxy, is refused at once and shows up in
+`hub.seen("OUTSIDE")`: tests neither leave the machine nor wait for name look-ups.
+
+Small files are answered directly; LFS files (weights, parquet) are redirected to a second port, as the real Hub
+redirects to its storage host, because the client treats another origin differently (metadata come from the redirect,
+the token is not sent along).
+"""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from loopback_api import Reply, Request, answer
+from loopback_store import REPO_TYPES, BlobStore, Commit, Files, HubError, Repo
+
+CLIENT_VARIABLES = (
+    "HF_",
+    "HUGGING",
+    "TRANSFORMERS_",
+    "DATASETS_",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "ALL_PROXY",
+    "NO_PROXY",
+)
+DEFAULT_TOKEN = "hf_loopback"
+
+
+class Failure(NamedTuple):
+    status: int | None
+    pattern: str
+    after_bytes: int
+    headers: dict[str, str]
+
+
+def client_env(
+    endpoint: str, hf_home: Path | str, *, token: str | None = None, offline: bool = False
+) -> dict[str, str]:
+    """This process's environment with every variable of the Hub clients replaced, for `subprocess.run(env=...)`."""
+    kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(CLIENT_VARIABLES)}
+    ours = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(hf_home),
+        "HF_HUB_DISABLE_XET": "1",  # with hf_xet installed the client would upload by a protocol of its own
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+        "HTTP_PROXY": endpoint,
+        "HTTPS_PROXY": endpoint,
+        "NO_PROXY": "127.0.0.1",
+    }
+    ours |= {name.lower(): ours[name] for name in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")}
+    if token is not None:
+        ours["HF_TOKEN"] = token
+    if offline:
+        ours["HF_HUB_OFFLINE"] = "1"
+    return kept | ours
+
+
+def closed_endpoint() -> str:
+    """An address on this machine where nothing listens: connections are refused at once."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+class LoopbackHub:
+    """The server; start and stop it with `with`. `user` owns `token` and may write to its own repositories
+    and to those of `orgs`."""
+
+    def __init__(self, folder: Path, *, user: str = "tester", orgs: tuple[str, ...] = (), token: str = DEFAULT_TOKEN):
+        self.user, self.orgs, self.token = user, orgs, token
+        self.blobs = BlobStore(Path(folder) / "hub_blobs")
+        self.repos: dict[tuple[str, str], Repo] = {}
+        self.requests: list[Request] = []
+        self.page_size = 1000  # entries of a tree listing before the client must ask for the next page
+        self.multipart_chunk: int | None = None  # bytes; when set, larger LFS uploads must come in parts
+        self.parts: dict[str, dict[int, bytes]] = {}  # sha256 -> the parts of an upload that is not finished
+        self.lock = threading.RLock()
+        self._failures: list[Failure] = []
+        self._servers: list[_Server] = []
+
+    def __enter__(self) -> "LoopbackHub":
+        self._servers = [_Server(self), _Server(self)]
+        self.endpoint, self.storage = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
+        for server in self._servers:
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Close the ports and every open connection, as an outage would."""
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+            server.drop_connections()
+        self._servers = []
+
+    def env(self, hf_home: Path | str, *, token: str | None = None, offline: bool = False) -> dict[str, str]:
+        """The complete environment for a subprocess that uses this hub, with an empty or shared cache `hf_home`."""
+        return client_env(self.endpoint, hf_home, token=token, offline=offline)
+
+    def add_repo(
+        self, repo_id: str, files: Files, *, type: str = "model", private: bool = False, gated: bool = False
+    ) -> str:
+        """Publish a folder, or {path: bytes | text | local Path}, as the first commit of `main`. Returns its sha."""
+        assert type in REPO_TYPES and (type, repo_id) not in self.repos, f"{type} {repo_id}: unknown type or duplicate"
+        repo = Repo(repo_id, type, private, gated)
+        sha = repo.commit(self.blobs.blobs(files), title="initial commit").sha
+        self.repos[type, repo_id] = repo
+        return sha
+
+    def commit(
+        self, repo_id: str, files: Files, *, type: str = "model", branch: str = "main", deleted: tuple[str, ...] = ()
+    ) -> str:
+        """Add or replace files in one more commit, as somebody else's push would. Returns its sha."""
+        with self.lock:
+            return self.repos[type, repo_id].commit(self.blobs.blobs(files), deleted=deleted, branch=branch).sha
+
+    def tag(self, repo_id: str, name: str, revision: str = "main", *, type: str = "model") -> None:
+        repo = self.repos[type, repo_id]
+        repo.refs[f"refs/tags/{name}"] = repo.at(revision).sha
+
+    def files(self, repo_id: str, revision: str = "main", *, type: str = "model") -> dict[str, bytes]:
+        """What the repository holds at a revision, for checking an upload."""
+        commit = self.repos[type, repo_id].at(revision)
+        return {path: self.blobs.path(blob.sha256).read_bytes() for path, blob in sorted(commit.files.items())}
+
+    def history(self, repo_id: str, revision: str = "main", *, type: str = "model") -> list[Commit]:
+        """Commits of a revision, newest first."""
+        return self.repos[type, repo_id].history(revision)
+
+    def fail_next(
+        self,
+        n: int,
+        status: int | None = 503,
+        *,
+        match: str = "",
+        after_bytes: int = 0,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        """Answer the next `n` requests whose "METHOD /path" matches the regex `match` with `status`. With
+        `status=None` the connection is cut after `after_bytes` of the true body (0: before any answer)."""
+        with self.lock:
+            self._failures += [Failure(status, match, after_bytes, headers or {})] * n
+
+    def seen(self, method: str = "", pattern: str = "") -> list[Request]:
+        """The requests so far of one method ("OUTSIDE": refused ones) whose path matches a regex."""
+        return [r for r in list(self.requests) if method in ("", r.method) and re.search(pattern, r.path)]
+
+    def take_failure(self, request: Request) -> Failure | None:
+        with self.lock:
+            for i, failure in enumerate(self._failures):
+                if re.search(failure.pattern, f"{request.method} {request.path}"):
+                    return self._failures.pop(i)
+        return None
+
+    def signed_in(self, request: Request) -> bool:
+        header = request.headers.get("authorization", "")
+        if header and header != f"Bearer {self.token}":
+            raise HubError(401, None, "Invalid credentials in Authorization header")
+        return bool(header)
+
+    def repo(self, request: Request, type: str, repo_id: str, *, write: bool = False, files: bool = False) -> Repo:
+        """The repository, if it exists and the request may read (or write) it. Like the Hub, a private one that may
+        not be read looks missing, and a missing one answers 401 to strangers."""
+        signed_in = self.signed_in(request)
+        repo = self.repos.get((type, repo_id))
+        mine = signed_in and repo_id.split("/")[0] in (self.user, *self.orgs)
+        if repo is None or (repo.private and not mine):
+            if signed_in:
+                raise HubError(404, "RepoNotFound", "Repository not found")
+            raise HubError(401, "RepoNotFound", "Invalid username or password.")
+        if write and not signed_in:
+            raise HubError(401, None, "Invalid username or password.")
+        if write and not mine:
+            raise HubError(403, None, f"You don't have the rights to write to {repo_id}")
+        if files and repo.gated and not mine:
+            raise HubError(403 if signed_in else 401, "GatedRepo", f"Access to {type} {repo_id} is restricted.")
+        return repo
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, hub: LoopbackHub) -> None:
+        self.hub = hub
+        self.connections: set[socket.socket] = set()
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        self.connections.add(connection)
+        return connection, address
+
+    def shutdown_request(self, request: Any) -> None:
+        self.connections.discard(request)
+        super().shutdown_request(request)
+
+    def drop_connections(self) -> None:
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):  # already closed by its own thread
+                connection.shutdown(socket.SHUT_RDWR)
+        self.connections.clear()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that goes away is its own business; anything else is a bug in this file and must be seen."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else keep-alive replies wait 40 ms for a delayed acknowledgement
+    server: _Server
+
+    def handle_any(self) -> None:
+        hub = self.server.hub
+        body = self.read_body()
+        url = urlsplit(self.path)
+        outside = self.command == "CONNECT" or bool(url.netloc)
+        request = Request(
+            "OUTSIDE" if outside else self.command,
+            self.path if outside else unquote(url.path),
+            {name: values[-1] for name, values in parse_qs(url.query).items()},
+            {name.lower(): value for name, value in self.headers.items()},
+            len(body),
+            body=body,
+        )
+        failure = hub.take_failure(request)
+        if failure is not None and failure.status is None and failure.after_bytes == 0:
+            hub.requests.append(request._replace(body=b""))
+            self.close_connection = True
+            return
+        try:
+            if outside:
+                reply = Reply(
+                    {"error": "only the loopback hub can be reached"}, 502 if self.command == "CONNECT" else 404
+                )
+            elif failure is not None and failure.status is not None:
+                reply = Reply({"error": f"injected {failure.status}"}, failure.status, failure.headers)
+            else:
+                reply = answer(hub, request, url.path)
+        except HubError as error:
+            reply = Reply({"error": error.message}, error.status, error.headers)
+        hub.requests.append(request._replace(status=reply.status, body=b""))
+        self.send(reply, cut=failure.after_bytes if failure is not None and failure.status is None else None)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_CONNECT = handle_any
+
+    def read_body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        chunks = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
+
+    def send(self, reply: Reply, cut: int | None) -> None:
+        is_json = not isinstance(reply.body, bytes)
+        body = json.dumps(reply.body).encode() if not isinstance(reply.body, bytes) else reply.body
+        self.send_response(reply.status)
+        headers = {"Content-Type": "application/json" if is_json else "application/octet-stream"}
+        headers |= {"Content-Length": str(len(body))} | reply.headers
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body if cut is None else body[:cut])
+        if cut is not None:
+            self.close_connection = True
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass  # `hub.requests` is the log
