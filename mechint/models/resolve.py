@@ -1,0 +1,161 @@
+"""From a name to files: built-in, local folder, or Hub repository, with errors that say how to go on without the Hub."""
+
+import contextlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mechint.errors import MechintError, nearest, one_line
+
+BUILTIN_MODELS = ("builtin/pythia-tiny",)
+# Names that people type -> Hub ids. EleutherAI's suite: Biderman et al. 2023, table 1.
+_PYTHIA_SIZES = ("14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")
+ALIASES = {
+    f"pythia-{size}{suffix}": f"EleutherAI/pythia-{size}{suffix}"
+    for size in _PYTHIA_SIZES
+    for suffix in ("", "-deduped")
+} | {"gpt2": "openai-community/gpt2", "gpt2-small": "openai-community/gpt2"}
+
+# One request decides whether the Hub can be reached; the library's own retries would take half a minute.
+REACH_TIMEOUT_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class RepoState:
+    """What one look at the Hub told: the commit that `revision` stands for (None if offline) and whether it answered."""
+
+    sha: str | None
+    online: bool
+
+
+def resolve_model(name: str) -> str:
+    """The folder or Hub id that `name` stands for.
+
+    Raises:
+        MechintError: a path that does not exist, or a name that is neither built in, an alias, nor of the form org/name.
+    """
+    if name in BUILTIN_MODELS:
+        from mechint.builtin import PYTHIA_TINY
+
+        return str(PYTHIA_TINY)
+    if name.startswith("builtin/"):
+        raise MechintError(f"unknown built-in model {name!r}; {nearest(name, BUILTIN_MODELS)}")
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise MechintError(f"{name} is a folder without config.json: not a model saved with save_pretrained")
+        return str(Path(name).resolve())
+    if name in ALIASES:
+        return ALIASES[name]
+    parts = name.split("/")
+    if len(parts) != 2 or name.startswith((".", "/", "~")) or not all(parts):
+        raise MechintError(
+            f"unknown model {name!r}: expected a Hub id such as EleutherAI/pythia-70m, a folder, or"
+            f" builtin/pythia-tiny; {nearest(name, [*ALIASES, *BUILTIN_MODELS])}"
+        )
+    return name
+
+
+def check_repo(repo_id: str, repo_type: Literal["model", "dataset"], revision: str | None = None) -> RepoState:
+    """Ask the Hub once for a repository, so that mistakes and a missing network are known within seconds.
+
+    Raises:
+        MechintError: no such repository or revision, or no access to it. A Hub that does not answer is not an error
+            here: the state says `online=False` and the caller looks into the cache.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    kind = {"model": "model", "dataset": "data set"}[repo_type]
+    elsewhere = {
+        "model": "give a local folder, or --model builtin/pythia-tiny which needs no network",
+        "dataset": "give a local .txt, .jsonl or .parquet file, or --dataset builtin/tales which needs no network",
+    }[repo_type]
+    try:
+        info = HfApi().repo_info(repo_id, repo_type=repo_type, revision=revision, timeout=REACH_TIMEOUT_SECONDS)
+    except GatedRepoError:
+        raise MechintError(f"{kind} {repo_id} is gated: accept its terms on the Hub and run `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise MechintError(
+            f"{kind} {repo_id!r} is not on the Hub, or is private (then run `hf auth login`); or {elsewhere}"
+        ) from None
+    except RevisionNotFoundError:
+        raise MechintError(f"{kind} {repo_id} has no revision {revision!r}; leave it out for the newest") from None
+    except HFValidationError as error:
+        raise MechintError(f"{repo_id!r} is not a valid Hub id: {one_line(error, 120)}; {elsewhere}") from None
+    except HfHubHTTPError as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None and status < 500:
+            raise MechintError(f"the Hub refused {kind} {repo_id}: {one_line(error, 160)}") from error
+        return RepoState(sha=None, online=False)
+    except Exception:
+        # The HTTP library below huggingface_hub has changed between major versions, and with it the exception classes
+        # for "no route", "no name" and "timed out". Offline mode is a ConnectionError.
+        logging.getLogger(__name__).debug("the Hub does not answer", exc_info=True)
+        return RepoState(sha=None, online=False)
+    return RepoState(sha=info.sha, online=True)
+
+
+def hub_unreachable(what: str, flag: str, local: str, builtin: str) -> MechintError:
+    """The error for something that is neither cached nor reachable."""
+    return MechintError(
+        f"{what} is not in the local cache and the Hub cannot be reached: check the network (and HF_ENDPOINT,"
+        f" HF_HUB_OFFLINE), or give {flag} {local}, or {flag} {builtin} which needs no network"
+    )
+
+
+def load_pretrained(name: str, source: str, *, dtype: torch.dtype, revision: str | None = None) -> tuple[Any, Any, str | None]:
+    """The Hugging Face causal language model, its tokenizer and its commit, from a folder, the cache or the Hub.
+
+    The commit is None for a folder.
+
+    Raises:
+        MechintError: not found, unreachable, or not a causal language model.
+    """
+    local = Path(source).is_dir()
+    offline = local
+    if not local:
+        state = check_repo(source, "model", revision)
+        offline = not state.online
+        if offline and not _cached(source, revision):
+            raise hub_unreachable(f"model {name}", "--model", "PATH/TO/FOLDER", BUILTIN_MODELS[0])
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # "Loading weights" says nothing that our own progress does not
+    kwargs: dict[str, Any] = {"local_files_only": offline, "revision": None if local else revision}
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+            hf_model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise MechintError(f"model {name} cannot be loaded from {source}: {one_line(error, 200)}") from error
+    # set by transformers from the cache's folder name
+    return hf_model, tokenizer, None if local else getattr(hf_model.config, "_commit_hash", None)
+
+
+def _cached(repo_id: str, revision: str | None) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repo_id, "config.json", revision=revision), str)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keep transformers' notes about defaults out of the output; its errors are raised, not logged."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
