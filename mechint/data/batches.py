@@ -1,0 +1,159 @@
+"""Which rows are held out and which rows each training step sees. Every choice follows from a seed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Protocol, final
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechint.errors import MechintError
+
+
+class Rows(Protocol):
+    """What batches are taken from: an opened activation store, seen as a table of float32 rows."""
+
+    n_rows: int
+    text_ids: Any
+
+    def rows(self, indices: Int[Tensor, " n"]) -> Float[Tensor, "n d_in"]: ...
+
+
+def deterministic_split_indices(
+    n_rows: int, val_fraction: float, seed: int
+) -> tuple[Int[Tensor, " n_train"], Int[Tensor, " n_val"]]:
+    """The original pipeline's split: a seeded permutation of the rows, whose first `int(n * val_fraction)` are held out.
+
+    Rows of one text land on both sides; `split_indices(..., by="text")` holds out whole texts instead.
+    """
+    permutation = torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed))
+    n_val = int(n_rows * val_fraction)
+    return permutation[n_val:], permutation[:n_val]
+
+
+def split_indices(
+    activations: Rows, val_fraction: float, seed: int, by: Literal["text", "row"] = "text"
+) -> tuple[Int[Tensor, " n_train"], Int[Tensor, " n_val"]]:
+    """`(train, val)` row indices. By text, both are in ascending order and at least one text is held out if any is asked.
+
+    Raises:
+        MechintError: nothing would be left to train on, or a split by text of activations that do not know their texts.
+    """
+    if by == "row":
+        train, val = deterministic_split_indices(activations.n_rows, val_fraction, seed)
+    else:
+        if activations.text_ids is None:
+            raise MechintError("these activations do not say which text a row is from: use --split-by row")
+        texts, row_text = torch.unique(activations.text_ids, return_inverse=True)
+        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
+        n_val = max(1, int(len(texts) * val_fraction)) if val_fraction > 0 else 0
+        held_out = torch.zeros(len(texts), dtype=torch.bool)
+        held_out[order[:n_val]] = True
+        row_held_out = held_out[row_text]
+        train, val = (~row_held_out).nonzero().squeeze(1), row_held_out.nonzero().squeeze(1)
+    if len(train) == 0:
+        raise MechintError(
+            f"a validation share of {val_fraction:g} leaves nothing to train on ({activations.n_rows} rows): lower"
+            " --val-fraction or collect more texts"
+        )
+    return train, val
+
+
+@final
+class CounterBatches:
+    """The batch of step t is a function of (seed, t): drawn with replacement by Philox4x64 keyed with the seed, with the
+    step as the high word of its counter. Resuming needs no generator state, and steps can be visited in any order.
+
+    Philox: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". Its raw output is fixed by the paper, so
+    the stream does not depend on numpy's version. The remainder's bias is below n_rows / 2**64.
+    """
+
+    def __init__(self, indices: Int[Tensor, " n"], batch_size: int, seed: int):
+        self.pool, self.batch_size, self.seed = indices, batch_size, seed
+
+    def indices(self, step: int) -> Int[Tensor, " batch"]:
+        """Row indices of the step, ascending: the order within a batch does not matter and reading is faster."""
+        raw = np.random.Philox(key=self.seed, counter=[0, 0, 0, step]).random_raw(self.batch_size)
+        picks = torch.from_numpy((raw % np.uint64(len(self.pool))).astype(np.int64))
+        return self.pool[picks].sort().values
+
+
+@final
+class TorchBatches:
+    """The original pipeline's stream: one torch generator with the split's own seed, drawn from step after step.
+
+    Steps must come in order; asking for a later one first draws what lies between (about a second for 50,000 steps).
+    """
+
+    def __init__(self, indices: Int[Tensor, " n"], batch_size: int, seed: int):
+        self.pool, self.batch_size, self.seed = indices, batch_size, seed
+        self._rewind()
+
+    def _rewind(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
+        self.next_step = 0
+
+    def indices(self, step: int) -> Int[Tensor, " batch"]:
+        """Row indices of the step, in the order drawn."""
+        if step < self.next_step:
+            self._rewind()
+        while True:
+            picks = torch.randint(0, len(self.pool), (self.batch_size,), generator=self.generator)
+            self.next_step += 1
+            if self.next_step > step:
+                return self.pool[picks]
+
+
+def make_batches(
+    order: Literal["counter", "torch"], indices: Int[Tensor, " n"], batch_size: int, seed: int
+) -> CounterBatches | TorchBatches:
+    """The batch stream that a config's `batch_order` names."""
+    return (CounterBatches if order == "counter" else TorchBatches)(indices, batch_size, seed)
+
+
+# --- names of the first version, kept -------------------------------------------------------------------------------
+
+
+def load_activation_tensor(path: str | Path, mmap: bool = True) -> Float[Tensor, "n_rows d_in"]:
+    """All activations as one float32 tensor: mapped from the file for a .pt unless `mmap` is False, else in memory."""
+    from mechint.data.store import open_activations
+
+    tensor = open_activations(path).tensor()
+    return tensor if mmap else tensor.clone()
+
+
+def load_activations_with_splits(
+    path: str | Path, val_fraction: float = 0.05, seed: int = 42, mmap: bool = True
+) -> tuple[Float[Tensor, "n_rows d_in"], Int[Tensor, " n_train"], Int[Tensor, " n_val"]]:
+    """`(activations, train_indices, val_indices)` with the original's split by row."""
+    activations = load_activation_tensor(path, mmap=mmap)
+    return activations, *deterministic_split_indices(len(activations), val_fraction, seed)
+
+
+def random_batch_iterator(
+    activations: Float[Tensor, "n_rows d_in"], indices: Int[Tensor, " n"], batch_size: int, seed: int = 42
+) -> Iterator[Float[Tensor, "batch d_in"]]:
+    """Endless random batches with replacement, in the original's order."""
+    stream = TorchBatches(indices, batch_size, seed)
+    step = 0
+    while True:
+        yield activations[stream.indices(step)]
+        step += 1
+
+
+def split_batch_iterator(
+    activations: Float[Tensor, "n_rows d_in"], indices: Int[Tensor, " n"], batch_size: int = 8192
+) -> Iterator[Float[Tensor, "batch d_in"]]:
+    """The rows of `indices` in order, once; the last batch may be short."""
+    for start in range(0, len(indices), batch_size):
+        yield activations[indices[start : start + batch_size]]
+
+
+def iter_activation_batches(
+    activations: Float[Tensor, "n_rows d_in"], batch_size: int = 8192
+) -> Iterator[Float[Tensor, "batch d_in"]]:
+    """All rows in order, once; the last batch may be short."""
+    for start in range(0, len(activations), batch_size):
+        yield activations[start : start + batch_size]
