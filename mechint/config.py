@@ -8,7 +8,7 @@ field is an alias of the flag. `d_sae` and `layer` are derived, never set beside
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, TypeVar
 
 from tyro.conf import arg
 
@@ -21,6 +21,10 @@ DEFAULT_HOOK = "blocks.3.hook_resid_post"
 Processing = Literal["raw", "centred"]
 Backend = Literal["auto", "transformers", "bridge"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+# Not typing.Self, which the shape checks of the tests (beartype) cannot take on methods of undecorated classes.
+ConfigT = TypeVar("ConfigT", bound="Config")
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Config:
         return [field.name for field in dataclasses.fields(cls)]
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], *, source: str = "config") -> Self:
+    def from_dict(cls: type[ConfigT], values: dict[str, Any], *, source: str = "config") -> ConfigT:
         """Build from a JSON object. Raises `MechintError` for an unknown key or a value of the wrong kind."""
         known = cls.field_names()
         renamed: dict[str, Any] = {}
@@ -60,7 +64,7 @@ class Config:
             for key, value in dataclasses.asdict(self).items()
         }
 
-    def with_overrides(self, **overrides: Any) -> Self:
+    def with_overrides(self: ConfigT, **overrides: Any) -> ConfigT:
         """A copy with the given fields replaced; None means "leave as it is" and an unknown name is an error."""
         given = {key: value for key, value in overrides.items() if value is not None}
         return type(self).from_dict({**self.to_dict(), **given}, source="override")
@@ -245,7 +249,7 @@ class SAETrainConfig(Config):
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], *, source: str = "config") -> Self:
+    def from_dict(cls, values: dict[str, Any], *, source: str = "config") -> "SAETrainConfig":
         """As `Config.from_dict`; a JSON that has none of the newer keys was written by the original pipeline and gets
         its settings (row split, sequential batches), so that its numbers can be reproduced."""
         written_before = "split_by" not in values and "batch_order" not in values and "activations_path" in values
@@ -315,8 +319,12 @@ class EvalConfig(Config):
     """config.json that belongs to the checkpoint; default settings if not given."""
     activations_path: str | None = None
     """Activations to evaluate on; those of the config if not given."""
+    rows: Literal["heldout", "all"] = "heldout"
+    """Rows to measure on: those that the run held out, or all (for activations that the SAE was not trained on)."""
     output: Path | None = None
     """Also write the results to this JSON file."""
+    overwrite: bool = False
+    """Replace --output if it exists."""
     eval_texts_path: Path | None = None
     """Texts, one a line, for the cross-entropy; the held-out texts of the activations if not given."""
     max_eval_texts: int = 200
@@ -367,6 +375,8 @@ class CompareConfig(Config):
     """Two or more checkpoints; each is compared with the next."""
     output: Path
     """CSV to write."""
+    overwrite: bool = False
+    """Replace --output if it exists."""
     activation_dim: Annotated[int | None, arg(aliases=["--d-in"])] = None
     """Width that the checkpoints must have; only checked."""
     block_size: int = 1024

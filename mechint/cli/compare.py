@@ -1,0 +1,18 @@
+"""`mechint compare`, `scripts/compare_expansions.py`: match the latents of checkpoints."""
+
+from collections.abc import Sequence
+
+from mechint.cli.flags import command, parse
+from mechint.config import CompareConfig
+
+
+@command
+def main(argv: Sequence[str]) -> int:
+    config = parse(CompareConfig, argv, prog="compare_expansions.py")
+    from mechint.compare import compare_checkpoints
+
+    summaries = compare_checkpoints(config)
+    print(f"comparison_output: {config.output}")
+    for summary in summaries:
+        print(summary.text())
+    return 0
