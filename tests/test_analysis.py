@@ -1,0 +1,144 @@
+"""Top activations and decoder pairs against dense references; contexts; highlighting."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mechint import analysis
+from mechint.analysis import (
+    collect_top_activations,
+    decoder_cosine_similarity,
+    decoder_similarity_blocks,
+    feature_consistency_score,
+    highlight_html,
+    highlight_text,
+    search_token,
+    token_strings,
+    top_decoder_pairs,
+)
+from mechint.errors import MechintError
+from mechint.sae import SparseAutoEncoder
+
+
+def make_sae(d_in: int, d_sae: int, seed: int = 0) -> SparseAutoEncoder:
+    sae = SparseAutoEncoder(d_in, d_sae=d_sae, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        sae.b_enc.uniform_(-1.0, 0.2)
+    return sae
+
+
+def reference_top(feature_acts: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    order = feature_acts.sort(dim=0, descending=True, stable=True)
+    n, d_sae = feature_acts.shape
+    values, rows = torch.full((d_sae, k), -torch.inf), torch.full((d_sae, k), -1)
+    values[:, : min(k, n)] = order.values[:k].T
+    rows[:, : min(k, n)] = order.indices[:k].T
+    return values, rows
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 60), k=st.integers(1, 25), batch_size=st.integers(1, 70), seed=st.integers(0, 10_000),
+    limit=st.sampled_from([1, 7, 100, 10_000]),
+)  # fmt: skip
+def test_top_activations_equal_a_stable_sort(n: int, k: int, batch_size: int, seed: int, limit: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    sae = make_sae(3, 8, seed)
+    with torch.no_grad():
+        sae.b_enc[0] = -100.0  # never fires
+        # Values on a grid, through exact arithmetic: many ties, whatever the batch.
+        sae.W_enc.copy_(torch.randint(-2, 3, (3, 8), generator=generator))
+        sae.b_enc[1:] = torch.randint(-2, 2, (7,), generator=generator).float()
+    acts = torch.randint(-2, 3, (n, 3), generator=generator).float()
+    old = analysis.MAX_CANDIDATES
+    analysis.MAX_CANDIDATES = limit
+    try:
+        values, rows = collect_top_activations(sae, acts, k=k, batch_size=batch_size)
+    finally:
+        analysis.MAX_CANDIDATES = old
+    expected_values, expected_rows = reference_top(sae.encode(acts).detach(), k)
+    assert torch.equal(values, expected_values)
+    assert torch.equal(rows, expected_rows)
+
+
+def test_top_activations_of_fewer_rows_than_k_are_unfilled() -> None:
+    values, rows = collect_top_activations(make_sae(3, 5), torch.randn(2, 3), k=4)
+    assert values.shape == rows.shape == (5, 4)
+    assert torch.isneginf(values[:, 2:]).all() and (rows[:, 2:] == -1).all()
+    assert (values[:, :2] >= 0).all() and (rows[:, :2] >= 0).all()
+
+
+def test_top_activations_refuse_the_wrong_width() -> None:
+    with pytest.raises(MechintError, match="4 wide.*expects 3"):
+        collect_top_activations(make_sae(3, 5), torch.randn(2, 4))
+
+
+def test_similarity_is_the_cosine_and_blocks_tile_it() -> None:
+    sae = make_sae(5, 11)
+    with torch.no_grad():
+        sae.W_dec.mul_(torch.rand(11, 1) + 0.5)  # not unit rows
+    dense = decoder_cosine_similarity(sae)
+    rows = sae.W_dec.detach()
+    for i in range(11):
+        for j in range(11):
+            expected = float(rows[i] @ rows[j] / rows[i].norm() / rows[j].norm())
+            assert float(dense[i, j]) == pytest.approx(expected, abs=1e-6)
+    seen = torch.zeros(11, 11)
+    for row, column, block in decoder_similarity_blocks(sae, block_size=4):
+        part = (slice(row, row + 4), slice(column, column + 4))
+        assert torch.allclose(block, dense[part], atol=1e-6)
+        seen[part] += 1
+    assert bool((seen.triu() == torch.ones(11, 11).triu()).all())
+
+
+def test_similarity_refuses_a_matrix_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(analysis, "MAX_SIMILARITY_BYTES", 100)
+    with pytest.raises(MechintError, match="top_decoder_pairs"):
+        decoder_cosine_similarity(make_sae(5, 11))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    d_sae=st.integers(2, 40), top_k=st.integers(1, 60), block_size=st.integers(1, 45), seed=st.integers(0, 10_000),
+    distinct=st.integers(1, 40),
+)  # fmt: skip
+def test_top_pairs_are_exactly_k_in_the_dense_order(
+    d_sae: int, top_k: int, block_size: int, seed: int, distinct: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    sae = make_sae(4, d_sae)
+    with torch.no_grad():
+        pool = torch.randn(distinct, 4, generator=generator)
+        sae.W_dec.copy_(pool[torch.randint(0, distinct, (d_sae,), generator=generator)])
+    unit = torch.nn.functional.normalize(sae.W_dec.detach().double(), dim=1)
+    dense = (unit @ unit.T).float()
+    expected = sorted((-float(dense[i, j]), i, j) for i in range(d_sae) for j in range(i + 1, d_sae))[:top_k]
+    plain = decoder_similarity_blocks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(analysis, "decoder_similarity_blocks", lambda sae: plain(sae, block_size))
+        pairs = top_decoder_pairs(sae, top_k)
+    assert pairs == [(i, j, -negative) for negative, i, j in expected]
+    assert len(pairs) == min(top_k, d_sae * (d_sae - 1) // 2)
+
+
+def test_search_token_is_case_sensitive_and_takes_both_forms() -> None:
+    assert search_token({7: ["the cat", "a dog"], 3: ["Cat"]}, "cat") == [7]
+    assert search_token([["x"], ["a Cat"], ["cat", "Cat"]], "Cat") == [1, 2]
+
+
+def test_consistency_is_the_share_of_the_commonest() -> None:
+    assert feature_consistency_score(["a", "b", "a", "a"]) == 0.75
+    assert feature_consistency_score([5, 5]) == 1.0
+    assert feature_consistency_score([]) == 0.0
+
+
+def test_highlighting_escapes_and_scales() -> None:
+    assert highlight_text(["a", "\n", "b"], 1) == "a>>>\u21b5<<<b"
+    page = highlight_html(["<script>", "b&"], [1.0, 4.0], center=1)
+    assert "<script>" not in page and "&lt;script&gt;" in page and "b&amp;" in page
+    assert "rgba(255,140,0,0.25)" in page and "rgba(255,140,0,1.00)" in page and page.count("bold") == 1
+    assert "rgba(255,140,0,0.00)" in highlight_html(["a"], [0.0])
+    with pytest.raises(MechintError, match="2 tokens but 1 values"):
+        highlight_html(["a", "b"], [1.0])
+    assert token_strings(lambda ids: f"<{ids[0]}>", [3, 4]) == ["<3>", "<4>"]
