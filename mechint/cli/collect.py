@@ -1,0 +1,29 @@
+"""`mechint collect`, `scripts/collect_activations.py`."""
+
+import signal
+import sys
+from collections.abc import Sequence
+
+from mechint.cli.flags import command, parse
+from mechint.config import COLLECT_PRESETS, CollectConfig
+
+
+@command
+def main(argv: Sequence[str]) -> int:
+    config = parse(CollectConfig, argv, prog="collect_activations.py", presets=COLLECT_PRESETS)
+    from mechint.data.collect import collect, collect_command, summary
+
+    # `kill`, a batch system's time limit: end as at Ctrl-C
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        done = collect(config)
+    except KeyboardInterrupt:
+        print(f"finished shards are kept; go on with: {collect_command(config)}", file=sys.stderr)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if done.rank == 0:
+        print(summary(done))
+        print(f"activation_path: {done.path}")
+        print(f"metadata_path: {done.metadata_path}")
+    return 0

@@ -1,0 +1,379 @@
+"""Collect activations: texts in, a store (or one `.pt`) out, a shard at a time.
+
+A shard holds a window of consecutive texts, so what is in it follows from its number alone: a killed collection goes on
+with the shards that are missing, and several processes (`torchrun`) take every n-th. Either way the files are the same.
+"""
+
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mechint.config import CollectConfig, SAETrainConfig, layer_of_hook
+from mechint.data import store_write
+from mechint.data.norms import report_norms
+from mechint.data.pt_file import assemble_pt
+from mechint.data.ranks import Ranks, process_group
+from mechint.data.store import shards_folder, sidecar_path
+from mechint.data.text import BUILTIN, TextSource, local_files, no_texts, open_texts
+from mechint.data.windows import window_rows
+from mechint.errors import MechintError
+from mechint.models.language_model import LanguageModel, load_model
+from mechint.models.resolve import resolve_model
+from mechint.provenance import get_git_commit, package_versions, read_json
+
+# The keys of the original's config.json, all of which its sidecars hold.
+_ORIGINAL_KEYS = [
+    *("activation_dim", "activations_path", "batch_size", "dataset_name", "dataset_split", "device", "epochs"),
+    *("eval_batch_size", "expansion", "hook_name", "l1_lambda", "lambda_warmup_steps", "layer", "learning_rate"),
+    *("legacy_layout", "max_chars", "max_grad_norm", "model_name", "model_source", "num_texts", "run_name"),
+    *("runs_root", "seed", "val_fraction", "warmup_steps"),
+]
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a collection left, and how fast this process was. `already`: it was there before, nothing was done."""
+
+    path: Path
+    metadata_path: Path
+    info: dict[str, Any]
+    n_tokens: int = 0
+    seconds: float = 0.0
+    rank: int = 0
+    already: bool = False
+
+
+def collect_activations(config: CollectConfig, *, progress: bool = True) -> Path:
+    """Collect what `config` says, or go on where a killed collection stopped. Returns the path of the result.
+
+    A result that is already whole is left as it is. With `torchrun`, every process calls this.
+
+    Raises:
+        MechintError: any setting, name or file is wrong (before anything is written), the output holds something else
+            or was collected with other settings (nothing is touched), the disk is full or the model gave NaN (finished
+            shards are kept).
+    """
+    return collect(config, progress=progress).path
+
+
+def collect(config: CollectConfig, *, progress: bool = True) -> Collected:
+    """As `collect_activations`, with what the command reports."""
+    with process_group() as ranks:
+        settings = _settings(config, ranks)
+        done = _already_collected(config, settings, ranks)
+        if done is None:
+            done = _collect(config, settings, ranks, progress)
+        ranks.barrier()
+        return done
+
+
+def _settings(config: CollectConfig, ranks: Ranks) -> dict[str, Any]:
+    """The settings that decide the content of the result, in one spelling. Checks those that need nothing loaded."""
+    layer = layer_of_hook(config.hook)
+    if config.layer is not None and config.layer != layer:
+        raise MechintError(
+            f"--layer {config.layer} contradicts --hook {config.hook}"
+            + (f", which is in layer {layer}" if layer is not None else ", which is in no layer")
+            + ": give only --hook"
+        )
+    settings = config.to_dict()
+    for name in ("output", "layer", "preset", "checkpoint_every"):
+        del settings[name]
+    settings["model"] = resolve_model(config.model)
+    settings["texts_per_shard"] = config.texts_per_shard
+    if config.dataset not in BUILTIN and local_files(config.dataset) is None:
+        settings["world_size"] = ranks.world_size  # a data set on the Hub is dealt out to the processes
+    return settings
+
+
+def _already_collected(config: CollectConfig, settings: dict[str, Any], ranks: Ranks) -> Collected | None:
+    """The finished result, if it is there and is what is asked for. Raises if it is something else."""
+    output, metadata = config.output, sidecar_path(config.output)
+    if output.suffix == ".pt":
+        if output.exists():
+            info = read_json(metadata, "sidecar").get("store", {}) if metadata.exists() else {}
+            if "settings" not in info:
+                raise MechintError(f"{output} exists and is not overwritten: give another --output or move it away")
+        elif metadata.exists() and "activation_path" not in read_json(metadata, f"file in the way of {metadata}"):
+            raise MechintError(f"{metadata} exists and is no sidecar of activations: give another --output")
+        else:
+            info = None
+    else:
+        info = read_json(metadata, "activation store") if metadata.exists() else None
+    if info is None:
+        store_write.check_place(shards_folder(output), settings)
+        return None
+    store_write.check_same(info.get("settings", {}), settings, str(output))
+    if ranks.rank == 0:
+        leftover = shards_folder(output) if output.suffix == ".pt" else output / store_write.PROGRESS
+        shutil.rmtree(leftover, ignore_errors=True)
+    return Collected(output, metadata, info, rank=ranks.rank, already=True)
+
+
+def _collect(config: CollectConfig, settings: dict[str, Any], ranks: Ranks, progress: bool) -> Collected:
+    folder = shards_folder(config.output)
+    asked = _read_asked(folder)
+    finished = store_write.finished_shards(folder) if asked else {}
+    source = _open_source(config, asked, finished, ranks)
+    try:
+        shards = _Shards(config, source, finished, ranks)
+        model = load_model(
+            config.model,
+            device=ranks.device(config.device),
+            dtype=config.dtype,
+            processing=config.processing,
+            backend=config.backend,
+            hook_name=config.hook,
+            revision=config.model_revision,
+        )
+        settled = _settled(config, settings, source, model)
+        if asked:
+            for name in ("model_sha256", "dataset_revision"):
+                store_write.check_same({name: asked["info"][name]}, {name: settled[name]}, str(folder))
+            settled = asked["info"]
+        if ranks.rank == 0:
+            with store_write.only_writer(folder):
+                command = collect_command(config)
+                store_write.begin_store(folder, {"settings": settings, "info": settled, "command": command})
+                ranks.barrier()
+                n_tokens, seconds = _write_shards(config, model, shards, folder, ranks, progress)
+                ranks.barrier()
+                info = _finish(config, model, settled, folder)
+        else:
+            ranks.barrier()
+            n_tokens, seconds = _write_shards(config, model, shards, folder, ranks, progress)
+            ranks.barrier()
+            info = settled
+        return Collected(config.output, sidecar_path(config.output), info, n_tokens, seconds, ranks.rank)
+    finally:
+        source.close()
+
+
+def _read_asked(folder: Path) -> dict[str, Any] | None:
+    path = store_write.asked_path(folder)
+    return read_json(path, "record of an unfinished collection") if path.exists() else None
+
+
+def _open_source(
+    config: CollectConfig, asked: dict[str, Any] | None, finished: dict[int, dict[str, Any]], ranks: Ranks
+) -> TextSource:
+    """The text source; a data set on the Hub at the commit and position where an unfinished collection stopped."""
+    state, revision = None, config.revision
+    if asked and asked["info"]["text_source"] == "hub":
+        revision = asked["info"]["dataset_revision"]
+        mine = ranks.rank
+        while mine in finished:
+            state = finished[mine]["state"]
+            mine += ranks.world_size
+    return open_texts(
+        config.dataset,
+        config.split,
+        revision=revision,
+        text_field=config.text_field,
+        max_chars=config.max_chars,
+        seed=config.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        state=state,
+    )
+
+
+class _Shards:
+    """The windows of texts that this process still has to turn into shards.
+
+    The first one is read at once, so that a missing field or an empty source is known before the model is loaded.
+    """
+
+    def __init__(self, config: CollectConfig, source: TextSource, finished: dict[int, dict[str, Any]], ranks: Ranks):
+        self.source, self.size, self.num_texts = source, config.texts_per_shard, config.num_texts
+        self.step = ranks.world_size if source.by_rank else 1
+        total = -(-self.num_texts // self.size)
+        mine = range(ranks.rank, total, ranks.world_size)
+        ended = [number for number, record in finished.items() if record["n_texts"] < self._length(number)]
+        if source.by_rank:
+            ended = [number for number in ended if number in mine]
+            # What lies behind a gap cannot be kept: the stream is read in order from the state before it.
+            kept = 0
+            while kept < len(mine) and mine[kept] in finished:
+                kept += 1
+            self.numbers = list(mine[kept:])
+        else:
+            self.numbers = [number for number in mine if number not in finished]
+        if ended:
+            self.numbers = [number for number in self.numbers if number < min(ended)]
+        self.n_texts = sum(map(self._length, mine))
+        self.n_texts_left = sum(map(self._length, self.numbers))
+        self.finished = finished
+        self._first = self._read(self.numbers[0]) if self.numbers else ([], None)
+        if self.numbers and self.numbers[0] == 0 and not self._first[0]:
+            raise no_texts(config.dataset)
+
+    def _length(self, number: int) -> int:
+        return min(self.size, self.num_texts - number * self.size)
+
+    def _read(self, number: int) -> tuple[list[str], dict[str, Any] | None]:
+        texts = self.source.read(number // self.step * self.size, self._length(number))
+        return texts, self.source.state()
+
+    def __iter__(self) -> Iterator[tuple[int, list[str], dict[str, Any] | None]]:
+        """(number of the shard, its texts, the source's state after them), until the source ends."""
+        for number in self.numbers:
+            texts, state = self._first if number == self.numbers[0] else self._read(number)
+            if texts:
+                yield number, texts, state
+            if len(texts) < self._length(number):
+                return
+
+
+def _settled(
+    config: CollectConfig, settings: dict[str, Any], source: TextSource, model: LanguageModel
+) -> dict[str, Any]:
+    """The fields of `store.json` that are known before the first shard."""
+    return {
+        **source.describe(),
+        "settings": settings,
+        "d_in": model.d_model,
+        "dtype": config.dtype,
+        "hook_name": config.hook,
+        "layer": layer_of_hook(config.hook),
+        "model_name": config.model,
+        "model_source": model.source,
+        "model_revision": config.model_revision,
+        "model_sha256": model.weights_sha256(),
+        "processing": config.processing,
+        "prepend_bos": config.prepend_bos,
+        "keep_bos": config.keep_bos,
+        "bos_token_id": model.bos_token_id if config.prepend_bos else None,
+        "context_size": min(config.context_size or model.n_ctx, model.n_ctx),
+        "max_chars": config.max_chars,
+        "seed": config.seed,
+        "device": model.device,
+        "backend": model.backend,
+        "mechint_version": package_versions().get("mechint"),
+        "git_commit": get_git_commit(),
+        "versions": package_versions(),
+    }
+
+
+def _write_shards(
+    config: CollectConfig, model: LanguageModel, shards: _Shards, folder: Path, ranks: Ranks, progress: bool
+) -> tuple[int, float]:
+    """Make this process's missing shards. Returns the tokens that went through the model, and the seconds it took."""
+    from tqdm import tqdm
+
+    drop_first = config.prepend_bos and not config.keep_bos
+    n_tokens, started = 0, time.perf_counter()
+    bar = tqdm(
+        total=shards.n_texts,
+        initial=shards.n_texts - shards.n_texts_left,
+        unit="text",
+        desc="collecting",
+        disable=not progress or ranks.rank > 0,
+        mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file needs no line every half second
+    )
+
+    def on_batch(texts: int, tokens: int) -> None:
+        nonlocal n_tokens
+        n_tokens += tokens
+        bar.set_postfix_str(f"{n_tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
+        bar.update(texts)
+
+    with bar:
+        for number, texts, state in shards:
+            first_id = number * config.texts_per_shard
+            rows = window_rows(
+                model,
+                config.hook,
+                model.tokenize(texts, prepend_bos=config.prepend_bos, context_size=config.context_size),
+                range(first_id, first_id + len(texts)),
+                drop_first=drop_first,
+                batch_size=config.batch_size,
+                on_batch=on_batch,
+            )
+            store_write.write_shard(
+                folder,
+                number,
+                activations=rows.activations,
+                tokens=rows.tokens,
+                text_ids=rows.text_ids,
+                positions=rows.positions,
+                record={
+                    "n_texts": len(texts),
+                    "n_tokens": rows.n_tokens,
+                    "texts_sha256": store_write.texts_sha256(texts),
+                    "state": state,
+                    "norms": rows.norms,
+                },
+            )
+    return n_tokens, time.perf_counter() - started
+
+
+def _finish(config: CollectConfig, model: LanguageModel, settled: dict[str, Any], folder: Path) -> dict[str, Any]:
+    records = list(store_write.finished_shards(folder).values())
+    info = store_write.store_info(settled, records, position_0_kept=config.keep_bos or not config.prepend_bos)
+    if not info["n_rows"]:
+        raise MechintError(
+            f"{config.dataset} gave no token at all: its texts are too short; use --keep-bos or other texts"
+        )
+    if config.output.suffix == ".pt":
+        assemble_pt(config.output, _sidecar(config, model, info), info)
+    else:
+        store_write.close_store(folder, info)
+    return info
+
+
+def _sidecar(config: CollectConfig, model: LanguageModel, info: dict[str, Any]) -> dict[str, Any]:
+    """The original's sidecar: its five keys, and its config with the values that were really used."""
+    original = SAETrainConfig(
+        activation_dim=info["d_in"],
+        activations_path=str(config.output),
+        model_name=config.model,
+        model_source=info["model_source"],
+        hook_name=config.hook,
+        dataset_name=config.dataset,
+        dataset_split=config.split,
+        num_texts=info["n_texts"],
+        max_chars=config.max_chars,
+        seed=config.seed,
+        device=model.device,
+    ).to_dict()
+    return {
+        "activation_dim": info["d_in"],
+        "activation_path": str(config.output),
+        "config": {name: original[name] for name in _ORIGINAL_KEYS} | {"layer": info["layer"]},
+        "git_commit": info["git_commit"],
+        "num_vectors": info["n_rows"],
+    }
+
+
+def collect_command(config: CollectConfig) -> str:
+    """The command line that collects this."""
+    words = ["python", "scripts/collect_activations.py"]
+    default = CollectConfig().to_dict()
+    for name, value in config.to_dict().items():
+        flag = name.replace("_", "-")
+        if value == default[name] and name not in ("model", "hook", "dataset", "output"):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", str(value)]
+    return shlex.join(words)
+
+
+def summary(done: Collected) -> str:
+    """What the command prints for a person."""
+    info = done.info
+    lines = [f"{info['n_texts']:,} texts, {info['n_rows']:,} vectors of width {info['d_in']} at {info['hook_name']}"]
+    if done.already:
+        lines.append("already collected; nothing was done")
+    elif done.n_tokens:
+        lines.append(f"{done.n_tokens:,} tokens in {done.seconds:.1f} s: {done.n_tokens / done.seconds:,.0f} tokens/s")
+    if info["n_texts"] < info["settings"]["num_texts"]:
+        lines.append(f"the source ended after {info['n_texts']:,} of {info['settings']['num_texts']:,} texts")
+    return "\n".join([*lines, report_norms(info["norms"], info["n_rows"])])

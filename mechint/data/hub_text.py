@@ -1,0 +1,123 @@
+"""Texts streamed from a data set on the Hugging Face Hub."""
+
+from collections.abc import Generator
+from typing import Any
+
+from mechint.config import DATASET_ALIASES
+from mechint.data.text import OTHER_SOURCES, text_of
+from mechint.errors import MechintError, one_line
+from mechint.models.resolve import check_repo, hub_unreachable
+
+
+class HubTexts:
+    """Streams one split, unshuffled, so that the position in it can be recorded and resumed exactly.
+
+    The revision is resolved to a commit once, and everything is read from that commit.
+    """
+
+    by_rank = True
+    seekable = False
+
+    def __init__(
+        self,
+        dataset: str,
+        split: str,
+        revision: str | None,
+        text_field: str,
+        max_chars: int,
+        rank: int,
+        world_size: int,
+        state: dict[str, Any] | None,
+    ):
+        name, _, config = dataset.partition(":")
+        self.dataset, self.split, self.text_field, self.max_chars = dataset, split, text_field, max_chars
+        self.name = DATASET_ALIASES.get(name, name)
+        # One question first: an unreachable Hub would cost the library half a minute of retries.
+        hub = check_repo(self.name, "dataset", revision)
+        if not hub.online:
+            raise hub_unreachable(f"data set {dataset}", "--dataset", "FILE.txt (or .jsonl, .parquet)", "builtin/tales")
+        self.commit = hub.sha
+        self.stream = _open_stream(self.name, config or None, split, self.commit)
+        if world_size > 1:
+            from datasets.distributed import split_dataset_by_node
+
+            self.stream = split_dataset_by_node(self.stream, rank, world_size)
+        self._next = 0
+        if state is not None:
+            self.stream.load_state_dict(state["stream"])
+            self._next = state["next"]
+        self._texts: Generator[str] | None = None
+
+    def read(self, start: int, count: int) -> list[str]:
+        if start < self._next:
+            raise AssertionError(f"text {start} of {self.name} was already passed; the next is {self._next}")
+        found: list[str] = []
+        try:
+            if self._texts is None:
+                self._texts = self._all()
+            for text in self._texts:
+                self._next += 1
+                if self._next > start:
+                    found.append(text)
+                if self._next >= start + count:
+                    break
+        except MechintError:
+            raise
+        except Exception as error:  # whatever the network, the storage or the file format came up with
+            raise MechintError(
+                f"reading {self.name} from the Hub failed ({type(error).__name__}: {one_line(error, 160)}):"
+                " run the same command again to go on from here"
+            ) from error
+        return found
+
+    def _all(self) -> Generator[str]:
+        for record in self.stream:
+            kept = text_of(record, self.text_field, f"data set {self.name}")[: self.max_chars]
+            if kept and not kept.isspace():
+                yield kept
+
+    def state(self) -> dict[str, Any]:
+        return {"next": self._next, "stream": self.stream.state_dict()}
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "text_source": "hub",
+            "dataset_name": self.dataset,
+            "dataset_split": self.split,
+            "dataset_revision": self.commit,
+            "text_field": self.text_field,
+        }
+
+    def close(self) -> None:
+        # An open stream keeps download threads alive, and with them the process.
+        if self._texts is not None:
+            self._texts.close()
+        self._texts = None
+
+
+def _open_stream(name: str, config: str | None, split: str, commit: str | None) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(name, config, split=split, streaming=True, revision=commit)
+    except RuntimeError as error:
+        if "script" in str(error):
+            raise MechintError(
+                f"data set {name} is a Python script, which the datasets library no longer runs: try --revision"
+                f" refs/convert/parquet, or {OTHER_SOURCES}"
+            ) from error
+        raise _cannot_open(name, error) from error
+    except ValueError as error:
+        message = one_line(error, 250)
+        if "config" in message.lower():
+            message = f"{message}; write it after a colon, as in --dataset {name}:CONFIG"
+        raise MechintError(f"data set {name}: {message}") from error
+    except Exception as error:
+        raise _cannot_open(name, error) from error
+
+
+def _cannot_open(name: str, error: Exception) -> MechintError:
+    return MechintError(
+        f"data set {name} cannot be opened ({type(error).__name__}: {one_line(error, 160)}); {OTHER_SOURCES}"
+    )
