@@ -1,4 +1,4 @@
-"""Old entry point, kept: `scripts/train_sae.py` that writes saved_models/ and training_metrics/ as the first version did."""
+"""Old entry point, kept: `scripts/train_sae.py`, writing saved_models/ and training_metrics/ as it did at first."""
 
 import sys
 

@@ -99,6 +99,7 @@ def require(condition: bool, message: str) -> None:
 
 # The original pipeline's settings, where ours differ. Used by `--preset mech-int`, and for a config.json that was
 # written before these keys existed.
+ORIGINAL_KEYS = {"activation_dim", "epochs", "l1_lambda", "legacy_layout", "max_chars", "model_source", "num_texts"}
 COLLECT_PRESETS: dict[str, dict[str, Any]] = {
     "none": {},
     "mech-int": {"processing": "centred", "prepend_bos": True, "keep_bos": True},
@@ -252,7 +253,7 @@ class SAETrainConfig(Config):
     def from_dict(cls, values: dict[str, Any], *, source: str = "config") -> "SAETrainConfig":
         """As `Config.from_dict`; a JSON that has none of the newer keys was written by the original pipeline and gets
         its settings (row split, sequential batches), so that its numbers can be reproduced."""
-        written_before = "split_by" not in values and "batch_order" not in values and "activations_path" in values
+        written_before = values.keys() >= ORIGINAL_KEYS and not values.keys() & {"split_by", "batch_order"}
         preset = values.get("preset", "mech-int" if written_before else "none")
         if preset not in TRAIN_PRESETS:
             raise MechintError(f"{source}: unknown preset {preset!r}; {nearest(str(preset), TRAIN_PRESETS)}")
@@ -291,7 +292,7 @@ class SAETrainConfig(Config):
 
 def check_run_name(name: str) -> None:
     """Raise `MechintError` unless `name` is one plain folder name."""
-    plain = bool(name) and not set(name) & set('/\\\0') and name not in (".", "..") and not name.startswith(".")
+    plain = bool(name) and not set(name) & set("/\\\0") and name not in (".", "..") and not name.startswith(".")
     require(
         plain,
         f"run name {name!r} must be one folder name without '/', '\\', '..' or a leading dot:"

@@ -1,9 +1,9 @@
 """The run directory as an object. `docs/run.md` is the contract; every command takes the directory and finds the rest.
 
-    config.json     what was asked            state/     what a stopped run goes on from (gone when it is done)
-    metrics.csv     the training curve        sae/       the weights in SAELens's layout, with what they were trained on
-    checkpoint.pt   the weights               manifest.json  what was used: versions, device, hashes of input and output
-    summary.json    what came out
+config.json     what was asked            state/     what a stopped run goes on from (gone when it is done)
+metrics.csv     the training curve        sae/       the weights in SAELens's layout, with what they were trained on
+checkpoint.pt   the weights               manifest.json  what was used: versions, device, hashes of input and output
+summary.json    what came out
 """
 
 import functools
@@ -16,7 +16,14 @@ from mechint.errors import MechintError
 from mechint.provenance import get_git_commit, package_versions, read_json, sha256_file, timestamp_slug, write_json
 
 # What the manifest hashes of the run itself; `sae/` holds the same weights once more, in another layout.
-HASHED_FILES = ("config.json", "metrics.csv", "checkpoint.pt", "summary.json", "sae/cfg.json", "sae/sae_weights.safetensors")
+HASHED_FILES = (
+    "config.json",
+    "metrics.csv",
+    "checkpoint.pt",
+    "summary.json",
+    "sae/cfg.json",
+    "sae/sae_weights.safetensors",
+)
 MANIFEST_VERSION = 1
 
 
@@ -93,8 +100,11 @@ class Run:
         return read_json(self.manifest_path, "manifest")
 
     def activations_path(self) -> Path:
-        """Where the activations lie that the run was trained on: as the manifest places them relative to the run, else as
-        config.json says, relative to the current folder. Raises `MechintError` if they are in neither place."""
+        """Where the activations lie that the run was trained on.
+
+        As the manifest places them relative to the run, else as config.json says, relative to the current folder.
+        Raises `MechintError` if they are in neither place.
+        """
         places = [Path(self.config.activations_path)]
         if self.is_done and (recorded := self.manifest.get("inputs", {}).get("activations", {}).get("path")):
             places.insert(0, self.path / recorded)
@@ -135,8 +145,8 @@ def write_run_manifest(
 def verify(run: Run) -> list[tuple[str, str]]:
     """Check a finished run against its manifest: `(what, verdict)` for each link of the chain.
 
-    A verdict is "ok", "changed", "missing" or "not recorded". The activations are opened and hashed from their bytes, and
-    what their own record says of texts and model is compared with what the manifest noted when training began.
+    A verdict is "ok", "changed", "missing" or "not recorded". The activations are hashed from their bytes, and what
+    their own record says of texts and model is compared with what the manifest noted when training began.
     """
     from mechint.data.store import open_activations
 

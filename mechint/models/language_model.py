@@ -113,9 +113,7 @@ class LanguageModel:
             names = {name for name in self.bridge.hook_dict if "original" not in name} | set(residual)
             raise MechintError(f"{self.name} has no hook {hook_name!r}; {nearest(hook_name, sorted(names))}")
 
-    def tokenize(
-        self, texts: Sequence[str], *, prepend_bos: bool, context_size: int | None = None
-    ) -> list[list[int]]:
+    def tokenize(self, texts: Sequence[str], *, prepend_bos: bool, context_size: int | None = None) -> list[list[int]]:
         """Token ids of each text, BOS first if asked for, cut to `context_size` (or the model's own limit)."""
         if not texts:
             return []
@@ -127,9 +125,7 @@ class LanguageModel:
         first = [self.bos_token_id] if prepend_bos else []
         return [(first + row)[:limit] for row in ids]
 
-    def activations(
-        self, tokens: Int[Tensor, "batch pos"], hook_name: str
-    ) -> Float[Tensor, "batch pos d_in"]:
+    def activations(self, tokens: Int[Tensor, "batch pos"], hook_name: str) -> Float[Tensor, "batch pos d_in"]:
         """What the hook holds; the model runs no further than it must."""
         with torch.inference_mode():
             tokens = tokens.to(self.device)

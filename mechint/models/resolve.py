@@ -1,4 +1,4 @@
-"""From a name to files: built-in, local folder, or Hub repository, with errors that say how to go on without the Hub."""
+"""From a name to files: built-in, local folder, or Hub repository; errors say how to go on without the Hub."""
 
 import contextlib
 import logging
@@ -25,7 +25,7 @@ REACH_TIMEOUT_SECONDS = 10
 
 @dataclass(frozen=True)
 class RepoState:
-    """What one look at the Hub told: the commit that `revision` stands for (None if offline) and whether it answered."""
+    """What one look at the Hub told: the commit of the revision (None if offline), and whether it answered."""
 
     sha: str | None
     online: bool
@@ -35,7 +35,7 @@ def resolve_model(name: str) -> str:
     """The folder or Hub id that `name` stands for.
 
     Raises:
-        MechintError: a path that does not exist, or a name that is neither built in, an alias, nor of the form org/name.
+        MechintError: a path that does not exist, or a name that is not built in, an alias, or of the form org/name.
     """
     if name in BUILTIN_MODELS:
         from mechint.builtin import PYTHIA_TINY
@@ -112,7 +112,9 @@ def hub_unreachable(what: str, flag: str, local: str, builtin: str) -> MechintEr
     )
 
 
-def load_pretrained(name: str, source: str, *, dtype: torch.dtype, revision: str | None = None) -> tuple[Any, Any, str | None]:
+def load_pretrained(
+    name: str, source: str, *, dtype: torch.dtype, revision: str | None = None
+) -> tuple[Any, Any, str | None]:
     """The Hugging Face causal language model, its tokenizer and its commit, from a folder, the cache or the Hub.
 
     The commit is None for a folder.

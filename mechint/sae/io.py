@@ -31,8 +31,9 @@ def save_checkpoint(sae: SparseAutoEncoder, path: str | Path, *, overwrite: bool
     """Write the four float32 tensors as a `weights_only` state dict with the old key `b_pre`, atomically."""
     tensors = {name: tensor.detach().cpu().float().contiguous() for name, tensor in sae.named_parameters()}
     tensors["b_pre"] = tensors.pop("b_dec")
-    with atomic_path(path, overwrite=overwrite) as temporary:
-        torch.save(tensors, temporary)
+    # Through a file object: torch writes a path's name into the archive, and equal weights should be equal bytes.
+    with atomic_path(path, overwrite=overwrite) as temporary, open(temporary, "wb") as file:
+        torch.save(tensors, file)
 
 
 def save_sae_folder(sae: SparseAutoEncoder, folder: str | Path) -> None:
@@ -76,7 +77,9 @@ def load_sae(path: str | Path, *, config: str | Path | None = None, device: str 
             path = path / "checkpoint.pt"
             tensors = read_state_dict(path)
         else:
-            raise MechintError(f"{path} holds neither checkpoint.pt nor {CFG_FILE}: not a run directory or an SAE folder")
+            raise MechintError(
+                f"{path} holds neither checkpoint.pt nor {CFG_FILE}: not a run directory or an SAE folder"
+            )
     else:
         tensors = read_state_dict(path)
         if (path.parent / "sae" / CFG_FILE).is_file():

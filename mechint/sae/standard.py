@@ -23,9 +23,9 @@ MIN_DECODER_NORM = 1e-12
 class SparseAutoEncoder(nn.Module):
     """ReLU SAE with `d_sae = expansion * activation_dim` latents (or any `d_sae` given by keyword).
 
-    Parameters: `W_enc [d_in, d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae, d_in]`, `b_dec [d_in]`. The biases start at 0, the
-    weights Xavier-normal and independent of each other, then the rows of `W_dec` are divided by their norms. Drawn from
-    `generator` if given, else from torch's global one.
+    Parameters: `W_enc [d_in, d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae, d_in]`, `b_dec [d_in]`. The biases start at 0,
+    the weights Xavier-normal and independent of each other, then the rows of `W_dec` are divided by their norms. Drawn
+    from `generator` if given, else from torch's global one.
 
     `metadata` says what the SAE was trained on (hook_name, model_name, processing, prepend_bos, ...); empty if unknown.
     """

@@ -1,0 +1,48 @@
+"""`mechint train`, `scripts/train_sae.py`, `train.py`."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mechint.cli.flags import command, flag_given, parse
+from mechint.config import TRAIN_PRESETS, SAETrainConfig
+from mechint.errors import MechintError
+
+
+@dataclass(frozen=True)
+class TrainFlags(SAETrainConfig):
+    __doc__ = SAETrainConfig.__doc__
+
+    resume: Path | None = None
+    """Go on with a stopped run: its directory. Takes no other settings."""
+
+
+@command
+def main(argv: Sequence[str]) -> int:
+    flags = parse(TrainFlags, argv, prog="train_sae.py", presets=TRAIN_PRESETS, config_file=True)
+    settings = {name: value for name, value in flags.to_dict().items() if name != "resume"}
+    if flags.resume is not None and len(argv) > (1 if "=" in argv[0] else 2):
+        raise MechintError("--resume takes its settings from the run: give no other flags")
+    from mechint.eval import print_eval_summary
+    from mechint.provenance import read_json
+    from mechint.train import resume, train
+    from mechint.train.loop import Stopped
+
+    try:
+        if flags.resume is not None:
+            layout = resume(flags.resume)
+        else:
+            if not flag_given(argv, "--activation-dim", "--d-in", "--config"):
+                from mechint.data import open_activations
+
+                settings["activation_dim"] = open_activations(flags.activations_path).d_in
+            layout = train(SAETrainConfig.from_dict(settings))
+    except Stopped as stopped:
+        print(f"stopped; the state is saved. To go on: {stopped.command}", file=sys.stderr)
+        return 130
+    summary = read_json(layout.summary)
+    if layout.manifest is not None:  # files hold paths relative to the run; a person wants them from here
+        summary |= {"run_dir": str(layout.root), "checkpoint_path": str(layout.checkpoint)}
+    print_eval_summary(summary)
+    return 0

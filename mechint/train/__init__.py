@@ -1,0 +1,5 @@
+"""Training: the loop, its schedules, and the state that a stopped run goes on from."""
+
+from mechint.train.loop import resume, train
+
+__all__ = ["resume", "train"]
