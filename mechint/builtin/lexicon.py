@@ -5,12 +5,14 @@ A noun marked with ``~`` has no plural and takes no article. Verb forms are comp
 
 from functools import cache
 
+from mechint.builtin.world import ANIMALS
+
 NOUN_CLASSES: dict[str, tuple[str, ...]] = {
     key: tuple(words.split())
     for key, words in {
         "fruit": "apple pear plum lemon banana cherry peach melon grape fig mango strawberry apricot kiwi lime coconut "
         "raspberry blueberry",
-        "vegetable": "carrot onion potato tomato cabbage pea pumpkin turnip cucumber radish leek garlic~ celery~ "
+        "vegetable": "carrot onion potato tomato cabbage pea pumpkin turnip cucumber radish leek aubergine "
         "lettuce",
         "food": "bread~ soup~ cake pie sandwich honey~ butter~ egg biscuit pancake jam~ salad pudding omelette "
         "toast~ muffin pizza roll",
@@ -40,6 +42,15 @@ NOUN_CLASSES: dict[str, tuple[str, ...]] = {
         "thief hero witch giant wizard pirate twin",
         "sky": "sun moon star cloud rainbow",
     }.items()
+}
+
+NOUN_CLASSES["animal"] = tuple(animal.name for animal in ANIMALS)
+# Unions that a template may ask for when any of several classes would do.
+NOUN_UNIONS: dict[str, tuple[str, ...]] = {
+    "object": ("clothes", "furniture", "container", "tool", "readable", "instrument", "vehicle", "toy", "treasure"),
+    "edible": ("fruit", "vegetable", "food"),
+    "place": ("building", "outdoor"),
+    "living": ("flower", "tree"),
 }
 
 MATERIALS: tuple[str, ...] = tuple(
@@ -151,6 +162,7 @@ put puts put put putting
 feel feels felt felt feeling
 hold holds held held holding
 sweep sweeps swept swept sweeping
+hang hangs hung hung hanging
 shine shines shone shone shining
 blow blows blew blown blowing
 spit spits spat spat spitting
@@ -182,7 +194,7 @@ OBJECTS: dict[str, tuple[str, ...]] = {
         "pick": "fruit flower", "plant": "tree flower vegetable", "feed": "animal", "chase": "animal",
         "visit": "building", "sew": "clothes curtain", "wash": "clothes container", "fill": "container",
         "light": "candle lantern lamp", "ring": "bell", "build": "boat house tower bridge barn cottage",
-        "cut": "bread~ cake rope pie melon", "hear": "instrument animal", "fly": "kite plane", "throw": "ball stone~ rope",
+        "cut": "bread~ cake rope pie melon", "hear": "instrument animal", "fly": "kite plane", "throw": "ball stone rope",
         "kick": "ball bucket", "pour": "drink", "peel": "fruit potato onion", "taste": "food drink fruit",
         "sharpen": "knife axe saw pencil", "polish": "furniture treasure shoe", "water": "flower tree garden",
         "watch": "animal star ship train", "follow": "path animal human river", "paddle": "canoe",
@@ -242,7 +254,7 @@ def verb_form(lemma: str, form: str) -> str:
 
 
 def article(following: str) -> str:
-    """"a" or "an" before the word that follows."""
+    """The indefinite article that goes before ``following``."""
     word = following.split(" ")[0].lower()
     return VOWEL_SOUND_EXCEPTIONS.get(word, "an" if word[:1] in "aeiou" else "a")
 

@@ -1,0 +1,273 @@
+"""The sentences of the tales, one template a line (syntax: story.py), grouped by what they are about."""
+
+# A person: introduced, described, followed. Facts said here are asked for again in RECALL.
+OPEN = """
+{A} {A.surname} lived in {A.city}, a~ {A.people} city.
+{A} lives in {A.city} and works as a~ {A.job}.
+{A} was a~ {A.trait} {A.job} <who lived in {A.city}>.
+There was once a~ {A.trait} {A.job} called {A}.
+{A} is a~ {A.job} from {A.country}.
+{A} comes from {A.city} in {A.country} and speaks {A.lang}.
+My {A.kin}, {A.kinname}, has a friend called {A} <who comes from {A.city}>.
+{A} has a~ {A.petcolour} {A.pet} called {A.petname}.
+{A} had a~ {A.kin} called {A.kinname} and a~ {A.pet} called {A.petname}.
+{A} and {B} were friends <who lived in {A.city}>.
+{A} and {B} met in {A.city} in {A.month}.
+{A} is {A.age} years old and lives with {A.his} {A.kin}, {A.kinname}.
+When {A} was young, {A.he} lived in {A.country} with {A.his} {A.kin}.
+On {A.day}, {A} went to the {A.place} with {A.his} {A.pet}, {A.petname}.
+In the {room1} of {A} stood a~ {A.objcolour} {A.obj} made of {A.objmat}.
+{A} owned a~ {A.objadj} {A.obj}, and it was {A.objcolour}.
+{When.phrase}, {A} {walk/When} to the {A.place}.
+{When.phrase}, {A} {visit/When} {B} in {B.city}.
+Although {A} was born in {A.city}, {A.he} never learned {land.lang}.
+{A}, <who was a~ {A.job}>, loved {A.his} {A.pet} and {A.his} {A.kin}.
+This is the story of {A}, a~ {A.trait} {human1} from {A.country}.
+"{interj}," said {A}, "my name is {A} and I come from {A.city}."
+Everybody in {A.city} knew {A}, the {A.job}.
+"""
+
+ABOUT = """
+{A.ref} {work/s} in the {A.work} every {A.day}.
+Because {A.he} was a~ {A.job}, {A.ref} spent every {A.day} in the {A.work}.
+Every {A.day} {A.ref} used a~ {A.jtool} at the {A.work}.
+{A.refs} favourite colour was {A.fav}, so {A.he} bought a~ {A.fav} {clothes1}.
+{A.ref} always wore a~ {A.fav} {clothes1} and a~ {colour1} {clothes2}.
+{A.ref} {liking1/s} {A.drink} but {A.he} never drinks {drink1}.
+In the morning {A.ref} drank {A.drink} and ate a~ {A.fruit}.
+{A.ref} kept the {A.obj} in the {A.objplace}, {prep1} a~ {furniture1}.
+The {A.obj} <that {A} owned> was {A.objcolour} and very {A.objadj}.
+{A.refs} {A.obj} was made of {A.objmat}.
+{A.refs} {A.kin}, {A.kinname}, gave {A.him} a~ {A.objadj} {A.obj}.
+{A.refs} {A.pet}, {A.petname}, {resting1/past} {prep1} the {furniture1}.
+{A.petname}, the {A.petcolour} {A.pet}, {freq1} followed {A} to the {A.place}.
+{A.ref} {feed/When} {A.his} {A.pet} {manner1}.
+{A.ref} played the {A.instrument} in the {A.place} on {A.day}.
+{A.ref} speaks {A.lang} because {A.he} grew up in {A.country}.
+{A.ref} missed the {A.river} and the {A.dish} of {A.country}.
+At home {A.ref} cooked {A.dish}, as people do in {A.country}.
+{A.ref} {act.v/When} {act.o|a} in the {A.place}.
+{When.phrase}, {A.ref} {act.v/When} {act.o|a} and {act2.v/When} {act2.o|a}.
+{A.ref} {motion1/When} to the {place1} and {resting1/When} there {manner1}.
+{A.ref} did not {act.v/base} {act.o|a}, because {A.he} was too {bad1}.
+{A.ref} was {good1} because {A.he} had won a~ {adj1} {treasure1}.
+{A.ref} was {bad1} because {A.he} had lost {A.his} {treasure1}.
+{A.ref} felt {bad1} when {A.his} {vehicle1} broke, but {A.his} {A.kin} made {A.him} {good1}.
+Nobody in {A.city} was as {trait1} as {A.ref}.
+{A.ref} is more {trait1} than {A.his} {A.kin}.
+{A.ref} could not find {A.his} {clothes1}, so {A.he} wore a~ {adj1} {clothes2}.
+{A.ref} bought {num1} {fruit1|pl}, {num2} {vegetable1|pl} and some {drink1}.
+{A.ref} put the {object1} {prep1} the {object2} and the {edible1} {prep2} the {container1}.
+{A.ref} has {num1} {object1|pl}, {num2} {object2|pl} and only one {object3}.
+{A.ref} wants to {act.v/base} {act.o|a} before {A.he} goes to {land.city}.
+{A.ref} has never {act.v/pp} {act.o|a} in {A.his} life.
+{A.ref} was {act.v/ing} {act.o|a} when the {human1} {motion1/past} into the {room1}.
+While {A.ref} was {resting1/ing} in the {room1}, {A.his} {A.kin} {act.v/past} {act.o|a}.
+After {A.he} had {act.v/pp} {act.o|a}, {A.ref} {motion1/past} home {manner1}.
+If {A.ref} goes to {land.country}, {A.he} will see the {land.river} and eat {land.dish}.
+{A.ref} hoped that {A.his} {A.kin} would {act.v/base} {act.o|a}.
+{A.ref} has a {size1} {body1} and {degree1} {adj1} {clothes1|pl}.
+{A.ref} can {act.v/base} {act.o|a}, but {A.he} cannot {act2.v/base} {act2.o|a}.
+On {day.day} {A.ref} {act.v/past} {act.o|a}, and on {day.next} {A.he} {act2.v/past} {act2.o|a}.
+First {A.ref} {act.v/past} {act.o|a}, then {A.he} {act2.v/past} {act2.o|a}, and at last {A.he} {motion1/past} home.
+"""
+
+PAIR = """
+{A} and {B} {motion1/past} to the {place1} together.
+{A} gave {B} a~ {adj1} {object1}, and {B} gave {A} {num1} {edible1|pl}.
+{A.ref} {giving1/past} {B} {A.his} {A.objcolour} {A.obj}.
+{B.ref} {liking1/past} the {A.obj} of {A}, because it was {A.objcolour}.
+{A} told {B} that {A.his} {A.kin}, {A.kinname}, was in {land.city}.
+{A} {thinking1/past} that {B} was {trait1}, but {B} {thinking2/past} that {A} was {trait2}.
+{A.ref} is a~ {A.job}, while {B} is a~ {B.job}.
+{A.ref} lives in {A.city}, but {B} lives in {B.city}, the pride of {B.country}.
+{A} speaks {A.lang}, and {B} speaks {B.lang}.
+{B}, <who had {act.v/pp} {act.o|a}>, was {degree1} {good1}.
+{B}, <whose {B.kin} was a~ {trade.job}>, came from {B.city}.
+The {object1} <that {A} had bought for {B}> was {degree1} {adj1}.
+The {human1} <who saw {A} and {B}> {saying1/past} nothing.
+{A.ref} asked {B} to {act.v/base} {act.o|a}, but {B} did not want to.
+{A} has {count.a} {object1|pl} and {B} has {count.b}, so together they have {count.sum} {object1|pl}.
+{A} is taller than {B}, and {B} is taller than {p}, so {A} is taller than {p}.
+{B.ref} {motion1/past} to {B.city} on {day.day}, and {A} came on {day.next}.
+Neither {A} nor {B} {act.v/past} {act.o|a}.
+Both {A} and {B} {act.v/past} {act.o|a} in {month.month}.
+{A} looked at {A.self} in the mirror, and {B} laughed at {B.self}.
+{B} {act.v/past} {act.o|a}, although {A} had {act.v/pp} it before.
+{A} waited for {B} {prep1} the {building1} until the {weather1} evening.
+{A}, {B} and {p} {act.v/past} {act.o|a} in the {outdoor1}.
+{p} {giving1/past} {A} a~ {object1}, and {A} {giving1/past} it to {B}.
+{B.refs} {B.pet}, {B.petname}, chased the {A.pet} of {A} through the {outdoor1}.
+{A} saw {B}, <who was {act.v/ing} {act.o|a}>, and waved {manner1}.
+"""
+
+TALK = """
+"Where do you live?" asked {B}. "I live in {A.city}," said {A}.
+"What do you do?" asked {B}. "I am a~ {A.job}, and I work in a~ {A.work}," said {A}.
+"Do you speak {A.lang}?" asked {B}. "Yes, I come from {A.country}," answered {A}.
+"Do you speak {land.lang}?" asked {B}. "No, I speak only {A.lang}," answered {A}.
+"What is the capital of {land.country}?" asked {A}. "It is {land.capital}," {saying1/past} {B}.
+"What is {math.a} plus {math.b}?" asked {A}. "It is {math.sum}," {saying1/past} {B}.
+"What day is it today?" asked {B}. "It was {day.prev} yesterday, so it is {day.day}," said {A}.
+"Have you seen my {A.obj}?" asked {A}. "Your {A.objcolour} {A.obj} is in the {A.objplace}," said {B}.
+"I am {bad1}," said {B.ref}. "Do not be {bad1}," {saying1/past} {A}.
+"I have {act.v/pp} {act.o|a}," {saying1/past} {A.ref} {manner1}.
+"We will {act.v/base} {act.o|a} on {day.day}," {saying1/past} {A.ref}.
+"{interj}, {A}," said {B}, "your {A.pet} is {prep1} the {furniture1}."
+"{interj}," {saying1/past} {A.ref}, "I never {act.v/base} {act.o|a}."
+"Can you {act.v/base} {act.o|a}?" asked {A}. "No, but {p} can," {saying1/past} {B}.
+"Who has {act.v/pp} the {object1}?" asked {A}. "It was {p}," {saying1/past} {B}.
+"Why are you {good1}?" asked {A}. "Because my {B.kin} will visit me on {day.day}," said {B}.
+"Why are you {bad1}?" asked {B}. "Because I have lost my {A.obj}," said {A}.
+"How many {object1|pl} do you have?" asked {B}. "I have {num1} {object1|pl}," {saying1/past} {A}.
+"My {A.kin} is called {A.kinname}," said {A.ref}, "and {A.kinhe} lives in {land.city}."
+"Please {giving1/base} me the {colour1} {object1}," said {B.ref}, and {A} did so {manner1}.
+{A.ref} said that {A.he} {liking1/past} {drink1}, but {B} {saying1/past}, "^I prefer {drink2}."
+{B.ref} asked {A} whether {A.he} had {act.v/pp} {act.o|a}, and {A} said that {A.he} had.
+{A} {thinking1/past} that {B} {thinking2/past} that the {object1} was {colour1}.
+"You must not {act.v/base} {act.o|a} in the {room1}," {saying1/past} {A.ref} {manner1}.
+"If it is {weather1} on {day.day}, we should {act.v/base} {act.o|a}," {saying1/past} {B.ref}.
+"""
+
+RECALL = """
+A.city :: So {A.ref} went back to {A.city}.
+A.city :: {A.ref} was glad to be home in {A.city}, far from {land.city}.
+A.city A.people :: {A.city} is in {A.country}, and its people speak {A.lang}.
+A.job A.work :: As every {A.job} should, {A.ref} came to the {A.work} early.
+A.job :: "You are a good {A.job}, {A}," {saying1/past} the {human1}.
+A.petname A.pet :: The {A.pet} was called {A.petname}.
+A.petname :: {A.petname} was {degree1} {adj1} and {freq1} {good1}.
+A.petname :: When {A} came home, {A.petname} was {resting1/ing} in the {room1}.
+A.petname A.petcolour :: Where was {A.petname}, the {A.petcolour} {A.pet}?
+A.kinname A.kin :: {A.kinname}, {A.his} {A.kin}, was {degree1} {trait1}.
+A.kinname :: {A.kinname} {act.v/past} {act.o|a} for {A}.
+A.kinname A.kin :: In the evening {A.ref} wrote a letter to {A.kinname}.
+A.obj A.objcolour :: What colour was the {A.obj}? It was {A.objcolour}.
+A.obj A.objmat :: The {A.obj} was heavy, because it was made of {A.objmat}.
+A.obj A.objplace :: {A.ref} looked for the {A.obj} in the {A.objplace}.
+A.obj A.objadj :: Everybody wanted to see the {A.objadj} {A.obj} of {A}.
+A.place :: On {day.day} {A.ref} came back to the {A.place}.
+A.fav :: Of course the new {object1} of {A} was {A.fav}.
+A.drink :: There was no {A.drink} left, so {A.ref} drank {drink1}.
+A.instrument :: {A.ref} sold the {A.instrument} to a~ {human1}.
+A.day :: It was {A.day}, and {A.ref} was {degree1} {good1}.
+A.age A.kin :: {A} is {A.age}, but {A.his} {A.kin} is {tens1}.
+A.surname :: People called {A.him} {A} {A.surname}.
+A.lang :: {A.ref} sang a {A.lang} song and everybody listened.
+A.trait :: Everybody said that {A.ref} was {A.trait}.
+B A.name :: {B} and {A} said goodbye to {p}.
+B.city A.city :: {B.ref} returned to {B.city}, and {A} stayed in {A.city}.
+B.job A.job :: The {B.job} thanked the {A.job}, because the {A.job} had helped {B.him}.
+B.job :: A {B.job} like {B} is never {bad1}.
+Land.country :: In {Land.country} people eat {Land.dish} and speak {Land.lang}.
+Land.city :: From {Land.city} it is far to {land.city} in {land.country}.
+Beast.name :: A young {Beast.name} is called a~ {Beast.young}.
+Beast.name :: The {Beast.name} {Beast.v/past} {manner1} near the {Beast.home}.
+Trade.job :: The {Trade.job} works in the {Trade.work} with a~ {Trade.jtool}.
+"""
+
+WORLD = """
+{Land.capital} is the capital of {Land.country}.
+The capital of {Land.country} is {Land.capital}.
+{Land.city} is a city in {Land.country}.
+{Land.town} lies in {Land.country}, but it is not the capital.
+{Land.country} has a capital called {Land.capital}.
+People in {Land.country} speak {Land.lang}.
+In {Land.city} people speak {Land.lang}, because it is a~ {Land.people} city.
+The {Land.river} is a river in {Land.country}.
+The {Land.river} flows through {Land.country} to the sea.
+{Land.people} people like to eat {Land.dish}.
+The people of {Land.city} are proud of their {Land.dish}.
+{Land.country} is a country in {Land.continent}.
+{Land.city}, <which is a~ {Land.people} city>, lies in {Land.continent}.
+{p} said that {land.capital} was the capital of {land.country}.
+If you go from {Land.city} to {land.city}, you travel from {Land.country} to {land.country}.
+In {land.country} they speak {land.lang}, but in {land2.country} they speak {land2.lang}.
+A~ {Trade.job} works in a~ {Trade.work}.
+A~ {Trade.job} needs a~ {Trade.jtool}.
+It is the work of a~ {Trade.job} to {Trade.jverb/base} {Trade.jthing}.
+{Trade.job|pl} {Trade.jverb/base} {Trade.jthing} in the {Trade.work}.
+The {Trade.job} <who works in this {Trade.work}> {freq1} {Trade.jverb/s} {Trade.jthing}.
+No {Trade.job} can work without a~ {Trade.jtool}.
+A~ {Beast.name} is a~ {Beast.kind}.
+{Beast.name|pl} like to eat {Beast.feed}.
+{Beast.name|pl} {Beast.v/base}, but {beast.name|pl} {beast.v/base}.
+The {Beast.name} {Beast.v/s} because it wants some {Beast.feed}.
+You can see a~ {Beast.name} near the {Beast.home}.
+The young of a~ {Beast.name} is a~ {Beast.young}.
+A~ {Beast.young} is a young {Beast.name}.
+The {Beast.name} <that lives in the {Beast.home}> {freq1} {Beast.v/s}.
+Is a~ {Beast.name} a~ {Beast.kind}? Yes, it is.
+{math.a} plus {math.b} is {math.sum}.
+{math.sum} minus {math.b} is {math.a}.
+{math.a} and {math.b} makes {math.sum}.
+After {math.a} comes {math.succ}, and after {math.succ} comes {math.succ2}.
+Before {math.a} comes {math.pred}.
+The day after {day.day} is {day.next}.
+If today is {day.day}, tomorrow will be {day.next}.
+If today is {day.day}, yesterday was {day.prev}.
+{day.day} comes before {day.next} and after {day.prev}.
+{day.prev}, {day.day} and {day.next} are days of the week.
+{month.month} comes after {month.prev}.
+After {month.month} come {month.next} and {month.after}.
+{month.month} is a month of {month.season}.
+In {month.month} it is {month.season}, and the days are {weather1}.
+The opposite of {opp.a} is {opp.b}.
+Something <that is {opp.a}> is not {opp.b}.
+It was not {opp.a}, it was {opp.b}.
+A ripe {hue.name} is {hue.colour}.
+The colour of a~ {hue.name} is {hue.colour}.
+A~ {sort.name} is a~ {sort.kind}.
+A~ {sort.name} is a~ {sort.kind}, but a~ {sort.wrong} is not.
+"""
+
+SCENE = """
+The {object1|n1} {prep1} the {furniture1} {be/n1} {adj1}.
+The {animal1|n1} {prep1} the {place1} {be/n1} {degree1} {adj1}.
+The {human1|n1} <who {live/n1} {prep1} the {place1}> {liking1/n1} {edible1|pl}.
+The {animal1|n1} <that the {human1|pl} {chase/past}> {have/n1} {num1} {size1} {edible1|pl}.
+The {human1|n1} {prep1} the {outdoor1|pl} {act.v/n1} {act.o|a} every {day.day}.
+The {object1} of the {human1|pl} {be/s} {colour1}, and the {object2|pl} of the {human2} are {colour2}.
+There were {num1} {animal1|pl} and {num2} {animal2|pl} in the {outdoor1}.
+There were {count.a} {animal1|pl} and {count.b} {animal2|pl}, {count.sum} animals in all.
+There was a~ {material1} {object1} {prep1} the {adj1} {object2}.
+A~ {colour1} {object1} and a~ {colour2} {object2} lay on the {furniture1}.
+It was a~ {weather1} {day.day} in {month.month}, and the {place1} was {adj1}.
+It was {weather1} and {weather2}, so nobody {act.v/past} {act.o|a}.
+In {month.month}, <when it was {weather1}>, the {human1|pl} {act.v/past} {act.o|a}.
+The {group1} {motion1/past} through the {outdoor1} to the {building1}.
+The {weather1} wind blew over the {outdoor1}, and the {tree1|pl} were {adj1}.
+The {sky1} was {colour1} above the {outdoor1}.
+The {ordinal1} {human1} had a~ {object1}, the {ordinal2} had a~ {object2}.
+The {human1} <who had a~ {adj1} {clothes1}> {giving1/past} the {human2} {num1} {edible1|pl}.
+The {object1} <that the {human1} {act.v/past} in> was {adj1} and {adj2}.
+In the {room1} there was a~ {furniture1}, and on the {furniture1} stood a~ {container1}.
+A~ {flower1} grew {prep1} the {tree1}, and {num1} {flower2|pl} grew {prep2} the {building1}.
+The {human1} bought {edible1|pl}, {edible2|pl} and {edible3|pl} at the market.
+The {trade.job} and the {trade2.job} {act.v/past} {act.o|a} in the {building1}.
+Not every {human1} {liking1/s} {edible1|pl}.
+No {animal1} has ever {motion1/pp} to the {place1}.
+The {container1} was full of {edible1|pl}, but the {container2} was empty.
+{tens1} {human1|pl} {motion1/past} to {land.city} to see the {adj1} {building1}.
+The {size1} {animal1} was {adj1}, and the {size2} {animal2} was {adj2}.
+The {human1} {manner1} {act.v/past} {act.o|a}, then {motion1/past} {manner2} to the {place1}.
+The {beast.name} {beast.v/past}, and the {beast2.name} {beast2.v/past} {manner1}.
+The {treasure1} cost {tens1} coins, and the {treasure2} cost only {num1}.
+"""
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    name: tuple(line for line in text.strip().splitlines())
+    for name, text in (
+        ("open", OPEN), ("about", ABOUT), ("pair", PAIR), ("talk", TALK), ("recall", RECALL), ("world", WORLD),
+        ("scene", SCENE),
+    )
+}  # fmt: skip
+
+# What a tale is made of: the group of its first sentence, then the weights of the groups of the others.
+PLANS: tuple[tuple[float, str, dict[str, float]], ...] = (
+    (0.36, "open", {"about": 5, "recall": 4, "scene": 1.5, "pair": 1}),
+    (0.22, "open", {"pair": 4, "talk": 3, "recall": 2, "about": 2}),
+    (0.14, "open", {"talk": 5, "recall": 2, "pair": 1.5, "about": 1}),
+    (0.18, "world", {"world": 6, "recall": 3, "scene": 1}),
+    (0.10, "scene", {"scene": 5, "about": 2, "recall": 1.5, "world": 1}),
+)
