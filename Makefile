@@ -1,0 +1,66 @@
+# Nothing has to be typed before these: `make pipeline` and `make test` make the environment themselves.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+CONSTRAINTS ?= constraints.txt
+# The newest TransformerLens that is supported beside the pinned one; the model tests run on both.
+TL4 = 4.3.0
+
+.PHONY: help setup pipeline test test-fast check fix bench test-tl4 readme clean
+
+help:
+	@echo "make pipeline   collect, train, evaluate, ablate and compare on the built-in model (minutes, no network)"
+	@echo "make test       all tests        make test-fast  the quick ones"
+	@echo "make check      format, lint, types, import layers"
+	@echo "make bench      measure speed and memory against the original's way"
+	@echo "make readme     write the command reference in README.md anew from --help"
+	@echo "make test-tl4   the model tests with TransformerLens $(TL4), in an environment of their own"
+
+setup: $(VENV)/.ready
+
+# torch first and by its exact version: a looser requirement would pull a build with gigabytes of CUDA libraries.
+$(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -c $(CONSTRAINTS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,notebooks]' -c $(CONSTRAINTS)
+	@touch $@
+
+pipeline: setup
+	$(BIN)/mechint pipeline
+
+test: setup
+	$(BIN)/python -m pytest -q -n 2 -m "slow or not slow"
+	$(BIN)/python -m unittest -q tests.test_pipeline
+	$(BIN)/python check_paths.py
+
+test-fast: setup
+	$(BIN)/python -m pytest -q -n 2
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest -q tests/test_layers.py
+
+fix: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python benchmarks/collection.py
+	$(BIN)/python benchmarks/ablation.py
+
+readme: setup
+	$(BIN)/python -m mechint.cli.reference README.md
+
+build/constraints-tl4.txt: constraints.txt
+	@mkdir -p build
+	sed 's/^transformer-lens==.*/transformer-lens==$(TL4)/' constraints.txt > $@
+
+test-tl4: build/constraints-tl4.txt
+	$(MAKE) setup VENV=.venv-tl4 CONSTRAINTS=build/constraints-tl4.txt
+	.venv-tl4/bin/python -m pytest -q -m "slow or not slow" tests/test_models.py tests/test_suffix.py tests/test_ablation.py
+
+clean:
+	rm -rf .venv .venv-tl4 build *.egg-info .pytest_cache .ruff_cache .hypothesis
