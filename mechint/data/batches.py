@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol, final
+from typing import Any, Literal, Protocol, final, runtime_checkable
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from mechint.errors import MechintError
 
 
+@runtime_checkable
 class Rows(Protocol):
     """What batches are taken from: an opened activation store, seen as a table of float32 rows."""
 
