@@ -1,0 +1,105 @@
+"""The house's one-way imports, walked from the source, and the lightness of what must be light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "mechint"
+
+# A file imports only from groups above its own. Groups on one line do not import one another.
+GROUPS = [
+    ["errors"],
+    ["config"],
+    ["provenance"],
+    ["builtin"],
+    ["models"],
+    ["sae"],
+    ["kernels"],
+    ["data"],
+    ["runs"],
+    ["eval"],
+    ["train"],
+    ["ablation", "analysis", "compare"],
+    ["report"],
+    ["cli"],
+]
+RANK = {name: rank for rank, names in enumerate(GROUPS) for name in names}
+# config needs the error class only; builtin's recipe is a command and writes files as commands do.
+LIGHT = ("mechint", "mechint.errors", "mechint.config", "mechint.cli", "mechint.cli.train", "mechint.builtin.tales")
+
+
+def group_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> list[tuple[int, str]]:
+    """`(line, group)` of every import of our own package, at any depth of the file."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import hides where it goes"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        found += [(node.lineno, name.split(".")[1]) for name in names if name.startswith("mechint.")]
+    return found
+
+
+def sources() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or not path.name.startswith("__"))
+
+
+def test_every_file_belongs_to_a_group():
+    assert len(sources()) > 20
+    unknown = {group_of(path) for path in sources()} - RANK.keys()
+    assert not unknown, f"add {unknown} to GROUPS, in its place"
+
+
+def test_imports_flow_one_way():
+    wrong = []
+    for path in sources():
+        own = group_of(path)
+        for line, other in imports_of(path):
+            if other == "__version__" or other == own:
+                continue
+            if other not in RANK or RANK[other] >= RANK[own]:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {other}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_only_one_file_imports_transformer_lens():
+    files = []
+    for path in [*PACKAGE.rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(module.split(".")[0] == "transformer_lens" for module in modules):
+                files.append(str(path.relative_to(PACKAGE)))
+    assert set(files) == {"models/bridge.py"}
+
+
+def test_sae_package_knows_no_model_store_or_run():
+    others = {group for path in (PACKAGE / "sae").glob("*.py") for _, group in imports_of(path)}
+    assert others <= {"sae", "errors", "provenance"}
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_import_nothing_heavy(module: str):
+    code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'datasets', 'pandas'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_path_hacks_and_no_postponed_annotations():
+    # Built from parts so that this file does not find itself.
+    forbidden = ["sys.path." + "insert", "sys.path." + "append", "from __future__ import " + "annotations"]
+    folders = [PACKAGE, ROOT / "scripts", ROOT / "tests", ROOT / "benchmarks"]
+    for path in [p for folder in folders for p in folder.rglob("*.py")] + [ROOT / "train.py", ROOT / "sae.py"]:
+        text = path.read_text(encoding="utf-8")
+        assert not [word for word in forbidden if word in text], path
