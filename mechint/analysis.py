@@ -34,9 +34,9 @@ def collect_top_activations(
 ) -> tuple[Float[Tensor, "d_sae k"], Int[Tensor, "d_sae k"]]:
     """For each latent its `k` highest values over all rows and the rows they are on, highest first.
 
-    Equal values are ordered by row, so the result does not depend on `batch_size`. A latent that fires on fewer than `k`
-    rows is filled up with 0 on the first rows where it is silent; with fewer than `k` rows in all, the rest is -inf with
-    row -1. Results are on the CPU.
+    Equal values are ordered by row, so the result does not depend on `batch_size`. A latent that fires on fewer than
+    `k` rows is filled up with 0 on the first rows where it is silent; with fewer than `k` rows in all, the rest is -inf
+    with row -1. Results are on the CPU.
 
     Raises:
         MechintError: `acts` is not as wide as the SAE, or `k` is below 1.
@@ -266,8 +266,8 @@ def decoder_similarity_blocks(
 def top_decoder_pairs(sae: SparseAutoEncoder, top_k: int = 20) -> list[tuple[int, int, float]]:
     """The `top_k` pairs `(i, j, cosine)`, i < j, of the most similar decoder rows, most similar first.
 
-    Exactly `top_k` pairs (or all, if there are fewer), each once; equal cosines are ordered by (i, j). The memory is that
-    of a block, whatever d_sae is.
+    Exactly `top_k` pairs (or all, if there are fewer), each once; equal cosines are ordered by (i, j). The memory is
+    that of a block, whatever d_sae is.
     """
     if top_k < 1:
         raise MechintError(f"top_k must be at least 1, got {top_k}")

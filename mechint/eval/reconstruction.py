@@ -1,0 +1,167 @@
+"""Evaluating an SAE on stored activations: one pass over the training rows, one over the held-out rows."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechint.data.store import Activations
+from mechint.errors import MechintError
+from mechint.eval.sums import ReconstructionSums
+from mechint.sae import SparseAutoEncoder
+
+# Largest [rows, d_sae] block of feature_acts made at once: 128 MB in float32, whatever the size of the dictionary.
+MAX_BLOCK_ELEMENTS = 2**25
+
+
+class Activity(NamedTuple):
+    """What a pass over some rows saw."""
+
+    fire_counts: Int[Tensor, " d_sae"]  # rows on which each latent is above 0
+    mean: Float[Tensor, " d_in"]  # float64 mean of the rows
+    n_rows: int
+
+
+def row_batches(
+    activations: Float[Tensor, "n d_in"] | Activations,
+    indices: Int[Tensor, " rows"] | None,
+    batch_size: int,
+    *,
+    what: str = "",
+    progress: bool = False,
+) -> Iterator[Float[Tensor, "batch d_in"]]:
+    """The rows named by `indices` (all if None) in ascending order, in float32 batches, the last one short.
+
+    Sums do not depend on the order, and ascending is the order that disks like. `what` titles the progress bar.
+
+    Raises:
+        MechintError: a row holds NaN or Inf.
+    """
+    if indices is not None:
+        indices = indices.sort().values
+    n_rows = (len(activations) if isinstance(activations, Tensor) else activations.n_rows) if indices is None else None
+    n_rows = len(indices) if indices is not None else n_rows
+    if isinstance(activations, Activations):
+        batches = activations.batches(batch_size, indices=indices)
+    else:
+        batches = _tensor_batches(activations, indices, batch_size)
+    if progress:
+        from tqdm import tqdm
+
+        batches = tqdm(batches, total=-(-(n_rows or 0) // batch_size), desc=what, unit="batch", leave=False)
+    start = 0
+    for batch in batches:
+        batch = batch.float()
+        if not bool(torch.isfinite(batch).all()):
+            bad = start + int((~torch.isfinite(batch).all(dim=1)).nonzero()[0])
+            row = bad if indices is None else int(indices[bad])
+            where = activations.path if isinstance(activations, Activations) else "the activations"
+            raise MechintError(f"row {row} of {where} holds NaN or Inf: collect these activations again")
+        start += len(batch)
+        yield batch
+
+
+def _tensor_batches(
+    activations: Float[Tensor, "n d_in"], indices: Int[Tensor, " rows"] | None, batch_size: int
+) -> Iterator[Tensor]:
+    for start in range(0, len(activations) if indices is None else len(indices), batch_size):
+        stop = start + batch_size
+        yield activations[start:stop] if indices is None else activations[indices[start:stop]]
+
+
+def measure_activity(
+    sae: SparseAutoEncoder,
+    activations: Float[Tensor, "n d_in"] | Activations,
+    indices: Int[Tensor, " rows"] | None = None,
+    *,
+    batch_size: int = 8192,
+    device: str | None = None,
+    progress: bool = False,
+) -> Activity:
+    """Firing counts of all latents and the mean activation over the rows `indices` (all if None)."""
+    sae, batch_size = _prepared(sae, activations, batch_size, device)
+    counts = torch.zeros(sae.d_sae, dtype=torch.int64)
+    total = torch.zeros(sae.d_in, dtype=torch.float64)
+    n_rows = 0
+    with torch.inference_mode():
+        for x in row_batches(activations, indices, batch_size, what="training rows", progress=progress):
+            counts += (sae.encode(x.to(sae.W_enc.device)) > 0).sum(dim=0).cpu()
+            total += x.double().sum(dim=0)
+            n_rows += len(x)
+    return Activity(counts, total / max(n_rows, 1), n_rows)
+
+
+def collect_feature_activity(
+    sae: SparseAutoEncoder,
+    activations: Float[Tensor, "n d_in"] | Activations,
+    indices: Int[Tensor, " rows"] | None = None,
+    *,
+    batch_size: int = 8192,
+    device: str | None = None,
+) -> Bool[Tensor, " d_sae"]:
+    """Which latents are above 0 on at least one of the rows `indices` (all if None)."""
+    return measure_activity(sae, activations, indices, batch_size=batch_size, device=device).fire_counts > 0
+
+
+def evaluate_sae(
+    sae: SparseAutoEncoder,
+    activations: Float[Tensor, "n d_in"] | Activations,
+    val_indices: Int[Tensor, " n_val"] | None = None,
+    train_indices: Int[Tensor, " n_train"] | None = None,
+    *,
+    batch_size: int = 8192,
+    device: str | None = None,
+    activity: Activity | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Reconstruction and sparsity on the held-out rows, dead latents on the training rows (docs/metrics.md).
+
+    Args:
+        val_indices: rows that the metrics are measured on; all if None.
+        train_indices: rows that decide which latents are dead; all if None.
+        activity: the result of `measure_activity` on the training rows, if it has been run already.
+
+    Returns:
+        val_mse, val_l0 (a fraction), dead_features and dead_fraction under their old names, and the newer metrics.
+
+    Raises:
+        MechintError: no rows to measure on, the wrong width, NaN or Inf in the activations.
+    """
+    if activity is None:
+        activity = measure_activity(
+            sae, activations, train_indices, batch_size=batch_size, device=device, progress=progress
+        )
+    sae, batch_size = _prepared(sae, activations, batch_size, device)
+    sums = ReconstructionSums(sae.d_in, sae.d_sae)
+    with torch.inference_mode():
+        for x in row_batches(activations, val_indices, batch_size, what="held-out rows", progress=progress):
+            x = x.to(sae.W_enc.device)
+            sums.add(x, *sae(x))
+    if sums.n == 0:
+        raise MechintError(
+            "there are no held-out rows to evaluate on (val_fraction is 0 or rounds to no text): give other"
+            " activations with --activations-path, and --rows all"
+        )
+    n_dead = int((activity.fire_counts == 0).sum())
+    return {
+        **sums.metrics(),
+        "dead_features": n_dead,
+        "dead_fraction": n_dead / sae.d_sae,
+        "n_train": activity.n_rows,
+    }
+
+
+def _prepared(
+    sae: SparseAutoEncoder, activations: Float[Tensor, "n d_in"] | Activations, batch_size: int, device: str | None
+) -> tuple[SparseAutoEncoder, int]:
+    """The SAE on `device`, and a batch size that keeps feature_acts within MAX_BLOCK_ELEMENTS."""
+    d_in = activations.shape[1] if isinstance(activations, Tensor) else activations.d_in
+    if d_in != sae.d_in:
+        raise MechintError(
+            f"the activations are {d_in} wide (d_in), the SAE expects {sae.d_in}: they do not belong together"
+        )
+    if device is not None:
+        sae = sae.to(device)
+    return sae, max(1, min(batch_size, MAX_BLOCK_ELEMENTS // sae.d_sae))
