@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from mechint.errors import MechintError, nearest, one_line
 
@@ -19,6 +19,7 @@ BUILTIN = ("builtin/tales",)
 OTHER_SOURCES = "use --dataset FILE.txt (or .jsonl, .parquet, a folder or glob of them) or --dataset builtin/tales"
 
 
+@runtime_checkable
 class TextSource(Protocol):
     """Texts with the numbers `start`, `start + 1`, ... in order.
 
