@@ -248,7 +248,7 @@ def lfs_batch(hub: "LoopbackHub", request: Request, found: dict[str, str]) -> Re
                 n_parts = -(-size // hub.multipart_chunk)
                 upload["header"] = {"chunk_size": str(hub.multipart_chunk)}
                 upload["header"] |= {f"{i:05d}": f"{upload['href']}/part/{i}" for i in range(1, n_parts + 1)}
-            verify = f"{hub.endpoint}/{found['type']}s/{quote(found['repo'])}/verify"
+            verify = f"{hub.endpoint}/api/verify"
             reply["actions"] = {"upload": upload, "verify": {"href": verify, "header": {}}}
         objects.append(reply)
     return Reply({"transfer": "multipart" if hub.multipart_chunk else "basic", "objects": objects})
@@ -276,7 +276,7 @@ def put_checked(hub: "LoopbackHub", sha256: str, data: bytes) -> None:
     hub.blobs.put(data)
 
 
-@route("POST", "/<repo>/verify")
+@route("POST", "/api/verify")
 def verify(hub: "LoopbackHub", request: Request, found: dict[str, str]) -> Reply:
     asked = request.json()
     path = hub.blobs.path(asked["oid"])

@@ -61,6 +61,7 @@ def client_env(
         "HF_HUB_DISABLE_XET": "1",  # with hf_xet installed the client would upload by a protocol of its own
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+        "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # `datasets` would report each load_dataset to a counter on the network
         "HTTP_PROXY": endpoint,
         "HTTPS_PROXY": endpoint,
         "NO_PROXY": "127.0.0.1",
