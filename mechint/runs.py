@@ -117,6 +117,30 @@ class Run:
         )
 
 
+def latest_run(runs_root: str | Path | None = None, *, prefer: str = "ablation.csv") -> Run:
+    """The newest finished run of `runs_root` that holds the file `prefer`; if none does, the newest finished one.
+
+    Without `runs_root`, the first folder `runs/` that holds a finished run is taken: of the current folder, of those
+    around it, of the checkout that this package runs from. So it does not matter where a notebook is started.
+
+    Raises:
+        MechintError: there is no finished run.
+    """
+    if runs_root is not None:
+        roots = [Path(runs_root)]
+    else:
+        here = Path.cwd()
+        roots = [folder / "runs" for folder in (here, *here.parents, Path(__file__).resolve().parent.parent)]
+    for root in roots:
+        runs = [Run(path.parent) for path in root.glob("*/manifest.json") if (path.parent / "config.json").is_file()]
+        if runs:
+            return max(runs, key=lambda run: ((run.path / prefer).is_file(), run.manifest_path.stat().st_mtime))
+    looked = (
+        f"in {roots[0]}" if runs_root is not None else "in runs/ of this folder, of those around it, or of the checkout"
+    )
+    raise MechintError(f"no finished run {looked}: `make pipeline` makes one on the built-in world, in minutes")
+
+
 def write_run_manifest(
     run_dir: str | Path, config: Any, summary: dict[str, Any], *, inputs: dict[str, Any] | None = None, **extra: Any
 ) -> Path:
