@@ -115,6 +115,8 @@ def compare_checkpoints(config: CompareConfig) -> list[PairSummary]:
         raise MechintError(f"{config.output} exists: give another --output, or --overwrite to replace it")
     if config.output.is_dir():
         raise MechintError(f"--output {config.output} is a folder: give the name of a CSV file")
+    if config.output.exists() and any(config.output.samefile(path) for path in checkpoints if path.exists()):
+        raise MechintError(f"--output {config.output} is one of the checkpoints: give another name")
     _check_widths(checkpoints, config.activation_dim)
     summaries = []
     with (

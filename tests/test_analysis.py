@@ -1,13 +1,19 @@
 """Top activations and decoder pairs against dense references; contexts; highlighting."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from mechint import analysis
 from mechint.analysis import (
     collect_top_activations,
+    context_values,
+    contexts,
     decoder_cosine_similarity,
     decoder_similarity_blocks,
     feature_consistency_score,
@@ -17,6 +23,7 @@ from mechint.analysis import (
     token_strings,
     top_decoder_pairs,
 )
+from mechint.data import Activations, open_activations
 from mechint.errors import MechintError
 from mechint.sae import SparseAutoEncoder
 
@@ -120,6 +127,48 @@ def test_top_pairs_are_exactly_k_in_the_dense_order(
         pairs = top_decoder_pairs(sae, top_k)
     assert pairs == [(i, j, -negative) for negative, i, j in expected]
     assert len(pairs) == min(top_k, d_sae * (d_sae - 1) // 2)
+
+
+def write_store(folder: Path, lengths: list[int], d_in: int = 3) -> Activations:
+    """A store written by hand after docs/store.md: texts of these lengths without their BOS rows, token 100 + row."""
+    n = sum(lengths)
+    columns = {
+        "activations": torch.randn(n, d_in, generator=torch.Generator().manual_seed(0)),
+        "tokens": torch.arange(100, 100 + n, dtype=torch.int32),
+        "text_ids": torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
+        "positions": torch.cat([torch.arange(1, length + 1, dtype=torch.int32) for length in lengths]),
+    }
+    folder.mkdir()
+    save_file(columns, folder / "shard-00000.safetensors")
+    info = {"format_version": 1, "d_in": d_in, "dtype": "float32", "shards": [{"name": "shard-00000.safetensors"}]}
+    info["shards"][0] |= {"n_rows": n, "sha256": ""}
+    (folder / "store.json").write_text(json.dumps(info))
+    return open_activations(folder)
+
+
+def test_contexts_stay_within_the_text_and_mark_the_token(tmp_path: Path) -> None:
+    activations = write_store(tmp_path / "store", [3, 5, 4])  # rows 0-2, 3-7, 8-11
+    first, middle, last = contexts(activations, [0, 5, -1, 11], window=2)
+    assert (first.tokens, first.center, first.text_id, first.position) == ([100, 101, 102], 0, 0, 1)
+    assert (middle.tokens, middle.center, middle.rows) == ([103, 104, 105, 106, 107], 2, [3, 4, 5, 6, 7])
+    assert (last.tokens, last.center, last.position, last.row) == ([109, 110, 111], 2, 4, 11)
+    assert contexts(activations, torch.tensor([4]), window=0)[0].tokens == [104]
+    with pytest.raises(MechintError, match="row 12 .*12 rows"):
+        contexts(activations, [12])
+    torch.save(torch.randn(4, 3), tmp_path / "bare.pt")
+    with pytest.raises(MechintError, match="without its tokens"):
+        contexts(open_activations(tmp_path / "bare.pt"), [0])
+
+
+def test_top_activations_and_their_contexts_from_a_store(tmp_path: Path) -> None:
+    activations = write_store(tmp_path / "store", [3, 5, 4])
+    sae = make_sae(3, 6)
+    values, rows = collect_top_activations(sae, activations, k=2, batch_size=5)
+    for latent in range(6):
+        for value, context in zip(values[latent].tolist(), contexts(activations, rows[latent]), strict=True):
+            shown = context_values(sae, activations, context, latent)
+            assert len(shown) == len(context.tokens)
+            assert float(shown[context.center]) == pytest.approx(value, abs=1e-6)
 
 
 def test_search_token_is_case_sensitive_and_takes_both_forms() -> None:

@@ -119,6 +119,9 @@ def test_an_existing_file_needs_overwrite(tmp_path: Path, capsys: pytest.Capture
     assert "--overwrite" in capsys.readouterr().err and output.read_text() == "mine"
     assert main([*flags, "--overwrite"]) == 0
     assert [row["mutual_nearest"] for row in read(output)] == ["true"] * 4
+    before = Path(checkpoint).read_bytes()
+    assert main(["--checkpoints", checkpoint, checkpoint, "--output", checkpoint, "--overwrite"]) == 2
+    assert "one of the checkpoints" in capsys.readouterr().err and Path(checkpoint).read_bytes() == before
 
 
 def test_peak_memory_stays_at_blocks(tmp_path: Path) -> None:

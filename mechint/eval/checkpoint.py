@@ -82,7 +82,7 @@ def evaluate_checkpoint(config: EvalConfig, *, progress: bool = False) -> dict[s
         result |= language_metrics(
             sae, model, texts, activity.mean.float(), hook_name, batch_size=config.batch_size, progress=progress
         )
-        result["model_name"] = model.name
+        result["model_name"] = config.model or activations.info.get("model_name") or model.name
     return {
         **result,
         "training_seconds": 0.0,
@@ -246,10 +246,10 @@ def _prepare_language(
 
 def _model_name(known: dict[str, Any], settings: SAETrainConfig) -> str:
     """A local folder if it is still there (it was recorded in full), else the name that was typed at collection."""
-    source = known.get("model_source")
-    if source and Path(source).is_dir():
+    name, source = known.get("model_name"), known.get("model_source")
+    if source and Path(source).is_dir() and not str(name).startswith("builtin/"):
         return source
-    return known.get("model_name") or source or settings.model_name
+    return name or source or settings.model_name
 
 
 def _keeps_bos(known: dict[str, Any]) -> bool:
