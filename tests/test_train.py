@@ -117,13 +117,13 @@ def test_mech_int_preset_is_the_original_for_a_hundred_steps(activations_path: P
     expected = reference_training(rows, config, weights)
     with open(layout.metrics) as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file)]
-    # float32 has 6e-8 relative rounding; 100 steps of a contraction keep it near that (2e-7 seen).
+    # float32 has 6e-8 relative rounding; 100 steps keep near that (1.8e-7 seen), ten times it is allowed.
     np.testing.assert_allclose(losses, expected, rtol=2e-6)
     ours = load_sae(layout.root)
     for name, value in weights.items():
-        # Adam divides by the gradient's own size, so rounding of a small gradient shows at full learning rate: a
-        # weight may be off by a small share of the 100 * 1e-3 that it could have moved (2e-5 seen).
-        np.testing.assert_allclose(getattr(ours, name).detach().numpy(), value, atol=1e-4, err_msg=name)
+        # 4e-7 seen. Adam divides by the gradient's own size, so one latent that rounding puts on the other side of
+        # zero for one row could show at the learning rate's scale; the bound leaves no room for that to go unseen.
+        np.testing.assert_allclose(getattr(ours, name).detach().numpy(), value, atol=1e-5, rtol=0, err_msg=name)
     moved = np.abs(ours.W_enc.detach().numpy() - start.W_enc.detach().numpy()).max()
     assert moved > 0.02, "training must have moved the weights far beyond the tolerance"
 
