@@ -16,6 +16,8 @@ from mechint.data.store import Activations
 from mechint.errors import MechintError
 from mechint.sae import SparseAutoEncoder
 
+# Largest [rows, d_sae] block of feature_acts made at once: 128 MB in float32, whatever the size of the dictionary.
+MAX_BLOCK_ELEMENTS = 2**25
 # Candidates merged at once by collect_top_activations; a batch with more is taken in pieces, which raise the bar.
 MAX_CANDIDATES = 2**20
 # decoder_cosine_similarity refuses to make a larger matrix than this (8 GB in float32 is 46,000 latents).
@@ -49,6 +51,7 @@ def collect_top_activations(
     if device is not None:
         sae = sae.to(device)
     top = _Top(sae.d_sae, k, sae.W_enc.device)
+    batch_size = max(1, min(batch_size, MAX_BLOCK_ELEMENTS // sae.d_sae))
     with torch.inference_mode():
         start = 0
         for x in _batches(acts, batch_size):
@@ -81,14 +84,12 @@ class _Top:
 
     def add(self, feature_acts: Float[Tensor, "batch d_sae"], start: int) -> None:
         bar = self.values[:, -1].clamp_min(0.0)
-        above = feature_acts > bar
-        if len(feature_acts) > 1 and int(above.sum()) > MAX_CANDIDATES:
+        row, latent = (feature_acts > bar).nonzero(as_tuple=True)
+        if len(row) > MAX_CANDIDATES and len(feature_acts) > 1:
             half = len(feature_acts) // 2
             self.add(feature_acts[:half], start)
             self.add(feature_acts[half:], start + half)
-            return
-        row, latent = above.nonzero(as_tuple=True)
-        if len(row):
+        elif len(row):
             self._merge(latent, feature_acts[row, latent], row + start)
 
     def _merge(self, latent: Int[Tensor, " c"], value: Float[Tensor, " c"], row: Int[Tensor, " c"]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mechint.data.store import Activations
 from mechint.errors import MechintError
-from mechint.eval.sums import ReconstructionSums
+from mechint.eval.sums import ReconstructionSums, count_active
 from mechint.sae import SparseAutoEncoder
 
 # Largest [rows, d_sae] block of feature_acts made at once: 128 MB in float32, whatever the size of the dictionary.
@@ -87,7 +87,7 @@ def measure_activity(
     n_rows = 0
     with torch.inference_mode():
         for x in row_batches(activations, indices, batch_size, what="training rows", progress=progress):
-            counts += (sae.encode(x.to(sae.W_enc.device)) > 0).sum(dim=0).cpu()
+            counts += count_active(sae.encode(x.to(sae.W_enc.device)))
             total += x.double().sum(dim=0)
             n_rows += len(x)
     return Activity(counts, total / max(n_rows, 1), n_rows)
