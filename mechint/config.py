@@ -317,9 +317,9 @@ class EvalConfig(Config):
     checkpoint: Path | None = None
     """A checkpoint.pt, an old saved_models/*.pt, or a folder in SAELens's layout."""
     config: Path | None = None
-    """config.json that belongs to the checkpoint; default settings if not given."""
+    """config.json that belongs to the checkpoint; found beside it if not given, else the original's defaults."""
     activations_path: str | None = None
-    """Activations to evaluate on; those of the config if not given."""
+    """Activations to evaluate on, split as the config says; those of the config if not given."""
     rows: Literal["heldout", "all"] = "heldout"
     """Rows to measure on: those that the run held out, or all (for activations that the SAE was not trained on)."""
     output: Path | None = None
@@ -329,7 +329,7 @@ class EvalConfig(Config):
     eval_texts_path: Path | None = None
     """Texts, one a line, for the cross-entropy; the held-out texts of the activations if not given."""
     max_eval_texts: int = 200
-    """Most held-out texts for the cross-entropy; 0 leaves it out."""
+    """Most texts for the cross-entropy, from the first on; 0 leaves it out."""
     model: str | None = None
     """Language model for the cross-entropy; the one that the activations name if not given."""
     backend: Backend = "auto"
@@ -356,14 +356,18 @@ class AblateConfig(Config):
     """Latents to ablate, such as 1,2,3 or 0-99,512; all if not given."""
     model: str | None = None
     """Language model; the one that the run names if not given."""
+    hook: Annotated[str | None, arg(aliases=["--hook-name"])] = None
+    """Hook to ablate at, for an SAE that does not say; only checked for one that does."""
     processing: Processing | None = None
-    """As in collect; the SAE's own setting if not given."""
+    """As in collect, for an SAE that does not say; only checked for one that does."""
     prepend_bos: bool | None = None
     """As in collect; the SAE's own setting if not given."""
     context_size: int | None = None
     """Most tokens a text, BOS included; the model's own limit if not given."""
     batch_size: int = 64
     """(latent, text) pairs run at once."""
+    overwrite: bool = False
+    """Replace --output if it exists."""
     device: str | None = None
     """cuda, mps or cpu; the best that works if not given."""
 
