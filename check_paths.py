@@ -1,4 +1,4 @@
-"""Check that the repository is laid out as its scripts, notebooks and documents expect. Status 1 if something is missing.
+"""Check that the repository is laid out as its scripts, notebooks and documents expect; status 1 if it is not.
 
 Errors: a file that commands or the old entry points need. Warnings: a folder that is made on demand, and leftovers.
 """

@@ -161,11 +161,11 @@ def test_run_directory_holds_what_the_contract_says(finished: Run, activations_p
         *("sae/cfg.json", "sae/sae_weights.safetensors"),
     }
     summary, manifest = finished.summary, finished.manifest
-    original = (
-        "checkpoint_path config_path dead_features dead_fraction git_commit num_features num_params run_dir"
-        " total_seconds training_seconds val_l0 val_mse"
-    ).split()
-    assert set(original) <= summary.keys()
+    original = {
+        *("checkpoint_path", "config_path", "run_dir", "git_commit", "num_features", "num_params"),
+        *("dead_features", "dead_fraction", "val_l0", "val_mse", "total_seconds", "training_seconds"),
+    }
+    assert original <= summary.keys()
     assert summary["num_params"] == D_IN + 96 + 2 * D_IN * 96 and summary["num_features"] == 96
     assert (summary["run_dir"], summary["checkpoint_path"]) == (".", "checkpoint.pt")
     assert manifest["config"] == finished.config.to_dict() and manifest["summary"] == summary

@@ -1,0 +1,147 @@
+"""The commands from outside: help that is quick and true to the README, errors of one line, precedence of settings."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from mechint.cli import COMMANDS, main
+from mechint.cli.flags import command, flag_given, parse
+from mechint.cli.reference import command_help, with_reference
+from mechint.config import TRAIN_PRESETS, CollectConfig, Config, SAETrainConfig
+from mechint.errors import MechintError, nearest, one_line
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_readme_has_the_help_of_today():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert with_reference(text) == text, "run `make readme`"
+
+
+def test_readme_tree_is_the_tree():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = text.split("<!-- tree: begin -->")[1].split("<!-- tree: end -->")[0]
+    folder, named = Path(), set()
+    for line in tree.splitlines():
+        if not line.strip() or line.startswith("```"):
+            continue
+        entry = line.split()[0]
+        assert len(line.split()) > 1, f"no phrase for {entry}"
+        depth = (len(line) - len(line.lstrip())) // 2
+        folder = Path(*folder.parts[:depth])
+        path = folder / entry
+        assert (ROOT / path).exists(), f"README names {path}, which is not there"
+        named.add(path)
+        if entry.endswith("/"):
+            folder = path
+    missing = [
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "mechint").rglob("*.py"))
+        if path.name != "__init__.py" and path.relative_to(ROOT) not in named
+    ]
+    assert not missing, f"README's tree has no phrase for {missing}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_explains_every_flag_without_torch(name: str):
+    text = command_help(name)
+    assert text.startswith("usage: ")
+    code = f"import sys\ntry:\n    from {COMMANDS[name][0]} import main; main(['--help'])\nexcept SystemExit: pass\n"
+    code += "print('HEAVY', sorted({'torch', 'transformers', 'datasets', 'pandas', 'matplotlib'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "HEAVY []" in done.stdout
+    for line in text.splitlines():
+        if line.strip().startswith("│ --"):
+            assert line.strip(" │")
+
+
+def test_every_script_is_its_command():
+    for module, _, script in COMMANDS.values():
+        if script:
+            text = (ROOT / "scripts" / script).read_text()
+            assert f"from {module} import main" in text
+            assert len(text.splitlines()) <= 10
+
+
+def test_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture):
+    assert main(["trian"]) == 2
+    assert capsys.readouterr().err == "error: unknown command 'trian'; nearest: train\n"
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in COMMANDS)
+
+
+def test_flags_win_over_preset_over_file_over_defaults(tmp_path: Path):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"epochs": 7, "lr": 0.5, "split_by": "text", "seed": 3}))
+    argv = ["--config", str(path), "--preset", "mech-int", "--seed=9", "--lam", "2"]
+    config = parse(SAETrainConfig, argv, prog="t", presets=TRAIN_PRESETS, config_file=True)
+    assert (config.epochs, config.learning_rate) == (7, 0.5)  # file over default
+    assert (config.split_by, config.batch_order) == ("row", "torch")  # preset over file
+    assert (config.seed, config.l1_lambda) == (9, 2.0)  # flag over all
+    assert config.batch_size == SAETrainConfig().batch_size
+
+
+def test_old_and_new_names_of_a_flag_are_one():
+    old = ["--hook-name", "blocks.1.hook_resid_post", "--lam", "4", "--epochs", "11", "--activation-dim", "8"]
+    new = ["--hook", "blocks.1.hook_resid_post", "--l1-coefficient", "4", "--steps", "11", "--d-in", "8"]
+    assert parse(SAETrainConfig, old, prog="t") == parse(SAETrainConfig, new, prog="t")
+
+
+def test_booleans_have_both_forms():
+    assert parse(CollectConfig, ["--no-prepend-bos", "--keep-bos"], prog="t").prepend_bos is False
+    assert parse(CollectConfig, ["--prepend-bos"], prog="t").prepend_bos is True
+
+
+def test_flag_given():
+    assert flag_given(["--d-in", "3"], "--d-in") and flag_given(["--d-in=3"], "--d-in")
+    assert flag_given(["--activation_dim=3"], "--activation-dim")
+    assert not flag_given(["--d-in-x", "3"], "--d-in")
+
+
+def test_config_file_mistakes(tmp_path: Path):
+    path = tmp_path / "c.json"
+    for text, message in [("[1]", "JSON object"), ("{", "cannot be read"), ('{"epoch": 1}', "nearest: epochs")]:
+        path.write_text(text)
+        with pytest.raises(MechintError, match=message):
+            parse(SAETrainConfig, ["--config", str(path)], prog="t", config_file=True)
+    with pytest.raises(MechintError, match="config file not found"):
+        parse(SAETrainConfig, ["--config", str(tmp_path / "none.json")], prog="t", config_file=True)
+
+
+def test_a_command_turns_endings_into_statuses(capsys: pytest.CaptureFixture):
+    def ends_with(error: BaseException | None) -> int:
+        @command
+        def run(argv):
+            if error is not None:
+                raise error
+
+        return run([])
+
+    assert ends_with(None) == 0
+    assert ends_with(MechintError("two\nlines")) == 2
+    assert capsys.readouterr().err == "error: two lines\n"
+    assert ends_with(KeyboardInterrupt()) == 130
+    with pytest.raises(ZeroDivisionError):  # our own mistakes keep their traceback
+        ends_with(ZeroDivisionError())
+
+
+def test_words_for_errors():
+    assert nearest("trian", ["train", "eval"]) == "nearest: train"
+    assert nearest("zzz", ["a", "b"]) == "valid: a, b"
+    assert one_line("a\n  b", 10) == "a b" and len(one_line("x" * 50, 20)) == 20
+
+
+def test_overrides_refuse_unknown_names():
+    @dataclass(frozen=True)
+    class Small(Config):
+        size: int = 1
+        name: str | None = None
+
+    assert Small().with_overrides(size=3, name=None) == Small(3)
+    with pytest.raises(MechintError, match="unknown key 'sise'; nearest: size"):
+        Small().with_overrides(sise=3)
