@@ -5,7 +5,11 @@ A config is a value: nothing is resolved, opened or logged here. Names that the 
 field is an alias of the flag. `d_sae` and `layer` are derived, never set beside what decides them.
 """
 
+import contextlib
 import dataclasses
+import math
+import types
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -71,24 +75,51 @@ class Config:
 
 
 def _checked(field: dataclasses.Field, value: Any, source: str) -> Any:
-    """`value` if it fits the kind of the field's default (JSON has no tuples, and writes 1.0 as 1)."""
-    default = field.default
-    if default is None or default is dataclasses.MISSING or value is None:
+    """`value` as the field has it. Raises `MechintError` if it is of another kind."""
+    try:
+        return _fitted(field.type, value)
+    except TypeError:
+        raise MechintError(f"{source}: {field.name} should be {_described(field.type)}, found {value!r}") from None
+
+
+def _fitted(kind: Any, value: Any) -> Any:
+    """`value` if it fits the annotation `kind`, TypeError if not. JSON has no tuples or paths, and writes 1.0 as 1."""
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _fitted(options[0], value)
+    if origin in (types.UnionType, typing.Union):
+        for option in options:
+            with contextlib.suppress(TypeError):
+                return _fitted(option, value)
+        raise TypeError
+    if origin is Literal and isinstance(value, str) and value in options:
         return value
-    if isinstance(default, bool) or isinstance(value, bool):
-        ok = isinstance(default, bool) and isinstance(value, bool)
-    elif isinstance(default, float):
-        ok = isinstance(value, (int, float))
-        value = float(value) if ok else value
-    elif isinstance(default, int):
-        ok = isinstance(value, (int, float)) and value == int(value)
-        value = int(value) if ok else value
-    else:
-        ok = isinstance(value, type(default))
-    if not ok:
-        expected = type(default).__name__
-        raise MechintError(f"{source}: {field.name} should be of type {expected}, found {value!r}")
-    return value
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_fitted(options[0], item) for item in value)
+    if kind is Path and isinstance(value, (str, Path)):
+        return Path(value)
+    if kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if kind is float:
+            return float(value)
+        if math.isfinite(value) and value == int(value):
+            return int(value)
+    if kind in (bool, str, types.NoneType) and isinstance(value, kind):
+        return value
+    raise TypeError
+
+
+def _described(kind: Any) -> str:
+    """The annotation `kind` in words, for an error."""
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _described(options[0])
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(map(_described, options))
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, options))
+    if origin is tuple:
+        return "a list"
+    return {types.NoneType: "null", Path: "a path"}.get(kind) or f"of type {kind.__name__}"
 
 
 def require(condition: bool, message: str) -> None:
@@ -255,7 +286,7 @@ class SAETrainConfig(Config):
         its settings (row split, sequential batches), so that its numbers can be reproduced."""
         written_before = values.keys() >= ORIGINAL_KEYS and not values.keys() & {"split_by", "batch_order"}
         preset = values.get("preset", "mech-int" if written_before else "none")
-        if preset not in TRAIN_PRESETS:
+        if not isinstance(preset, str) or preset not in TRAIN_PRESETS:
             raise MechintError(f"{source}: unknown preset {preset!r}; {nearest(str(preset), TRAIN_PRESETS)}")
         return super().from_dict({**TRAIN_PRESETS[preset], "preset": preset, **values}, source=source)
 
@@ -266,7 +297,10 @@ class SAETrainConfig(Config):
         for name in ("l1_lambda", "warmup_steps", "lambda_warmup_steps", "save_every", "log_every"):
             value = getattr(self, name)
             require(value >= 0, f"--{name.replace('_', '-')} must not be negative, got {value}")
+        for name in ("l1_lambda", "learning_rate"):
+            require(math.isfinite(getattr(self, name)), f"--{name.replace('_', '-')} must be a finite number")
         require(self.learning_rate > 0, f"--learning-rate must be above 0, got {self.learning_rate}")
+        require(0 <= self.seed < 2**63, f"--seed must be at least 0 and below 2**63, got {self.seed}")
         require(self.max_grad_norm > 0, f"--max-grad-norm must be above 0, got {self.max_grad_norm}")
         require(
             0 <= self.val_fraction < 1,

@@ -1,8 +1,11 @@
 """From a config class to flags, and from an error to one line with exit status 2."""
 
 import argparse
+import contextlib
 import functools
+import io
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +14,7 @@ from typing import Any, TypeVar
 import tyro
 
 from mechint.config import Config
-from mechint.errors import MechintError, one_line
+from mechint.errors import MechintError, nearest, one_line
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -25,9 +28,12 @@ def parse(
     config_file: bool = False,
     description: str | None = None,
 ) -> ConfigT:
-    """Flags over preset over `--config` JSON over defaults. Unknown flags end the process with status 2.
+    """Flags over preset over `--config` JSON over defaults. `--help` prints and ends the process.
 
     `config_file` adds a `--config` flag that names a JSON file of settings.
+
+    Raises:
+        MechintError: unknown, missing or unusable flags, and what the config class itself refuses.
     """
     argv = list(argv)
     default: Any = tyro.MISSING_NONPROP
@@ -35,7 +41,10 @@ def parse(
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         early.add_argument("--config")
         early.add_argument("--preset")
-        known, rest = early.parse_known_args(argv)
+        try:
+            known, rest = early.parse_known_args(argv)
+        except argparse.ArgumentError as error:
+            raise MechintError(f"{one_line(error)}; `{prog} --help` explains the flags") from None
         base: dict[str, Any] = {}
         if config_file and known.config is not None:
             base = _read_settings(Path(known.config))
@@ -47,7 +56,33 @@ def parse(
     if config_file:
         text = f"{text}\n\nSettings can also come from --config FILE.json; flags win over it."
     kwargs: dict[str, Any] = {} if default is tyro.MISSING_NONPROP else {"default": default}
-    return tyro.cli(cls, prog=prog, description=text, args=argv, **kwargs)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            config, unknown = tyro.cli(cls, prog=prog, description=text, args=argv, return_unknown_args=True, **kwargs)
+    except SystemExit as ended:
+        if not ended.code:
+            raise
+        raise MechintError(f"{_without_box(said.getvalue())}; `{prog} --help` explains the flags") from None
+    if unknown:
+        word = unknown[0].split("=", 1)[0]
+        flags = ["--" + name.replace("_", "-") for name in (*cls.field_names(), *cls.aliases())]
+        what = (
+            f"unknown flag {word}; {nearest(word, flags)}" if word.startswith("-") else f"{word!r} belongs to no flag"
+        )
+        raise MechintError(f"{what}; `{prog} --help` explains the flags")
+    return config
+
+
+def _without_box(text: str) -> str:
+    """What tyro says in a drawn box, in one line: the complaint, without the help of the flags that it is about."""
+    lines = [line.strip("│|").rstrip() for line in text.splitlines()]
+    end = next((i for i, line in enumerate(lines[1:], 1) if line.strip(" ─-╰╯+") == ""), len(lines))
+    body = lines[1:end]
+    missing = [match[1] for line in body if (match := re.fullmatch(r" {5}(\S.*)", line))]
+    if missing:
+        return "missing: " + ", ".join(missing)
+    return one_line(" ".join(body)).rstrip(".")
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
