@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
+EXTRAS ?= dev,notebooks
 # The newest TransformerLens that is supported beside the pinned one; the model tests run on both.
 TL4 = 4.3.0
 
@@ -23,7 +24,7 @@ $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -c $(CONSTRAINTS)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,notebooks]' -c $(CONSTRAINTS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]' -c $(CONSTRAINTS)
 	@touch $@
 
 pipeline: setup
@@ -59,7 +60,7 @@ build/constraints-tl4.txt: constraints.txt
 	sed 's/^transformer-lens==.*/transformer-lens==$(TL4)/' constraints.txt > $@
 
 test-tl4: build/constraints-tl4.txt
-	$(MAKE) setup VENV=.venv-tl4 CONSTRAINTS=build/constraints-tl4.txt
+	$(MAKE) setup VENV=.venv-tl4 CONSTRAINTS=build/constraints-tl4.txt EXTRAS=dev
 	.venv-tl4/bin/python -m pytest -q -m "slow or not slow" tests/test_models.py tests/test_suffix.py tests/test_ablation.py
 
 clean:
