@@ -103,20 +103,21 @@ class NeoXSuffix:
     def clean(self, tokens: Int[Tensor, "text pos"], lengths: list[int]) -> CleanPass:
         """Run whole right-padded texts and keep what `run` shares. Padding may be any token."""
         hidden = self._cast(F.embedding(tokens.to(self.neox.embed_in.weight.device), self.neox.embed_in.weight))
-        spans = [Span(text, 0, 1) for text in range(tokens.shape[0])]
         n_texts, n_pos = tokens.shape
+        whole = [Span(0, 0, n_texts)]  # which text a span is of only matters to the prefix, and there is none
         rotary = self._rotary(n_pos)
         rows = hidden.reshape(n_texts * n_pos, -1)
         resid, hooked, keys, values = rows, rows, [], []
         for index in range(len(self.neox.layers)):
             if index == self.first_layer:
                 resid = rows
-            rows, kept, parts = self._layer(index, rows, spans, rotary, prefix=None, n_pos=[n_pos] * n_texts)
+            rows, kept, parts = self._layer(index, rows, whole, rotary, prefix=None, n_pos=[n_pos])
             if index == self.first_layer - 1:
                 hooked = {"resid": rows, **parts}[self.site]
             if index >= self.first_layer:
-                keys.append(torch.cat([key for key, _ in kept]))
-                values.append(torch.cat([value for _, value in kept]))
+                ((key, value),) = kept
+                keys.append(key)
+                values.append(value)
         if self.first_layer == len(self.neox.layers):
             resid = rows
         final = self._norm(self.neox.final_layer_norm, rows)

@@ -1,0 +1,230 @@
+"""Two ways to the KL of removing latents from texts: a fast one for GPT-NeoX, and one for any model.
+
+Removing latent i means v -> v - f_i(v) * W_dec[i] at the hook, with f = encode(v) of the clean value, at all positions
+at once. Where i does not fire the KL is exactly 0, and so it is at every position before its first firing; neither is
+computed. Both engines open a block of texts, give its feature activations, and then the KL per position of pairs.
+"""
+
+import copy
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechint.ablation.kl import Unembedding, float32_limit, kl_of_log_probs
+from mechint.models.suffix import CleanPass, EntryPoint, NeoXSuffix, Span
+from mechint.sae import SparseAutoEncoder
+
+# Error of a position's KL that float32 is trusted with. Half of what is promised (1e-6): the logit error is measured
+# on the clean pass, and a changed pass may have a somewhat larger one.
+TOLERANCE = 5e-7
+# Bounds of memory, in numbers: clean distributions of a block, its feature activations, logits of the general way.
+MAX_PROBS = 2**26
+MAX_ACTS = 2**26
+MAX_LOGITS = 2**24
+# Positions of a block, and rows (pair x position) in flight.
+MAX_POSITIONS = 4096
+MAX_ROWS = 8192
+
+
+class Pair(NamedTuple):
+    """Latents removed together (one, in a ranking) from a text of the open block; the first fires at `start`."""
+
+    text: int
+    latents: tuple[int, ...]
+    start: int
+
+
+class NeoXEngine:
+    """GPT-NeoX: from the hook on, from the first firing on, many pairs at once; see `mechint.models.suffix`.
+
+    KLs are float64 on the CPU, 0 before a pair's start and at padding (as in `GeneralEngine`). They come from float32
+    arithmetic where that is precise enough, and the caller asks again in float64 for the `doubtful` ones.
+    """
+
+    def __init__(self, sae: SparseAutoEncoder, hf_model: Any, entry: EntryPoint, *, centred: bool):
+        self.sae, self.hf_model, self.entry, self.centred = sae, hf_model, entry, centred
+        self.suffix = NeoXSuffix(hf_model, entry)
+        device = self.suffix.device
+        # Apple's GPUs have no float64: there the reference runs on the processor.
+        self.precise_device = torch.device("cpu") if device.type == "mps" else device
+        self.precise_suffix = NeoXSuffix(hf_model, entry, dtype=torch.float64, device=self.precise_device)
+        self.unembedding = Unembedding(self.suffix.head_weight.to(device), self.suffix.head_bias)
+        self.limit = 0.0
+
+    @functools.cached_property
+    def precise_sae(self) -> SparseAutoEncoder:
+        return copy.deepcopy(self.sae).to(device=self.precise_device, dtype=torch.float64)
+
+    def positions_at_once(self) -> int:
+        """Padded positions that a block may have."""
+        return max(1, min(MAX_POSITIONS, MAX_PROBS // self.unembedding.weight.shape[0], MAX_ACTS // self.sae.d_sae))
+
+    def open(self, token_lists: Sequence[list[int]]) -> Float[Tensor, "text pos d_sae"]:
+        """Run texts unchanged, in float32 and float64; their feature activations, 0 at padding."""
+        tokens, self.lengths = padded(token_lists)
+        self.clean = self.suffix.clean(tokens, self.lengths)
+        self.precise = self.precise_suffix.clean(tokens, self.lengths)
+        flat = self.precise.final.flatten(0, 1)
+        self.probs = [part.to(self.suffix.device) for part in self.unembedding.probs(flat)]
+        error = (self.clean.final.flatten(0, 1).to(flat) - flat).float().to(self.suffix.device)
+        self.limit = float32_limit(self.unembedding.largest_logit_error(error, self.probs), TOLERANCE)
+        self.acts = without_padding(self._encode(self.sae, self.clean), self.lengths)
+        self.precise_acts: dict[int, Tensor] = {}
+        return self.acts
+
+    def batches(self, pairs: Sequence[Pair], size: int) -> list[list[Pair]]:
+        """Pairs in batches of at most `size` that stay within the bounds of memory."""
+        found: list[list[Pair]] = []
+        rows = 0
+        for pair in sorted(pairs, key=lambda pair: (pair.text, pair.start)):
+            length = self.lengths[pair.text] - pair.start
+            if not found or len(found[-1]) == size or rows + length > MAX_ROWS:
+                found.append([])
+                rows = 0
+            found[-1].append(pair)
+            rows += length
+        return found
+
+    def kl(self, pairs: Sequence[Pair]) -> Float[Tensor, "pair pos"]:
+        """KL(clean || ablated) of one of the `batches`, in float32 arithmetic."""
+        spans = spans_of(pairs)
+        rows = self._edited(pairs, spans, self.clean, lambda text: self.acts[text], self.sae.W_dec)
+        changed = self.suffix.run(rows, spans, self.clean)
+        where = self._where(spans).to(changed.device)
+        change = changed - self.clean.final.flatten(0, 1)[where]
+        return self._per_pair(self.unembedding.kl(change, self.probs, where), spans, len(pairs))
+
+    def doubtful(self, kl: Float[Tensor, "pair pos"]) -> list[int]:
+        """Rows of `kl` that may be off by more than `TOLERANCE` at some position, or are not finite."""
+        # nan compares as false, so this also finds what is not finite.
+        return torch.nonzero(~(kl.amax(1) <= self.limit)).flatten().tolist()
+
+    def precise_kl(self, pairs: Sequence[Pair]) -> Float[Tensor, "pair pos"]:
+        """As `kl`, with everything from the embedding on in float64."""
+        spans = spans_of(pairs)
+        rows = self._edited(pairs, spans, self.precise, self._precise_acts, self.precise_sae.W_dec)
+        changed = self.precise_suffix.run(rows, spans, self.precise)
+        where = self._where(spans).to(changed.device)
+        clean = self.precise.final.flatten(0, 1)
+        return self._per_pair(self.unembedding.precise_kl(clean, changed, where), spans, len(pairs))
+
+    def _encode(self, sae: SparseAutoEncoder, clean: CleanPass, text: int | None = None) -> Tensor:
+        hooked = clean.hooked if text is None else clean.hooked[text]
+        return sae.encode(hooked - hooked.mean(-1, keepdim=True) if self.centred else hooked)
+
+    def _precise_acts(self, text: int) -> Tensor:
+        if text not in self.precise_acts:
+            self.precise_acts[text] = self._encode(self.precise_sae, self.precise, text)
+        return self.precise_acts[text]
+
+    def _edited(self, pairs: Sequence[Pair], spans: list[Span], clean: CleanPass, acts: Any, W_dec: Tensor) -> Tensor:
+        """The residual streams entering the suffix, with the pairs' latents removed.
+
+        The same for centred and raw processing: a constant on all of d_model is removed by every later LayerNorm.
+        """
+        parts = []
+        begin = 0
+        for span in spans:
+            latents = torch.tensor([pair.latents for pair in pairs[begin : begin + span.n]], device=W_dec.device)
+            here = slice(span.start, self.lengths[span.text])
+            removed = torch.einsum("pnk,nkd->npd", acts(span.text)[here][:, latents], W_dec[latents])
+            parts.append((clean.resid[span.text, here] - removed).flatten(0, 1))
+            begin += span.n
+        return torch.cat(parts)
+
+    def _where(self, spans: list[Span]) -> Tensor:
+        """For each row the flat index of its position in the block."""
+        n_pos = self.clean.resid.shape[1]
+        return torch.cat(
+            [span.text * n_pos + torch.arange(span.start, self.lengths[span.text]).repeat(span.n) for span in spans]
+        )
+
+    def _per_pair(self, rows: Tensor, spans: list[Span], n_pairs: int) -> Tensor:
+        rows = rows.cpu()
+        result = torch.zeros(n_pairs, self.clean.resid.shape[1], dtype=torch.float64)
+        pair = row = 0
+        for span in spans:
+            length = self.lengths[span.text] - span.start
+            values = rows[row : row + span.n * length].view(span.n, length)
+            result[pair : pair + span.n, span.start : span.start + length] = values
+            pair, row = pair + span.n, row + span.n * length
+        return result
+
+
+class GeneralEngine:
+    """Any model and hook: whole texts through the whole model, many pairs at once.
+
+    The logits are the model's own, in its precision, so a KL carries their rounding: for float32 logits with an error
+    of `e`, about `e * sqrt(2 KL) + e**2 / 2`. There is nothing more precise to fall back on.
+    """
+
+    def __init__(self, sae: SparseAutoEncoder, model: Any, hook_name: str):
+        self.sae, self.model, self.hook_name = sae, model, hook_name
+
+    def positions_at_once(self) -> int:
+        return max(1, min(MAX_POSITIONS, MAX_PROBS // self.model.d_vocab, MAX_ACTS // self.sae.d_sae))
+
+    def open(self, token_lists: Sequence[list[int]]) -> Float[Tensor, "text pos d_sae"]:
+        self.tokens, self.lengths = padded(token_lists)
+        self.logits = self.model.logits(self.tokens)
+        acts = self.sae.encode(self.model.activations(self.tokens, self.hook_name).float())
+        self.acts = without_padding(acts, self.lengths)
+        return self.acts
+
+    def batches(self, pairs: Sequence[Pair], size: int) -> list[list[Pair]]:
+        size = max(1, min(size, MAX_LOGITS // (self.tokens.shape[1] * self.model.d_vocab)))
+        ordered = sorted(pairs, key=lambda pair: (pair.text, pair.start))
+        return [ordered[begin : begin + size] for begin in range(0, len(ordered), size)]
+
+    def kl(self, pairs: Sequence[Pair]) -> Float[Tensor, "pair pos"]:
+        n_pos = max(self.lengths[pair.text] for pair in pairs)
+        texts = torch.tensor([pair.text for pair in pairs])
+        latents = torch.tensor([pair.latents for pair in pairs], device=self.acts.device)
+        feature_acts = torch.stack([self.acts[pair.text, :n_pos, list(pair.latents)] for pair in pairs])
+        removed = torch.einsum("npk,nkd->npd", feature_acts, self.sae.W_dec[latents])
+        changed = self.model.logits_with(
+            self.tokens[texts, :n_pos], self.hook_name, lambda value: value - removed.to(value)
+        )
+        result = torch.zeros(len(pairs), self.tokens.shape[1], dtype=torch.float64)
+        for row, pair in enumerate(pairs):
+            here = slice(pair.start, self.lengths[pair.text])
+            result[row, here] = kl_of_log_probs(self.logits[pair.text, here], changed[row, here]).cpu()
+        return result
+
+    def doubtful(self, kl: Float[Tensor, "pair pos"]) -> list[int]:
+        return []
+
+    def precise_kl(self, pairs: Sequence[Pair]) -> Float[Tensor, "pair pos"]:
+        return self.kl(pairs)
+
+
+Engine = NeoXEngine | GeneralEngine
+
+
+def padded(token_lists: Sequence[list[int]]) -> tuple[Tensor, list[int]]:
+    """Texts padded on the right with token 0 to one length, and their lengths."""
+    lengths = [len(tokens) for tokens in token_lists]
+    rows = [tokens + [0] * (max(lengths) - len(tokens)) for tokens in token_lists]
+    return torch.tensor(rows, dtype=torch.int64), lengths
+
+
+def without_padding(acts: Float[Tensor, "text pos d_sae"], lengths: list[int]) -> Float[Tensor, "text pos d_sae"]:
+    """`acts` with 0 behind the end of each text, in place."""
+    for row, length in enumerate(lengths):
+        acts[row, length:] = 0
+    return acts
+
+
+def spans_of(pairs: Sequence[Pair]) -> list[Span]:
+    """Neighbouring pairs with the same text and start, as one span each."""
+    spans: list[Span] = []
+    for pair in pairs:
+        if spans and spans[-1][:2] == (pair.text, pair.start):
+            spans[-1] = spans[-1]._replace(n=spans[-1].n + 1)
+        else:
+            spans.append(Span(pair.text, pair.start, 1))
+    return spans

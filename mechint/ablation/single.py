@@ -1,0 +1,106 @@
+"""One text at a time: the hook that removes a latent, its effect position by position, and a plot of it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechint.ablation.engines import Pair
+from mechint.ablation.rank import feature_indices
+from mechint.ablation.subject import as_model, check_fit, make_engine
+from mechint.models import load_model
+from mechint.models.matmul import full_float32
+from mechint.sae import SparseAutoEncoder
+
+
+def build_transformer_model(
+    model_name: str = "pythia-70m", device: str | None = None, *, processing: str = "centred"
+) -> Any:
+    """A `TransformerBridge` of a model by Hub id, alias, local folder or builtin/pythia-tiny.
+
+    `processing` "centred", the default here, is what the original pipeline worked on (LayerNorm folded, residual
+    without its mean) and what its checkpoints need; an SAE trained on raw activations needs "raw". For ranking,
+    `mechint.models.load_model` gives the same numbers faster.
+    """
+    return load_model(model_name, device=device, processing=processing, backend="bridge").bridge
+
+
+def single_feature_ablation_hook(
+    sae: SparseAutoEncoder, feature_idx: int | Sequence[int]
+) -> Callable[[Float[Tensor, "*batch d_in"], Any], Float[Tensor, "*batch d_in"]]:
+    """A hook for `run_with_hooks` that removes a latent (or several at once): resid - f_i(resid) * W_dec[i]."""
+    features = feature_indices([feature_idx] if isinstance(feature_idx, int) else feature_idx, sae.d_sae)
+
+    def remove(resid: Float[Tensor, "*batch d_in"], hook: Any = None) -> Float[Tensor, "*batch d_in"]:
+        feature_acts = sae.encode(resid.to(sae.W_enc))[..., features]
+        return resid - (feature_acts @ sae.W_dec[features]).to(resid)
+
+    return remove
+
+
+def compute_text_kl(
+    sae: SparseAutoEncoder,
+    model: Any,
+    hook_name: str,
+    text: str,
+    feature_idx: int | Sequence[int],
+    *,
+    prepend_bos: bool | None = None,
+    context_size: int | None = None,
+) -> dict[str, Any]:
+    """What removing a latent, or several together, does to the predictions at each position of a text.
+
+    Returns:
+        `text`, `features`, `token_ids`, `tokens` (strings), and per position `kl` (nats, clean || ablated) and
+        `feature_acts` (summed over the latents); `mean_kl`, `mean_kl_no_bos`, `max_kl`, `max_kl_token`,
+        `max_kl_token_position`, `n_active_positions`. In float64 from the embedding on for a GPT-NeoX.
+    """
+    subject = as_model(model)
+    features = feature_indices([feature_idx] if isinstance(feature_idx, int) else feature_idx, sae.d_sae)
+    if prepend_bos is None:
+        prepend_bos = bool(sae.metadata.get("prepend_bos", True))
+    (tokens,) = subject.tokenize([text], prepend_bos=prepend_bos, context_size=context_size)
+    with torch.inference_mode(), full_float32():
+        check_fit(sae, subject, hook_name)
+        engine = make_engine(sae, subject, hook_name, tokens)
+        acts = engine.open([tokens])[0][:, features].cpu()
+        active = torch.nonzero((acts != 0).any(1)).flatten().tolist()
+        kl = torch.zeros(len(tokens), dtype=torch.float64)
+        if active:
+            kl = engine.precise_kl([Pair(0, tuple(features), active[0])])[0].clamp(min=0)
+    names = [subject.tokenizer.decode([token]) for token in tokens]
+    highest = int(kl.argmax())
+    rest = kl[int(prepend_bos) :]
+    return {
+        "text": text,
+        "features": features,
+        "token_ids": tokens,
+        "tokens": names,
+        "kl": kl.tolist(),
+        "feature_acts": acts.sum(1).tolist(),
+        "mean_kl": float(kl.mean()),
+        "mean_kl_no_bos": float(rest.mean()) if len(rest) else 0.0,
+        "max_kl": float(kl[highest]),
+        "max_kl_token": names[highest],
+        "max_kl_token_position": highest,
+        "n_active_positions": len(active),
+    }
+
+
+def plot_text_kl(result: dict[str, Any], ax: Any = None) -> Any:
+    """Bars of KL by position, as `compute_text_kl` gives them, with the tokens below; returns the axes."""
+    import matplotlib.pyplot as plt
+
+    n = len(result["kl"])
+    if ax is None:
+        _, ax = plt.subplots(figsize=(max(4.0, 0.35 * n), 2.6), layout="constrained")
+    ax.bar(range(n), result["kl"], color="tab:blue")
+    fires = [position for position, value in enumerate(result["feature_acts"]) if value != 0]
+    ax.plot(fires, [0.0] * len(fires), "v", color="tab:red", clip_on=False, label="fires")
+    ax.set_xticks(range(n), [repr(token)[1:-1] for token in result["tokens"]], rotation=70, ha="right", fontsize=8)
+    ax.set_ylabel("KL (nats)")
+    ax.set_title(f"without latent {', '.join(map(str, result['features']))}: mean {result['mean_kl']:.4f}")
+    ax.legend(frameon=False)
+    return ax
