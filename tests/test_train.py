@@ -273,12 +273,13 @@ def test_verify_sees_each_broken_link(finished: Run, activations_path: Path, tmp
 
     assert {verdict for _, verdict in verify(finished)} <= {"ok", "not recorded"}
     # a run may be moved together with its activations
-    shutil.copytree(finished.path, tmp_path / "runs" / "a")
+    elsewhere = tmp_path / "elsewhere" / "runs" / "a"
+    shutil.copytree(finished.path, elsewhere)
     relative = finished.manifest["inputs"]["activations"]["path"]
-    target = Path(os.path.normpath(tmp_path / "runs" / "a" / relative))
+    target = Path(os.path.normpath(elsewhere / relative))
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(activations_path, target)
-    moved = Run(tmp_path / "runs" / "a")
+    moved = Run(elsewhere)
     assert dict(verify(moved))["checkpoint.pt"] == "ok"
     data = bytearray((moved.path / "checkpoint.pt").read_bytes())
     data[-200] ^= 1
