@@ -217,6 +217,21 @@ def test_language_metrics_by_hand(batch_size: int, limit: int, monkeypatch: pyte
     assert found["ce_recovered_zero"] is not None
 
 
+def test_batches_hold_the_texts_and_the_logits_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, int]] = []
+    plain = OneStep.logits
+    monkeypatch.setattr(
+        OneStep, "logits", lambda self, tokens: shapes.append(tuple(tokens.shape)) or plain(self, tokens)
+    )
+    texts = [Text([0] * length, [True] * length) for length in (7, 2, 2, 9, 4, 2, 3)]
+    language_metrics(by_hand_sae(), OneStep(), texts, torch.zeros(2), "hook", batch_size=2)
+    assert shapes == [(2, 2), (2, 3), (2, 7), (1, 9)]  # sorted by length
+    shapes.clear()
+    monkeypatch.setattr(language, "MAX_LOGIT_ELEMENTS", 3 * 8)  # eight positions; a longer text goes alone
+    language_metrics(by_hand_sae(), OneStep(), texts, torch.zeros(2), "hook", batch_size=100)
+    assert shapes == [(3, 2), (2, 4), (1, 7), (1, 9)]
+
+
 def test_a_perfect_and_a_useless_sae_recover_all_and_nothing() -> None:
     texts = [Text([1] * 6 + [2] * 4 + [0] * 4, [True] * 14)]
     perfect = SparseAutoEncoder(2, d_sae=4)
@@ -235,6 +250,9 @@ def test_a_perfect_and_a_useless_sae_recover_all_and_nothing() -> None:
     # An ablation that costs nothing has nothing to recover.
     unharmed = language_metrics(perfect, OneStep(), [Text([0, 1], [False, True])], torch.zeros(2), "hook")
     assert unharmed["ce_recovered_zero"] is None and unharmed["ce_recovered_mean"] is None
+    # Nor has one that helps: here every token is followed by one that the model thinks unlikely.
+    helped = language_metrics(useless, OneStep(), [Text([0, 1, 0, 1], [True] * 4)], torch.zeros(2), "hook")
+    assert helped["ce_zero"] < helped["ce_clean"] and helped["ce_recovered_zero"] is None
 
 
 def test_texts_from_tokens_marks_the_bos_row() -> None:
