@@ -123,32 +123,34 @@ def load_pretrained(
         MechintError: not found, unreachable, or not a causal language model.
     """
     local = Path(source).is_dir()
-    offline = local
+    offline, commit = local, None
     if not local:
         state = check_repo(source, "model", revision)
         offline = not state.online
-        if offline and not _cached(source, revision):
+        commit = state.sha or _cached_commit(source, revision)
+        if commit is None:
             raise hub_unreachable(f"model {name}", "--model", "PATH/TO/FOLDER", BUILTIN_MODELS[0])
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # "Loading weights" says nothing that our own progress does not
-    kwargs: dict[str, Any] = {"local_files_only": offline, "revision": None if local else revision}
-    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    # Weights and tokenizer from one commit, even if the repository changes meanwhile.
+    kwargs: dict[str, Any] = {"local_files_only": offline} | ({} if local else {"revision": commit})
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
             hf_model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise MechintError(f"model {name} cannot be loaded from {source}: {one_line(error, 200)}") from error
-    # set by transformers from the cache's folder name
-    return hf_model, tokenizer, None if local else getattr(hf_model.config, "_commit_hash", None)
+    return hf_model, tokenizer, commit
 
 
-def _cached(repo_id: str, revision: str | None) -> bool:
+def _cached_commit(repo_id: str, revision: str | None) -> str | None:
+    """The commit that `revision` stood for when it was last downloaded; None if it never was."""
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(repo_id, "config.json", revision=revision), str)
+    found = try_to_load_from_cache(repo_id, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None  # .../snapshots/<commit>/config.json
 
 
 @contextlib.contextmanager
