@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow
@@ -167,7 +166,7 @@ def test_a_list_of_texts_must_have_one(tmp_path: Path, content: str | None):
         iter_texts_from_path(tmp_path / "a.txt")
 
 
-# --- the Hub, as a server on this machine; each client is a process of its own, because it reads its environment once --
+# --- the Hub, as a server on this machine. Each client is a process of its own: it reads its environment only once ---
 
 READ = """
 import json, sys

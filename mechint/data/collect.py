@@ -132,14 +132,14 @@ def _collect(config: CollectConfig, settings: dict[str, Any], ranks: Ranks, prog
             revision=config.model_revision,
         )
         settled = _settled(config, settings, source, model)
+        fixed = {"model_sha256": settled["model_sha256"], "texts": source.fingerprint()}
         if asked:
-            for name in ("model_sha256", "dataset_revision"):
-                store_write.check_same({name: asked["info"][name]}, {name: settled[name]}, str(folder))
+            store_write.check_same(asked["fixed"], fixed, str(folder))
             settled = asked["info"]
         if ranks.rank == 0:
             with store_write.only_writer(folder):
-                command = collect_command(config)
-                store_write.begin_store(folder, {"settings": settings, "info": settled, "command": command})
+                asked = {"settings": settings, "fixed": fixed, "info": settled, "command": collect_command(config)}
+                store_write.begin_store(folder, asked)
                 ranks.barrier()
                 n_tokens, seconds = _write_shards(config, model, shards, folder, ranks, progress)
                 ranks.barrier()
@@ -243,7 +243,7 @@ def _settled(
         "layer": layer_of_hook(config.hook),
         "model_name": config.model,
         "model_source": model.source,
-        "model_revision": config.model_revision,
+        "model_revision": model.revision,
         "model_sha256": model.weights_sha256(),
         "processing": config.processing,
         "prepend_bos": config.prepend_bos,

@@ -88,6 +88,9 @@ class HubTexts:
             "text_field": self.text_field,
         }
 
+    def fingerprint(self) -> str:
+        return self.commit or ""
+
     def close(self) -> None:
         # An open stream keeps download threads alive, and with them the process.
         if self._texts is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from mechint.errors import MechintError, nearest, one_line
+from mechint.provenance import sha256_json
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 BUILTIN = ("builtin/tales",)
@@ -40,6 +41,10 @@ class TextSource(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """What identifies the texts, for the record: the fields from `text_source` to `text_field` of docs/store.md."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Differs when the source's texts have changed, as far as can be told without reading them."""
         ...
 
     def close(self) -> None: ...
@@ -163,6 +168,11 @@ class TaleTexts:
             "text_field": None,
         }
 
+    def fingerprint(self) -> str:
+        from mechint.builtin.tales import source_hash
+
+        return source_hash()
+
     def close(self) -> None:
         pass
 
@@ -214,6 +224,10 @@ class FileTexts:
             "dataset_revision": None,
             "text_field": None if all(file.suffix == ".txt" for file in self.files) else self.text_field,
         }
+
+    def fingerprint(self) -> str:
+        states = [(file, file.stat()) for file in self.files]
+        return sha256_json([[str(file), state.st_size, state.st_mtime_ns] for file, state in states])
 
     def close(self) -> None:
         self._texts = None

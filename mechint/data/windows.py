@@ -82,11 +82,10 @@ def window_rows(
     norms = row_norms(rows)
     bad = first_not_finite(rows, norms)
     if bad is not None:
-        token = model.tokenizer.decode([int(result.tokens[bad])])
         raise MechintError(
-            f"{model.name} gave NaN or Inf at {hook_name} in text {int(result.text_ids[bad])}, position"
-            f" {int(result.positions[bad])} (token {token!r}); nothing of this shard was kept: use --dtype float32, or"
-            " check the model's weights"
+            f"{model.name} gave NaN or Inf at {hook_name} in text {int(result.text_ids[bad])}, first at"
+            f" position {int(result.positions[bad])}; nothing of this shard was kept: use --dtype float32, or check the"
+            " model's weights"
         )
     left_out = torch.cat(first_norms) if first_norms else torch.empty(0)
     left_out = left_out[left_out.isfinite()]
