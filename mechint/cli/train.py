@@ -43,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
         return 130
     summary = read_json(layout.summary)
     if layout.manifest is not None:  # files hold paths relative to the run; a person wants them from here
-        summary |= {"run_dir": str(layout.root), "checkpoint_path": str(layout.checkpoint)}
+        paths = {"run_dir": layout.root, "checkpoint_path": layout.checkpoint, "config_path": layout.config}
+        summary |= {name: str(path) for name, path in paths.items()}
     print_eval_summary(summary)
     return 0

@@ -129,7 +129,8 @@ def _collect(config: CollectConfig, settings: dict[str, Any], ranks: Ranks, prog
             processing=config.processing,
             backend=config.backend,
             hook_name=config.hook,
-            revision=config.model_revision,
+            # the commit that it was begun with, if the newest one is another by now
+            revision=asked["info"]["model_revision"] if asked else config.model_revision,
         )
         settled = _settled(config, settings, source, model)
         fixed = {"model_sha256": settled["model_sha256"], "texts": source.fingerprint()}

@@ -342,6 +342,6 @@ def _describe(activations: Activations, layout: Layout) -> dict[str, Any]:
         "path": os.path.relpath(activations.path, layout.root),
         "sha256": activations.sha256,
         "n_rows": activations.n_rows,
-        "texts_sha256": info.get("texts_sha256"),
-        "model_sha256": info.get("model_sha256"),
+        **{key: info.get(key) for key in ("dataset_name", "dataset_revision", "texts_sha256")},
+        **{key: info.get(key) for key in ("model_source", "model_revision", "model_sha256")},
     }
