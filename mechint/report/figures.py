@@ -157,7 +157,7 @@ def kl_by_position(
         if len(values) != len(tokens) or not len(tokens):
             raise MechintError(f"{len(tokens)} tokens but {len(values)} values of {name}")
     heights = [1.0] * (activation is not None) + [1.6] + [1.3] * (next_log_prob is not None)
-    fig = new_figure(min(max(6.0, 1.5 + 0.19 * len(tokens)), 16.0), 1.0 + 1.45 * sum(heights))
+    fig = new_figure(min(max(7.0, 1.5 + 0.19 * len(tokens)), 16.0), 1.0 + 1.45 * sum(heights))
     axes = list(fig.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0])
     who = "the latent" if latent is None else f"latent {latent}"
     place = iter(axes)

@@ -272,10 +272,10 @@ def ranking_panel(
     lines = []
     for rank, (kl, latent) in enumerate(effective[:n_labels], start=1):
         ax.plot(rank, kl, "o", color=ORANGE, markersize=5)
-        named = f"  {names[latent]}" if names and latent in names else ""
+        named = f"  {token_labels([names[latent]])[0]}" if names and latent in names else ""
         lines.append(f"{rank:>2}. {latent:>7} {kl:>9.3g}{named}")
     title = "     latent   mean KL"
-    text = "\n".join([title, *token_text(lines)])
+    text = "\n".join([title, *lines])
     ax.text(
         0.03, 0.04, text, transform=ax.transAxes, fontsize=8, family="monospace", va="bottom", parse_math=False,
         bbox={"facecolor": "white", "edgecolor": "#CCCCCC", "alpha": 0.9, "boxstyle": "round,pad=0.4"},
@@ -290,11 +290,6 @@ def ranking_panel(
         "mean KL(clean || latent removed), nats (log)",
     )
     ax.set_xlim(left=0.8)
-
-
-def token_text(lines: Sequence[str]) -> list[str]:
-    """Lines with what the font cannot draw replaced, but blanks left as they are."""
-    return [" ".join(token_labels([word])[0] for word in line.split(" ")) for line in lines]
 
 
 def position_bars(
@@ -327,7 +322,7 @@ def before_after_panel(
     drop = float(np.nanmean(before - after)) if np.isfinite(before - after).any() else 0.0
     dress(
         ax,
-        f"The next token becomes {abs(drop):.2g} nats {'less' if drop >= 0 else 'more'} likely on average",
+        f"Next token: {abs(drop):.2g} nats {'less' if drop >= 0 else 'more'} likely on average",
         "",
         "log-probability of\nthe next token, nats",
     )

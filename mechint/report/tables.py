@@ -1,8 +1,8 @@
 """Tables for a notebook, as HTML with everything that comes from a text escaped."""
 
 import html
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +16,13 @@ from mechint.sae import SparseAutoEncoder
 Decode = Callable[[list[int]], str]
 
 _CELL = "padding:2px 10px;text-align:left;vertical-align:top"
+
+
+def table_html(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as an HTML table, the keys of the first one as its header; everything is escaped."""
+    if not rows:
+        return "<p>(no rows)</p>"
+    return _table(list(rows[0]), [[html.escape(str(row.get(key, ""))) for key in rows[0]] for row in rows])
 
 
 def contexts_html(
@@ -49,6 +56,13 @@ def contexts_html(
     if not lines:
         return f"<p>Latent {latent} fires on none of these rows.</p>"
     return _table(["activation", "text", f"latent {latent}"], lines)
+
+
+def next_log_probs(logits: Float[Tensor, "pos d_vocab"], tokens: Int[Tensor, " pos"]) -> Float[Tensor, " pos"]:
+    """Log-probability (nats) that each position gives to the token that really comes next; NaN at the last one."""
+    log_probs = logits[:-1].float().log_softmax(-1)
+    found = log_probs.gather(1, tokens[1:, None].to(log_probs.device))[:, 0]
+    return torch.cat([found, found.new_full((1,), torch.nan)])
 
 
 class PredictionChange(NamedTuple):
