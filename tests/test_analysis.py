@@ -148,11 +148,11 @@ def write_store(folder: Path, lengths: list[int], d_in: int = 3) -> Activations:
 
 def test_contexts_stay_within_the_text_and_mark_the_token(tmp_path: Path) -> None:
     activations = write_store(tmp_path / "store", [3, 5, 4])  # rows 0-2, 3-7, 8-11
-    first, middle, last = contexts(activations, [0, 5, -1, 11], window=2)
+    first, middle, last = contexts(activations, [0, 5, -1, 11], window=3)
     assert (first.tokens, first.center, first.text_id, first.position) == ([100, 101, 102], 0, 0, 1)
     assert (middle.tokens, middle.center, middle.rows) == ([103, 104, 105, 106, 107], 2, [3, 4, 5, 6, 7])
-    assert (last.tokens, last.center, last.position, last.row) == ([109, 110, 111], 2, 4, 11)
-    assert contexts(activations, torch.tensor([4]), window=0)[0].tokens == [104]
+    assert (last.tokens, last.center, last.position, last.row) == ([108, 109, 110, 111], 3, 4, 11)
+    assert contexts(activations, torch.tensor([7]), window=1)[0].tokens == [106, 107]
     with pytest.raises(MechintError, match="row 12 .*12 rows"):
         contexts(activations, [12])
     torch.save(torch.randn(4, 3), tmp_path / "bare.pt")

@@ -153,6 +153,8 @@ def test_checkpoint_config_and_sae_folder_name_the_same_thing(place: Path, capsy
     for way in ways:
         found = run_eval(place / "x", *way)
         assert {**found, "checkpoint_path": ""} == {**expected, "checkpoint_path": ""}
+        named = run / "sae" if way[1] == run / "sae" else run / "checkpoint.pt"
+        assert found["checkpoint_path"] == str(named)
     assert capsys.readouterr().out.count("\n---\nval_mse: ") == len(ways) + 1
 
 
