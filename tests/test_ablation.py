@@ -619,3 +619,53 @@ def test_pairs_start_at_the_first_firing():
 def test_block_is_bounded(max_positions, max_texts, size):
     token_lists = [[0] * 4, [0] * 6, [0] * 5, [0] * 5]
     assert rank._block(token_lists, max_positions, max_texts) == token_lists[:size]
+
+
+# TransformerLens, whose import takes seconds.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processing", ["raw", "centred"])
+def test_a_bridge_gives_the_same_ranking(sae, rows, sharp_neox_dir, processing, caplog):
+    """Raw weights are recognised and take the fast way; folded ones do not, and agree all the same."""
+    bridge = ablation.build_transformer_model(str(sharp_neox_dir), "cpu", processing=processing)
+    plain = SparseAutoEncoder(sae.d_in, d_sae=sae.d_sae)
+    plain.load_state_dict(sae.state_dict())
+    plain.metadata = {"hook_name": HOOK, "processing": processing}
+    features = list(range(0, D_SAE, 3))
+    found = ablation.rank_features_by_ablation(plain, bridge, HOOK, TEXTS, features, False)
+    assert ("whole sequences" in caplog.text) == (processing == "centred")
+    if processing == "raw":
+        wanted = [by_feature(rows)[feature] for feature in features]
+    else:
+        model = load_model(str(sharp_neox_dir), device="cpu", processing="centred")
+        wanted = ablation.rank_features_by_ablation(plain, model, HOOK, TEXTS, features, False)
+    assert worst_error(found, wanted) < (1e-7 if processing == "raw" else 3e-5)
+    other = {"raw": "centred", "centred": "raw"}[processing]
+    plain.metadata = {"processing": other}
+    with pytest.raises(MechintError, match=f"trained on {other}.*processing {processing}"):
+        ablation.rank_features_by_ablation(plain, bridge, HOOK, TEXTS, features, False)
+    with pytest.raises(MechintError, match="no hook 'blocks.3.hook_nothing'"):
+        ablation.rank_features_by_ablation(plain, bridge, "blocks.3.hook_nothing", TEXTS, features, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hook", ["blocks.2.hook_mlp_out", "blocks.2.hook_attn_out", "blocks.2.mlp.hook_post"])
+def test_hooks_off_the_residual_stream(sae, sharp_neox_dir, hook, caplog):
+    """Outputs of a sublayer are edited in the stream they are added to; other hooks take the general way."""
+    model = load_model(str(sharp_neox_dir), device="cpu", backend="bridge", hook_name=hook)
+    tokens = torch.tensor(model.tokenize(TEXTS[3:], prepend_bos=True))
+    width = model.activations(tokens, hook).shape[-1]
+    torch.manual_seed(0)
+    plain = SparseAutoEncoder(width, d_sae=8)
+    remove = [ablation.single_feature_ablation_hook(plain, feature) for feature in range(8)]
+    with torch.inference_mode():
+        wanted = [
+            kl.kl_of_log_probs(model.logits(tokens)[0], model.logits_with(tokens, hook, edit)[0]) for edit in remove
+        ]
+    found = by_feature(ablation.rank_features_by_ablation(plain, model, hook, TEXTS[3:], None, False, prepend_bos=True))
+    assert ("whole sequences" in caplog.text) == (hook == "blocks.2.mlp.hook_post")
+    assert max(float(value.max()) for value in wanted) > 1e-4
+    for feature, value in enumerate(wanted):
+        assert found[feature]["mean_kl"] == pytest.approx(float(value.mean()), abs=1e-5)
+        assert found[feature]["max_kl"] == pytest.approx(float(value.max()), abs=5e-5)

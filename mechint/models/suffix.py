@@ -143,10 +143,12 @@ class NeoXSuffix:
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to(device=self.device, dtype=self.dtype)
 
-    def _norm(self, norm: nn.LayerNorm, rows: Tensor) -> Tensor:
+    # Modules are taken as Any: a TransformerBridge leaves wrappers in their place, with the same weights.
+
+    def _norm(self, norm: Any, rows: Tensor) -> Tensor:
         return F.layer_norm(rows, norm.normalized_shape, self._cast(norm.weight), self._cast(norm.bias), norm.eps)
 
-    def _linear(self, linear: nn.Linear, rows: Tensor) -> Tensor:
+    def _linear(self, linear: Any, rows: Tensor) -> Tensor:
         bias = None if linear.bias is None else self._cast(linear.bias)
         return matmul.linear(rows, self._cast(linear.weight), bias)
 

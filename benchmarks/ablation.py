@@ -1,0 +1,208 @@
+"""Ranking latents by ablation: ours against the original's way, at Pythia-70M's shape with random weights.
+
+The original's way, written here from its description: for each latent and text a clean and an ablated forward pass of
+the whole model through TransformerLens's `run_with_hooks`, one text at a time, and KL from two float32 log-softmaxes.
+Its time is that of a sample of (latent, text) pairs, extrapolated to all of them (each costs the same, firing or not).
+Ours is timed through `rank_features_by_ablation` on random latents over all texts, everything included.
+
+    python benchmarks/ablation.py                       rounds of both in turn, medians of their ratios
+    python benchmarks/ablation.py --full                also one whole ranking of all latents
+"""
+
+import argparse
+import copy
+import statistics
+import tempfile
+import time
+
+import torch
+import torch.nn.functional as F
+
+from mechint.ablation import build_transformer_model, engines, rank_features_by_ablation, single_feature_ablation_hook
+from mechint.models import LanguageModel, load_model, matmul
+from mechint.sae import SparseAutoEncoder
+
+HOOK = "blocks.3.hook_resid_post"
+VOCAB = 50304
+
+
+def save_model(folder: str) -> None:
+    """Pythia-70M's shape with random weights; a tokenizer in which the text "w5 w17" is tokens 5 and 17."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+    config = GPTNeoXConfig(
+        vocab_size=VOCAB,
+        hidden_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        intermediate_size=2048,
+        max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    torch.manual_seed(0)
+    GPTNeoXForCausalLM(config).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w0", eos_token="w0", unk_token="w0").save_pretrained(
+        folder
+    )
+
+
+def build_sae(model: LanguageModel, texts: list[str], l0: float) -> SparseAutoEncoder:
+    """4096 random latents whose common encoder bias gives this L0 on the texts."""
+    torch.manual_seed(1)
+    sae = SparseAutoEncoder(512, 8)
+    rows = torch.cat([model.activations(torch.tensor([t]), HOOK)[0] for t in model.tokenize(texts, prepend_bos=True)])
+    with torch.no_grad():
+        sae.b_dec.copy_(rows.mean(0))
+        before = (rows - sae.b_dec) @ sae.W_enc
+        sae.b_enc.fill_(-float(before.flatten().kthvalue(int(before.numel() * (1 - l0 / sae.d_sae))).values))
+    sae.metadata = {"hook_name": HOOK, "processing": "raw", "prepend_bos": True}
+    return sae
+
+
+@torch.no_grad()
+def original_pair(bridge, sae: SparseAutoEncoder, tokens: torch.Tensor, feature: int) -> torch.Tensor:
+    """KL per position, in the original's way."""
+    clean = bridge.run_with_hooks(tokens, fwd_hooks=[], return_type="logits")
+    hook = single_feature_ablation_hook(sae, feature)
+    ablated = bridge.run_with_hooks(tokens, fwd_hooks=[(HOOK, hook)], return_type="logits")
+    log_p, log_q = F.log_softmax(clean[0], -1), F.log_softmax(ablated[0], -1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+@torch.no_grad()
+def float64_pair(hf64, sae64: SparseAutoEncoder, tokens: torch.Tensor, feature: int) -> torch.Tensor:
+    """KL per position, all in float64, by transformers and a plain hook."""
+
+    def remove(module, args, out):
+        return single_feature_ablation_hook(sae64, feature)(out, None)
+
+    log_p = F.log_softmax(hf64(tokens).logits[0], -1)
+    handle = hf64.gpt_neox.layers[3].register_forward_hook(remove)
+    log_q = F.log_softmax(hf64(tokens).logits[0], -1)
+    handle.remove()
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def describe(model: LanguageModel, sae: SparseAutoEncoder, texts: list[str]) -> None:
+    n_active, share, rows_share = [], [], []
+    for tokens in model.tokenize(texts, prepend_bos=True):
+        active = sae.encode(model.activations(torch.tensor([tokens]), HOOK)[0]) > 0
+        n_active.append(float(active.sum(1).float().mean()))
+        fires = active.any(0)
+        share.append(float(fires.float().mean()))
+        rows_share.append(float((len(tokens) - active.int().argmax(0)[fires]).sum() / active.numel()))
+    print(
+        f"{len(texts)} texts of {len(tokens)} tokens with BOS, {sae.d_sae} latents, L0 {statistics.mean(n_active):.0f};"
+        f" {statistics.mean(share):.1%} of pairs fire, {statistics.mean(rows_share):.1%} of positions are computed"
+    )
+
+
+def accuracy(model: LanguageModel, sae: SparseAutoEncoder, bridge, texts: list[str], n: int, scale: float) -> None:
+    """Worst errors of per-pair mean and max KL, with the decoder scaled to make the effects larger."""
+    sae = copy.deepcopy(sae)
+    with torch.no_grad():
+        sae.W_dec.mul_(scale)
+    hf64, sae64 = copy.deepcopy(model.hf_model).double(), copy.deepcopy(sae).double()
+    text = texts[:1]
+    tokens = torch.tensor(model.tokenize(text, prepend_bos=True))
+    active = (sae.encode(model.activations(tokens, HOOK)[0]) > 0).any(0)
+    features = torch.nonzero(active).flatten()[:: max(1, int(active.sum()) // n)][:n].tolist()
+    ours = {
+        row["feature_idx"]: row
+        for row in rank_features_by_ablation(sae, model, HOOK, text, features, show_progress=False)
+    }
+    exact = {feature: float64_pair(hf64, sae64, tokens, feature) for feature in features}
+    theirs = {feature: original_pair(bridge, sae, tokens, feature).double() for feature in features}
+    kls = [float(kl.mean()) for kl in exact.values()]
+    print(f"decoder x{scale:g}: mean KL of {len(features)} latents {min(kls):.1e} .. {max(kls):.1e}")
+    for name, mean, largest in (
+        ("ours", lambda f: ours[f]["mean_kl"], lambda f: ours[f]["max_kl"]),
+        ("original's way", lambda f: float(theirs[f].mean()), lambda f: float(theirs[f].max())),
+    ):
+        of_mean = [abs(mean(f) - float(exact[f].mean())) for f in features]
+        of_max = [abs(largest(f) - float(exact[f].max())) for f in features]
+        relative = statistics.median(e / k for e, k in zip(of_mean, kls, strict=True))
+        print(
+            f"  {name:<15} error against float64: mean_kl {max(of_mean):.1e} (median relative {relative:.0e}),"
+            f" max_kl {max(of_max):.1e}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--latents", type=int, default=256, help="random latents that ours ranks in a round")
+    parser.add_argument("--pairs", type=int, default=8, help="pairs that the original's way takes in a round")
+    parser.add_argument("--l0", type=float, default=205.0)
+    parser.add_argument("--check", type=int, default=24, help="latents whose error is measured")
+    parser.add_argument("--full", action="store_true", help="also rank all latents once")
+    args = parser.parse_args()
+
+    generator = torch.Generator().manual_seed(2)
+    texts = [
+        " ".join(f"w{int(index)}" for index in torch.randint(1, VOCAB, (19,), generator=generator)) for _ in range(20)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(folder)
+        model = load_model(folder, device="cpu")
+        # A model of its own: TransformerLens puts its modules into the one that it is given.
+        bridge = build_transformer_model(folder, "cpu", processing="raw")
+    sae = build_sae(model, texts, args.l0)
+    token_lists = model.tokenize(texts, prepend_bos=True)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, oneDNN products: {matmul.onednn_pays()}")
+    describe(model, sae, texts)
+    for scale in (1.0, 100.0):
+        accuracy(model, sae, bridge, texts, args.check, scale)
+
+    def ours(features: list[int], *, onednn: bool = True) -> float:
+        """Seconds to rank these latents over all texts."""
+        pays = matmul.onednn_pays
+        matmul.onednn_pays = pays if onednn else lambda: False
+        start = time.perf_counter()
+        rank_features_by_ablation(sae, model, HOOK, texts, features, show_progress=False)
+        matmul.onednn_pays = pays
+        return time.perf_counter() - start
+
+    def original(features: list[int]) -> float:
+        """Seconds a pair."""
+        start = time.perf_counter()
+        for index, feature in enumerate(features):
+            original_pair(bridge, sae, torch.tensor([token_lists[index % len(texts)]]), feature)
+        return (time.perf_counter() - start) / len(features)
+
+    def draw(n: int) -> list[int]:
+        return torch.randperm(sae.d_sae, generator=generator)[:n].tolist()
+
+    original(draw(2))
+    ours(draw(16))
+    counted = engines.NeoXEngine.precise_kl
+    in_float64 = []
+    engines.NeoXEngine.precise_kl = lambda self, pairs: in_float64.append(len(pairs)) or counted(self, pairs)
+    times: dict[str, list[float]] = {"original": [], "ours": [], "ours, MKL products": []}
+    for number in range(args.rounds):
+        features = draw(args.latents)
+        times["original"].append(original(draw(args.pairs)))
+        times["ours"].append(ours(features) / (args.latents * len(texts)))
+        times["ours, MKL products"].append(ours(features, onednn=False) / (args.latents * len(texts)))
+        line = ", ".join(f"{name} {1e3 * values[-1]:.2f}" for name, values in times.items())
+        print(f"round {number + 1}: ms a pair (firing or not): {line}", flush=True)
+    print(f"pairs computed again in float64: {sum(in_float64)}")
+    grid = sae.d_sae * len(texts)
+    whole = statistics.median(times["original"]) * grid / 60
+    print(f"original's way, extrapolated to {grid} pairs from {args.pairs * args.rounds}: {whole:.0f} min")
+    for name in ("ours", "ours, MKL products"):
+        ratios = [a / b for a, b in zip(times["original"], times[name], strict=True)]
+        took = statistics.median(times[name]) * grid
+        spread = f"lowest {min(ratios):.0f}, highest {max(ratios):.0f}"
+        print(f"{name}: {took:.0f} s for all; ratio median {statistics.median(ratios):.0f} ({spread})")
+    if args.full:
+        print(f"ours, all {sae.d_sae} latents in one call: {ours(list(range(sae.d_sae))):.0f} s")
+
+
+if __name__ == "__main__":
+    main()
