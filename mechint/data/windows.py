@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mechint.data.norms import first_not_finite, norm_histograms, row_norms
 from mechint.errors import MechintError
+from mechint.models.matmul import FastLinear
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def window_rows(
         padded = torch.zeros(len(batch), len(token_lists[batch[-1]]), dtype=torch.long)
         for line, i in enumerate(batch):
             padded[line, : len(token_lists[i])] = torch.tensor(token_lists[i])
-        values = model.activations(padded, hook_name)
+        with FastLinear():
+            values = model.activations(padded, hook_name)
         if not begin:
             rows = torch.empty(starts[-1], values.shape[-1], dtype=values.dtype)
         if drop_first:
