@@ -57,12 +57,18 @@ def save_sae_folder(sae: SparseAutoEncoder, folder: str | Path) -> None:
     write_json(folder / CFG_FILE, cfg)
 
 
+def metadata_path(checkpoint: Path) -> Path:
+    """`X.json` of `X.pt`: what an SAE was trained on, for a checkpoint in the legacy layout."""
+    return checkpoint.with_suffix(".json")
+
+
 def load_sae(path: str | Path, *, config: str | Path | None = None, device: str = "cpu") -> SparseAutoEncoder:
     """Open an SAE: a run directory, a checkpoint.pt (old ones included), or a folder in SAELens's layout.
 
     The shapes come from the weights, so any width of dictionary opens, `d_sae` a multiple of `d_in` or not. What the
-    SAE was trained on comes from `sae/cfg.json` beside a checkpoint; a checkpoint without one was made by the original
-    pipeline and is taken as such, with a warning. `config` names the config.json that holds its hook and model.
+    SAE was trained on comes from `sae/cfg.json` (legacy layout: `X.json`) beside a checkpoint. Where nothing says how
+    the activations were processed, they are taken as the original pipeline's, with a warning; `config` names the
+    config.json that then holds hook and model.
 
     Raises:
         MechintError: missing, truncated, not an SAE, shapes that do not fit each other, or a value that is not finite.
@@ -84,8 +90,13 @@ def load_sae(path: str | Path, *, config: str | Path | None = None, device: str 
         tensors = read_state_dict(path)
         if (path.parent / "sae" / CFG_FILE).is_file():
             metadata = dict(read_json(path.parent / "sae" / CFG_FILE).get("metadata") or {})
+        elif metadata_path(path).is_file():
+            metadata = read_json(metadata_path(path)).get("sae_metadata")
     sae = sae_from_tensors(tensors, source=str(path))
-    sae.metadata = metadata if metadata is not None else _legacy_metadata(path, config)
+    metadata = metadata or {}
+    if "sae_lens_version" in metadata:
+        metadata = {"processing": "raw", **metadata}  # SAELens loads its models without processing
+    sae.metadata = metadata if "processing" in metadata else {**_legacy_metadata(path, config), **metadata}
     return sae.to(device)
 
 
@@ -174,13 +185,14 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _legacy_metadata(path: Path, config: str | Path | None) -> dict[str, Any]:
     """What an original checkpoint was trained on: its config.json if there is one, and the original's processing."""
-    config_path = Path(config) if config is not None else path.parent / "config.json"
+    folder = path if path.is_dir() else path.parent
+    config_path = Path(config) if config is not None else folder / "config.json"
     recorded: dict[str, Any] = {}
     if config is not None or config_path.is_file():
         values = read_json(config_path, "config file")
         recorded = {key: values[key] for key in ("hook_name", "model_name", "model_source") if key in values}
     warnings.warn(
-        f"{path} does not say how its activations were processed; taken as the original pipeline's setting"
+        f"{path}: nothing says how its activations were processed; taken as the original pipeline's setting"
         " (centred residual, BOS prepended)",
         stacklevel=3,
     )

@@ -8,6 +8,7 @@ from mechint.config import SAETrainConfig
 from mechint.errors import MechintError
 from mechint.provenance import read_json
 from mechint.runs import Run, make_run_dir
+from mechint.sae.io import metadata_path
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Layout:
     state: Path
     manifest: Path | None
     sae_dir: Path | None
+    metadata: Path | None  # what the SAE was trained on, beside a checkpoint that has no sae/ folder
     label: str  # the run_dir of summary.json and of what is printed
 
     def remove_state(self) -> None:
@@ -40,6 +42,7 @@ def run_layout(run_dir: Path) -> Layout:
         state=run_dir / "state" / "state.pt",
         manifest=run_dir / "manifest.json",
         sae_dir=run_dir / "sae",
+        metadata=None,
         label=str(run_dir),
     )
 
@@ -57,6 +60,7 @@ def legacy_layout(config: SAETrainConfig) -> Layout:
         state=metrics / f"state_{name}" / "state.pt",
         manifest=None,
         sae_dir=None,
+        metadata=metadata_path(Path("saved_models") / f"sae_model_{name}.pt"),
         label="legacy",
     )
 

@@ -149,6 +149,8 @@ def _run(
     save_checkpoint(sae, layout.checkpoint)
     if layout.sae_dir is not None:
         save_sae_folder(sae, layout.sae_dir)
+    if layout.metadata is not None:
+        write_json(layout.metadata, {"sae_metadata": sae.metadata})
     summary = _summary(config, activations, train_indices, val_indices, state, layout, started)
     write_json(layout.summary, summary)
     if layout.manifest is not None:
