@@ -172,7 +172,7 @@ def kl_by_position(
     panels.position_bars(next(place), tokens, series["kl"], title=title, ylabel="KL, nats")
     if next_log_prob is not None:
         panels.before_after_panel(next(place), tokens, *next_log_prob)
-    panels.token_ticks(axes[-1], tokens)
+    panels.token_ticks(axes[-1], tokens, always=worst)
     return fig
 
 

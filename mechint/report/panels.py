@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from mechint.analysis import decoder_similarity_blocks
@@ -32,6 +33,10 @@ from mechint.report.style import (
 from mechint.sae import SparseAutoEncoder
 
 MetricsRows = Sequence[Mapping[str, Any]]
+# Log-probabilities (nats) that move by less are drawn as unmoved: less than a tenth of the probability.
+VISIBLE_CHANGE = 0.1
+# Effects below this share of the largest one are not drawn: they would stretch the axis over many empty decades.
+SMALLEST_EFFECT = 1e-6
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -59,7 +64,7 @@ def _log_y(ax: Axes, *series: np.ndarray) -> None:
     values = values[np.isfinite(values) & (values > 0)]
     if len(values):
         ax.set_yscale("log", nonpositive="mask")
-        plain_log_ticks(ax.yaxis, values.min(), values.max())
+        plain_log_ticks(ax.yaxis, float(values.min()), float(values.max()))
 
 
 def _first_last(y: np.ndarray) -> tuple[float, float]:
@@ -126,7 +131,8 @@ def dead_panel(ax: Axes, rows: MetricsRows, d_sae: int | None = None) -> None:
     of_all = f" of {d_sae:,}" if d_sae else ""
     title = f"{_first_last(dead)[1]:,.0f}{of_all} latents have never fired"
     dress(ax, title, _step_label(rows), "latents without a firing so far")
-    ax.set_ylim(bottom=0, top=max(float(np.nanmax(dead)) * 1.08, 1.0))
+    ax.set_ylim(bottom=0, top=max(float(np.nanmax(dead)) * 1.08, 4.0))
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 # --- activations -----------------------------------------------------------------------------------------------------
@@ -150,7 +156,7 @@ def density_panel(ax: Axes, fire_counts: Int[Tensor, " d_sae"], n_rows: int) -> 
     ax.plot([], [], " ", label=f"on over 10 % of tokens: {int((alive > 0.1).sum()):,}")
     dress(
         ax,
-        f"{len(alive):,} of {len(density):,} latents fire; half of those on less than {share(median, 1.0)} of tokens",
+        f"{len(alive):,} of {len(density):,} latents fire, the median on {share(median, 1.0)}",
         f"share of {n_rows:,} tokens on which a latent fires (log)",
         "latents",
     )
@@ -274,22 +280,25 @@ def ranking_panel(
         ax.plot(rank, kl, "o", color=ORANGE, markersize=5)
         named = f"  {token_labels([names[latent]])[0]}" if names and latent in names else ""
         lines.append(f"{rank:>2}. {latent:>7} {kl:>9.3g}{named}")
-    title = "     latent   mean KL"
-    text = "\n".join([title, *lines])
+    lowest = max(kls.min(), kls.max() * SMALLEST_EFFECT)
+    n_below = int((kls < lowest).sum())
+    lines = ["     latent   mean KL", *lines, *([f"{n_below} below this axis"] if n_below else [])]
+    text = "\n".join(lines)
     ax.text(
         0.03, 0.04, text, transform=ax.transAxes, fontsize=8, family="monospace", va="bottom", parse_math=False,
         bbox={"facecolor": "white", "edgecolor": "#CCCCCC", "alpha": 0.9, "boxstyle": "round,pad=0.4"},
     )  # fmt: skip
     n_top = min(10, len(kls))
-    top = kls[:n_top].sum() / kls.sum()
+    top = float(kls[:n_top].sum() / kls.sum())
     silent = len(ranked) - len(effective)
     dress(
         ax,
-        f"{n_top} latents make {share(top, 1.0)} of the sum of effects; {silent:,} of {len(ranked):,} have none",
-        "rank (log)",
+        f"Top {n_top}: {share(top, 1.0)} of the summed effect; {silent:,} have none",
+        f"rank among {len(ranked):,} latents (log)",
         "mean KL(clean || latent removed), nats (log)",
     )
     ax.set_xlim(left=0.8)
+    ax.set_ylim(bottom=0.5 * lowest)
 
 
 def position_bars(
@@ -302,11 +311,14 @@ def position_bars(
     ax.set_xlim(-0.7, len(tokens) - 0.3)
 
 
-def token_ticks(ax: Axes, tokens: Sequence[str], *, most: int = 90) -> None:
-    """Tokens below an axis; every second, third, ... one where there are too many to read."""
-    shown = range(0, len(tokens), max(1, math.ceil(len(tokens) / most)))
-    labels = token_labels(tokens)
-    ax.set_xticks(list(shown), labels=[labels[i] for i in shown], rotation=90, fontsize=8, parse_math=False)
+def token_ticks(ax: Axes, tokens: Sequence[str], *, always: int, most: int = 140) -> None:
+    """Tokens below an axis; every second, third, ... one where there are too many to read, and the one at `always`."""
+    step = max(1, math.ceil(len(tokens) / most))
+    # Beside `always` none is shown that it would be drawn over.
+    shown = sorted({i for i in range(0, len(tokens), step) if abs(i - always) >= step} | {always})
+    labels, size = token_labels(tokens), 8 if len(tokens) <= 80 else 6.5
+    ax.set_xticks(shown, labels=[labels[i] for i in shown], rotation=90, fontsize=size, parse_math=False)
+    ax.get_xticklabels()[shown.index(always)].set_fontweight("bold")
     ax.set_xlabel("token (\u00b7 is a blank)", fontsize=9)
 
 
@@ -316,18 +328,20 @@ def before_after_panel(
     """Log-probability of the token that comes next, with and without the latent."""
     x = np.arange(len(tokens))
     before, after = clean.float().cpu().numpy(), ablated.float().cpu().numpy()
-    ax.vlines(x, before, after, color=GREY, linewidth=1.0, zorder=1)
-    ax.plot(x, before, "o", color=SKY, markersize=5, label="before")
-    ax.plot(x, after, "v", color=RED, markersize=5, label="after")
+    moved = np.abs(before - after) > VISIBLE_CHANGE
+    ax.plot(x[~moved], before[~moved], ".", color="#BBBBBB", markersize=4, label=f"moves by under {VISIBLE_CHANGE:g}")
+    ax.vlines(x[moved], before[moved], after[moved], color=GREY, linewidth=1.0, zorder=1)
+    ax.plot(x[moved], before[moved], "o", color=SKY, markersize=5, label="before")
+    ax.plot(x[moved], after[moved], "v", color=RED, markersize=5, label="after")
     drop = float(np.nanmean(before - after)) if np.isfinite(before - after).any() else 0.0
     dress(
         ax,
-        f"Next token: {abs(drop):.2g} nats {'less' if drop >= 0 else 'more'} likely on average",
+        f"Next token: {abs(drop):.2g} nats {'less' if drop >= 0 else 'more'} likely",
         "",
         "log-probability of\nthe next token, nats",
     )
     ax.set_xlim(-0.7, len(tokens) - 0.3)
-    legend(ax, loc="lower right", ncols=2, bbox_to_anchor=(1.0, 1.0), borderaxespad=0.1)
+    legend(ax, loc="lower right", ncols=3, bbox_to_anchor=(1.0, 1.0), borderaxespad=0.1)
 
 
 # --- comparisons -----------------------------------------------------------------------------------------------------
@@ -344,12 +358,12 @@ def comparison_panel(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     labels = [f"each other's nearest: {mutual.sum():,}", f"one-sided: {(~mutual).sum():,}"] if known else ["all"]
     colors = [BLUE, ORANGE][: len(parts)]
     ax.hist(parts, bins=bins, stacked=True, color=colors, label=labels, edgecolor="white", linewidth=0.3)
-    mutual_text = f"{share(mutual.sum(), len(rows))} are mutual nearest; " if known else ""
+    mutual_text = f"{share(int(mutual.sum()), len(rows))} are mutual nearest, " if known else ""
     dress(
         ax,
-        f"{len(rows):,} latents: {mutual_text}median cosine {float(np.median(cosines)):.2f}",
+        f"Match: {mutual_text}median cosine {float(np.median(cosines)):.2f}",
         "cosine with the best match in the other SAE",
-        "latents",
+        f"latents, of {len(rows):,}",
     )
     ax.set_xlim(lowest, 1)
     legend(ax, loc="upper left")

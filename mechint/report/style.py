@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -46,8 +47,8 @@ def save_figure(fig: Figure, path: str | os.PathLike) -> None:
 
 
 def dress(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
-    """Title and labels, a faint grid behind the data, no box."""
-    ax.set_title(title, fontsize=10, loc="left", fontweight="bold", wrap=True, parse_math=False)
+    """Title and labels, a faint grid behind the data, no box. Titles fit a third of a page: 50 characters or so."""
+    ax.set_title(title, fontsize=10, loc="left", fontweight="bold", parse_math=False)
     ax.set_xlabel(xlabel, fontsize=9)
     ax.set_ylabel(ylabel, fontsize=9)
     ax.tick_params(labelsize=8)
@@ -57,7 +58,7 @@ def dress(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
         ax.spines[side].set_visible(False)
 
 
-def legend(ax: Axes, **places: object) -> None:
+def legend(ax: Axes, **places: Any) -> None:
     ax.legend(fontsize=8, frameon=True, framealpha=0.85, edgecolor="none", **places)
 
 
@@ -93,7 +94,7 @@ def percent_ticks(axis: Axis) -> None:
     axis.set_major_formatter(PercentFormatter(1.0))
 
 
-def share(part: float, whole: float) -> str:
+def share(part: int | float, whole: int | float) -> str:
     """`part / whole` in percent, with two digits or so: "0.43 %", "12 %"."""
     value = 100 * part / whole if whole else 0.0
     return f"{value:.0f} %" if value >= 9.95 or value == 0 else f"{value:.2g} %"
