@@ -116,6 +116,21 @@ def test_rows_are_the_models_own(
     activations.verify()
 
 
+def test_fast_products_are_the_same_products(tiny_neox_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    """Within FastLinear each linear layer of the model goes through mechint.models.matmul, to float32 rounding."""
+    from mechint.models import load_model, matmul
+
+    model = load_model(str(tiny_neox_dir), device="cpu", hook_name=HOOK)
+    tokens = torch.randint(0, 200, (4, 20), generator=torch.Generator().manual_seed(0))
+    plain = model.activations(tokens, HOOK)
+    real, shapes = matmul.linear, []
+    monkeypatch.setattr(matmul, "linear", lambda x, w, b=None: shapes.append(x.shape) or real(x, w, b))
+    with matmul.FastLinear():
+        fast = model.activations(tokens, HOOK)
+    assert len(shapes) == 4 * 4 and set(shapes) == {(80, 32), (80, 64)}
+    torch.testing.assert_close(fast, plain, atol=2e-5, rtol=2e-5)
+
+
 def test_tokens_give_the_text_back(tiny_neox_dir: Path, texts_file: Path, tmp_path: Path):
     from transformers import AutoTokenizer
 
@@ -556,9 +571,7 @@ def test_the_default_names_with_a_hub(tiny_neox_dir: Path, tmp_path: Path):
         wait_for_shards(tmp_path / "b.pt", 2, process)
         process.kill()
         process.wait()
-        hub.add_repo(
-            "Skylion007/openwebtext", {"data/train-00000-of-00001.parquet": files.popitem()[1]}, type="dataset"
-        )
+        hub.commit("Skylion007/openwebtext", {"data/train-00000-of-00002.parquet": files.popitem()[1]}, type="dataset")
         done = run([*script, str(tmp_path / "b.pt")])
         assert done.returncode == 0, done.stderr
         again = open_activations(tmp_path / "b.pt")
@@ -566,8 +579,7 @@ def test_the_default_names_with_a_hub(tiny_neox_dir: Path, tmp_path: Path):
 
         # dealt out to two processes: each text once
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        words = [*script[1:], str(tmp_path / "c"), "--revision", data_commit]
-        done = run([*torchrun, *words[:1], *words[1:]])
+        done = run([*torchrun, *script[1:], str(tmp_path / "c"), "--revision", data_commit])
         assert done.returncode == 0, done.stderr
         both = open_activations(tmp_path / "c")
         assert both.info["n_texts"] == 50 and len(both.text_ids.unique()) == 50
