@@ -324,30 +324,60 @@ def test_delta_form_against_float64():
     log_q = torch.log_softmax((clean[position] + change) @ weight.double().T + bias, -1)
     wanted = (log_p.exp() * (log_p - log_q)).sum(-1)
     with torch.inference_mode():
-        got = head.kl(change, head.probs(clean), position)
+        got = head.kl(change, head.clean(clean), position)
         precise = head.precise_kl(clean, clean[position] + change, position)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=2e-8)
     torch.testing.assert_close(precise, wanted, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(kl.kl_of_log_probs(log_p, log_q), wanted, rtol=1e-9, atol=1e-12)
 
 
-def test_largest_logit_error_is_that_of_the_logits():
+def test_a_common_move_of_all_logits_costs_no_digits():
+    """Logits that all move by about 5 and differ by 1e-2: without the shift the error is 1e-6."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(3000, 16, generator=generator)
+    weight[:, 0] = 5.0
+    head = kl.Unembedding(weight, None)
+    clean = torch.randn(1, 16, generator=generator, dtype=torch.float64)
+    change = 3e-3 * torch.randn(40, 16, generator=generator)
+    change[:, 0] = 1 + 0.1 * torch.randn(40, generator=generator)
+    log_p = torch.log_softmax(clean @ weight.double().T, -1)
+    log_q = torch.log_softmax((clean + change) @ weight.double().T, -1)
+    wanted = (log_p.exp() * (log_p - log_q)).sum(-1)
+    with torch.inference_mode():
+        got = head.kl(change, head.clean(clean), torch.zeros(40, dtype=torch.int64))
+    assert (got - wanted).abs().max() < 3e-8
+
+
+def test_logit_error_is_that_of_the_logits():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(5000, 8, generator=generator)
     error = 1e-6 * torch.randn(3, 8, generator=generator)
     head = kl.Unembedding(weight, None)
     with torch.inference_mode():
-        probs = head.probs(torch.randn(3, 8, generator=generator, dtype=torch.float64))
-        got = head.largest_logit_error(error, probs)
-    difference = error @ weight.T
-    centred = difference - (torch.cat(probs, 1) * difference).sum(1, keepdim=True)
-    assert got == pytest.approx(float(centred.abs().max()), rel=1e-4)
+        predictions = head.clean(torch.randn(3, 8, generator=generator, dtype=torch.float64))
+        got = head.logit_error(error, predictions)
+    difference, p = error @ weight.T, torch.cat(predictions.probs, 1)
+    variance = (p * difference**2).sum(1) - (p * difference).sum(1) ** 2
+    assert got == pytest.approx(float(variance.max().sqrt()), rel=1e-3)
 
 
 def test_float32_limit_keeps_the_promise():
     assert kl.float32_limit(0.0, 5e-7) == kl.MAX_FLOAT32_KL
     limit = kl.float32_limit(1e-5, 5e-7)
-    assert 1e-5 * math.sqrt(2 * limit) == pytest.approx(5e-7)
+    assert 2 * 1e-5 * math.sqrt(limit) == pytest.approx(5e-7)
+
+
+def test_the_bound_behind_the_limit():
+    """|sum (q - p) e| <= sqrt(2 KL (E_p e^2 + E_q e^2)), on distributions from alike to almost disjoint."""
+    generator = torch.Generator().manual_seed(0)
+    for scale in (0.01, 0.3, 1.0, 4.0, 10.0):
+        log_p, change, e = (torch.randn(200, 50, generator=generator, dtype=torch.float64) for _ in range(3))
+        log_p = torch.log_softmax(scale * log_p, -1)
+        log_q = torch.log_softmax(log_p + scale * change, -1)
+        p, q = log_p.exp(), log_q.exp()
+        divergence = (p * (log_p - log_q)).sum(-1)
+        bound = (2 * divergence * ((p + q) * e**2).sum(-1)).sqrt()
+        assert (((q - p) * e).sum(-1).abs() <= bound * (1 + 1e-9)).all()
 
 
 @pytest.mark.parametrize("onednn", [True, False])

@@ -11,7 +11,7 @@ from mechint.config import AblateConfig, SAETrainConfig
 from mechint.data.text import iter_texts_from_path
 from mechint.errors import MechintError
 from mechint.models import LanguageModel, load_model
-from mechint.provenance import read_json, sha256_json
+from mechint.provenance import check_output_path, read_json, sha256_json
 from mechint.sae import SparseAutoEncoder, load_sae
 
 
@@ -41,6 +41,7 @@ def ablate(config: AblateConfig, *, progress: bool = True) -> Ablation:
     """
     if config.output.exists() and not config.overwrite:
         raise MechintError(f"{config.output} exists: give another --output, or --overwrite to replace it")
+    check_output_path(config.output)
     if config.batch_size < 1:
         raise MechintError(f"--batch-size must be at least 1, got {config.batch_size}")
     if config.context_size is not None and config.context_size < 2:

@@ -18,7 +18,7 @@ from mechint.ablation.kl import Unembedding, float32_limit, kl_of_log_probs
 from mechint.models.suffix import CleanPass, EntryPoint, NeoXSuffix, Span
 from mechint.sae import SparseAutoEncoder
 
-# Error of a position's KL that float32 is trusted with. Half of what is promised (1e-6): the logit error is measured
+# Error of a position's KL that float32 is trusted with. Half of what is promised (1e-6): the logits' error is measured
 # on the clean pass, and a changed pass may have a somewhat larger one.
 TOLERANCE = 5e-7
 # Bounds of memory, in numbers: clean distributions of a block, its feature activations, logits of the general way.
@@ -69,9 +69,9 @@ class NeoXEngine:
         self.clean = self.suffix.clean(tokens, self.lengths)
         self.precise = self.precise_suffix.clean(tokens, self.lengths)
         flat = self.precise.final.flatten(0, 1)
-        self.probs = [part.to(self.suffix.device) for part in self.unembedding.probs(flat)]
-        error = (self.clean.final.flatten(0, 1).to(flat) - flat).float().to(self.suffix.device)
-        self.limit = float32_limit(self.unembedding.largest_logit_error(error, self.probs), TOLERANCE)
+        self.predictions = self.unembedding.clean(flat)
+        error = (self.clean.final.flatten(0, 1).to(flat) - flat).to(self.predictions.mean_unembed)
+        self.limit = float32_limit(self.unembedding.logit_error(error, self.predictions), TOLERANCE)
         self.acts = without_padding(self._encode(self.sae, self.clean), self.lengths)
         self.precise_acts: dict[int, Tensor] = {}
         return self.acts
@@ -96,7 +96,7 @@ class NeoXEngine:
         changed = self.suffix.run(rows, spans, self.clean)
         where = self._where(spans).to(changed.device)
         change = changed - self.clean.final.flatten(0, 1)[where]
-        return self._per_pair(self.unembedding.kl(change, self.probs, where), spans, len(pairs))
+        return self._per_pair(self.unembedding.kl(change, self.predictions, where), spans, len(pairs))
 
     def doubtful(self, kl: Float[Tensor, "pair pos"]) -> list[int]:
         """Rows of `kl` that may be off by more than `TOLERANCE` at some position, or are not finite."""

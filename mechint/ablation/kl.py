@@ -5,13 +5,21 @@ With D = (h_changed - h_clean) @ W_U, the change of the logits, and p the clean 
     KL(clean || changed) = log E_p[exp D] - E_p[D] = log(1 + E_p[expm1 D]) - E_p[D].
 
 A difference of two log-softmaxes rounds at the size of the logits (about 1e-6 in float32) whatever the effect; here
-the rounding scales with D, so small effects keep their digits. Both expectations are taken over the same rounded D, so
-its error counts as the sum over tokens of (q - p) * error (q: the changed distribution) and vanishes with the effect.
+the rounding scales with D, so small effects keep their digits. Two things keep it so where all logits move together,
+which costs nothing in KL but may be far larger than what does: D is shifted by its mean under p first (any shift leaves
+the KL as it is), and both expectations are taken over the same rounded D, so that its error counts as the sum over
+tokens of (q - p) * error (q: the changed distribution), which vanishes with the effect.
 
-What is left is the error of h_changed itself. By Pinsker's inequality (sum |q - p| <= sqrt(2 KL)) an error of at most
-`delta` in any logit changes the KL by at most delta * sqrt(2 KL) to first order. `float32_limit` turns that into the
-largest KL that float32 may report within an error; what lies above is computed again in float64.
+What is left is the error of h_changed itself. With `e` the error that it makes in the logits, by Cauchy and Schwarz and
+sum (q - p)^2 / (q + p) <= 2 sum (sqrt q - sqrt p)^2 <= 2 KL,
+
+    |sum (q - p) e| <= sqrt(2 KL * (E_p[e^2] + E_q[e^2])) = 2 * rms(e) * sqrt(KL).
+
+`float32_limit` turns that into the largest KL that float32 may report within an error, given rms(e) as it is measured
+on the clean texts (float32 against float64); what lies above is computed again in float64.
 """
+
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -25,6 +33,13 @@ TILE = 4192
 ROWS = 1024
 ROWS_FLOAT64 = 128
 MAX_FLOAT32_KL = 0.01
+
+
+class CleanPredictions(NamedTuple):
+    """The clean next-token distributions at each position of a block of texts."""
+
+    probs: list[Float[Tensor, "pos _"]]  # one tensor a tile of the vocabulary
+    mean_unembed: Float[Tensor, "pos d_model"]  # E_p[W_U], so that E_p[D] = change @ E_p[W_U]
 
 
 class Unembedding:
@@ -42,20 +57,19 @@ class Unembedding:
             logits += self.bias.to(final)
         return torch.log_softmax(logits, dim=-1)
 
-    def probs(self, final: Float[Tensor, "pos d_model"]) -> list[Float[Tensor, "pos _"]]:
-        """Clean distributions, computed in the precision of `final` and kept in float32, one tensor a tile."""
+    def clean(self, final: Float[Tensor, "pos d_model"]) -> CleanPredictions:
+        """Computed in the precision of `final` and kept in float32."""
         parts = [self.log_probs(rows).exp().to(self.weight).split(TILE, dim=1) for rows in final.split(ROWS_FLOAT64)]
-        return [torch.cat(tile) for tile in zip(*parts, strict=True)]
+        probs = [torch.cat(tile) for tile in zip(*parts, strict=True)]
+        mean = torch.stack([p @ tile for p, tile in zip(probs, self.tiles, strict=True)]).sum(0)
+        return CleanPredictions(probs, mean)
 
     def kl(
-        self,
-        change: Float[Tensor, "rows d_model"],
-        probs: list[Float[Tensor, "pos _"]],
-        position: Int[Tensor, " rows"],
+        self, change: Float[Tensor, "rows d_model"], clean: CleanPredictions, position: Int[Tensor, " rows"]
     ) -> Float[Tensor, " rows"]:
         """KL(clean || changed) of each row in float64 from float32 products; nan or inf where exp overflows.
 
-        `change` is h_changed - h_clean, `position` the row's place in `probs`. Rows that share a position are brought
+        `change` is h_changed - h_clean, `position` the row's place in `clean`. Rows that share a position are brought
         together, so that each distribution is read once for all of them.
         """
         order = torch.argsort(position, stable=True)
@@ -63,17 +77,17 @@ class Unembedding:
         result = torch.empty(change.shape[0], dtype=torch.float64, device=order.device)
         for begin in range(0, change.shape[0], ROWS):
             here = slice(begin, begin + ROWS)
-            result[order[here]] = self._kl_sorted(change[here], probs, sorted_position[here])
+            result[order[here]] = self._kl_sorted(change[here], clean, sorted_position[here])
         return result
 
-    def _kl_sorted(self, change: Tensor, probs: list[Tensor], position: Tensor) -> Tensor:
+    def _kl_sorted(self, change: Tensor, clean: CleanPredictions, position: Tensor) -> Tensor:
         where, counts = (part.tolist() for part in torch.unique_consecutive(position, return_counts=True))
-        n_tiles = len(self.tiles)
-        grown = change.new_empty(n_tiles, change.shape[0])  # sum over a tile of p * expm1(D)
-        moved = change.new_empty(n_tiles, change.shape[0])  # sum over a tile of p * D
-        for index, (tile, clean) in enumerate(zip(self.tiles, probs, strict=True)):
-            logits = linear(change, tile)
-            groups = [(rows, clean[place]) for rows, place in zip(logits.split(counts), where, strict=True)]
+        shift = (change * clean.mean_unembed[position]).sum(1, keepdim=True)
+        grown = change.new_empty(len(self.tiles), change.shape[0])  # sum over a tile of p * expm1(D)
+        moved = torch.empty_like(grown)  # sum over a tile of p * D
+        for index, (tile, probs) in enumerate(zip(self.tiles, clean.probs, strict=True)):
+            logits = linear(change, tile).sub_(shift)
+            groups = [(rows, probs[place]) for rows, place in zip(logits.split(counts), where, strict=True)]
             torch.cat([rows @ p for rows, p in groups], out=moved[index])
             logits.expm1_()
             torch.cat([rows @ p for rows, p in groups], out=grown[index])
@@ -95,15 +109,14 @@ class Unembedding:
             result[rows] = torch.logsumexp(log_p + difference, dim=-1) - (log_p.exp() * difference).sum(-1)
         return result
 
-    def largest_logit_error(self, error: Float[Tensor, "rows d_model"], probs: list[Float[Tensor, "rows _"]]) -> float:
-        """max |D - E_p[D]| over rows and tokens, for an error of the final residual."""
-        worst = 0.0
-        for begin in range(0, error.shape[0], ROWS):
-            here = slice(begin, begin + ROWS)
-            parts = [linear(error[here], tile) for tile in self.tiles]
-            mean = torch.stack([(part * p[here]).sum(1) for part, p in zip(parts, probs, strict=True)]).sum(0)
-            worst = max(worst, *(float((part - mean.unsqueeze(1)).abs().max()) for part in parts))
-        return worst
+    def logit_error(self, error: Float[Tensor, "pos d_model"], clean: CleanPredictions) -> float:
+        """The largest, over positions, root mean square under p of what an error of the residual does to the logits."""
+        shift = (error * clean.mean_unembed).sum(1, keepdim=True)
+        square = torch.zeros_like(shift[:, 0])
+        for tile, probs in zip(self.tiles, clean.probs, strict=True):
+            for here in torch.arange(error.shape[0], device=error.device).split(ROWS):
+                square[here] += (linear(error[here], tile).sub_(shift[here]).square_() * probs[here]).sum(1)
+        return float(square.max().sqrt())
 
     def _product(self, rows: Tensor) -> Tensor:
         """`rows @ W_U` in the precision of `rows`; W_U is cast a tile at a time."""
@@ -123,5 +136,5 @@ def kl_of_log_probs(
 
 
 def float32_limit(logit_error: float, tolerance: float) -> float:
-    """The largest KL that logits with errors up to `logit_error` give within `tolerance`; see above."""
-    return min(MAX_FLOAT32_KL, 0.5 * (tolerance / max(logit_error, 1e-30)) ** 2)
+    """The largest KL that logits with this rms error give within `tolerance`; see the module's docstring."""
+    return min(MAX_FLOAT32_KL, (tolerance / max(2 * logit_error, 1e-30)) ** 2)
