@@ -190,6 +190,14 @@ class CollectConfig(Config):
     seed: int = 42
     """Seed of the built-in text source."""
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], *, source: str = "config") -> Self:
+        """As `Config.from_dict`; a preset gives its settings where the values do not."""
+        preset = values.get("preset", "none")
+        if preset not in COLLECT_PRESETS:
+            raise MechintError(f"{source}: unknown preset {preset!r}; {nearest(str(preset), COLLECT_PRESETS)}")
+        return super().from_dict({**COLLECT_PRESETS[preset], **values}, source=source)
+
     def __post_init__(self) -> None:
         require(self.num_texts > 0, f"--num-texts must be at least 1, got {self.num_texts}")
         require(self.max_chars > 0, f"--max-chars must be at least 1, got {self.max_chars}")

@@ -330,6 +330,8 @@ def test_a_stopped_collection_goes_on_without_redoing_anything(
                 main(flags(tiny_neox_dir, texts_file, output))
         assert {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")} == times
     collect_quietly(*flags(tiny_neox_dir, texts_file, output))
+    if name == "store":
+        assert {path: (output / path).stat().st_mtime_ns for path in times} == times
     ours, theirs = open_activations(output), open_activations(whole)
     assert ours.sha256 == theirs.sha256 and ours.info["texts_sha256"] == theirs.info["texts_sha256"]
     names = [path.name for path in output.parent.rglob("*") if path.is_file()]
@@ -362,6 +364,14 @@ def test_texts_or_weights_that_changed_meanwhile_are_refused(
     assert "model_sha256" in capsys.readouterr().err
     save_file(good, model / "model.safetensors", metadata={"format": "pt"})
     assert main(flags(model, texts, tmp_path / "store")) == 0
+
+
+def test_a_preset_in_python_and_json_is_its_settings():
+    config = CollectConfig.from_dict({"preset": "mech-int"})
+    assert (config.processing, config.prepend_bos, config.keep_bos) == ("centred", True, True)
+    assert not CollectConfig.from_dict({"preset": "mech-int", "keep_bos": False}).keep_bos
+    with pytest.raises(MechintError, match="unknown preset 'mechint'; nearest: mech-int"):
+        CollectConfig.from_dict({"preset": "mechint"})
 
 
 def test_the_command_that_goes_on_is_the_same_command(tmp_path: Path):
