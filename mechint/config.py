@@ -191,7 +191,7 @@ class CollectConfig(Config):
     """Seed of the built-in text source."""
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], *, source: str = "config") -> Any:
+    def from_dict(cls, values: dict[str, Any], *, source: str = "config") -> "CollectConfig":
         """As `Config.from_dict`; a preset gives its settings where the values do not."""
         preset = values.get("preset", "none")
         if preset not in COLLECT_PRESETS:
