@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mechint.config import CompareConfig
 from mechint.errors import MechintError
-from mechint.provenance import atomic_path
+from mechint.provenance import atomic_path, check_output_path
 from mechint.sae import SparseAutoEncoder, load_sae
 
 COLUMNS = (
@@ -113,8 +113,7 @@ def compare_checkpoints(config: CompareConfig) -> list[PairSummary]:
         raise MechintError(f"--block-size must be at least 1, got {config.block_size}")
     if config.output.exists() and not config.overwrite:
         raise MechintError(f"{config.output} exists: give another --output, or --overwrite to replace it")
-    if config.output.is_dir():
-        raise MechintError(f"--output {config.output} is a folder: give the name of a CSV file")
+    check_output_path(config.output)
     if config.output.exists() and any(config.output.samefile(path) for path in checkpoints if path.exists()):
         raise MechintError(f"--output {config.output} is one of the checkpoints: give another name")
     _check_widths(checkpoints, config.activation_dim)

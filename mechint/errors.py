@@ -6,6 +6,10 @@ from collections.abc import Iterable
 
 # What a full disk looks like: no space, quota reached, or a file-size limit (ulimit -f).
 DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+# Files and folders that the system does not let this user read or write as the command must.
+REFUSED_ERRNOS = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+)
 
 
 class MechintError(Exception):

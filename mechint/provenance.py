@@ -24,12 +24,14 @@ def atomic_path(path: str | os.PathLike, *, overwrite: bool = True) -> Iterator[
     """A temporary path beside `path` that becomes `path` when the block ends well, and is removed when it does not.
 
     The file is flushed to the disk before the rename, so after a crash or a power cut `path` holds either its old
-    content or all of its new content. A full disk raises `MechintError`; what was at `path` stays.
+    content or all of its new content. A full disk, or a place where nothing can be written, raises `MechintError`; what
+    was at `path` stays.
     """
     path = Path(path)
     if not overwrite and path.exists():
         raise MechintError(f"{path} exists and is not overwritten: give another name or move it away")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_output_path(path)
+    make_dir(path.parent)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
@@ -44,20 +46,56 @@ def atomic_path(path: str | os.PathLike, *, overwrite: bool = True) -> Iterator[
         else:
             os.link(temporary, path)  # fails if somebody made `path` meanwhile, unlike a rename
         fsync_dir(path.parent)
-    except OSError as error:
-        if error.errno in DISK_FULL_ERRNOS:
-            raise disk_full(path, error) from error
+    except Exception as error:
+        if (reason := disk_full_reason(error)) is not None:
+            raise disk_full(path, reason) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def disk_full(path: str | os.PathLike, error: OSError) -> MechintError:
+def disk_full_reason(error: BaseException | None) -> str | None:
+    """The operating system's words if a full disk is behind `error`, also where a library wraps them in its own.
+
+    torch raises another error while it closes the file, safetensors one that has the number in its text only.
+    """
+    while error is not None:
+        for number in DISK_FULL_ERRNOS:
+            text = str(error)
+            if f"code: {number}," in text or f"os error {number})" in text or getattr(error, "errno", 0) == number:
+                return os.strerror(number)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def disk_full(path: str | os.PathLike, reason: str) -> MechintError:
     """The error for a write that found no room; names the file and says that a rerun goes on where it stopped."""
     return MechintError(
-        f"no room to write {path} ({error.strerror}): free some space and run the same command again;"
+        f"no room to write {path} ({reason}): free some space and run the same command again;"
         " what was finished before is kept"
     )
+
+
+def check_output_path(path: str | os.PathLike) -> None:
+    """Raise `MechintError`, before any work is done for it, if a file could not be made at `path`. Makes nothing."""
+    path = Path(path)
+    if path.is_dir():
+        raise MechintError(f"{path} is a folder: give the name of a file in it")
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise MechintError(f"{path} cannot be written: {folder} is a file, not a folder; give another place")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise MechintError(f"{path} cannot be written: you may not write into {folder}; give another place")
+
+
+def make_dir(path: str | os.PathLike) -> None:
+    """Make a folder and those around it, if they are not there. Raises `MechintError` if that cannot be done."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MechintError(f"folder {path} cannot be made ({error.strerror}): give another place") from error
 
 
 @functools.cache

@@ -13,7 +13,15 @@ from typing import Any, final
 
 from mechint.config import SAETrainConfig, check_run_name
 from mechint.errors import MechintError
-from mechint.provenance import get_git_commit, package_versions, read_json, sha256_file, timestamp_slug, write_json
+from mechint.provenance import (
+    get_git_commit,
+    make_dir,
+    package_versions,
+    read_json,
+    sha256_file,
+    timestamp_slug,
+    write_json,
+)
 
 # What the manifest hashes of the run itself; `sae/` holds the same weights once more, in another layout.
 HASHED_FILES = (
@@ -35,7 +43,7 @@ def make_run_dir(runs_root: str | Path = "runs", run_name: str | None = None) ->
     name = run_name or timestamp_slug()
     check_run_name(name)
     root = Path(runs_root)
-    root.mkdir(parents=True, exist_ok=True)
+    make_dir(root)
     path, number = root / name, 0
     while True:
         try:
@@ -45,6 +53,8 @@ def make_run_dir(runs_root: str | Path = "runs", run_name: str | None = None) ->
         except FileExistsError:
             number += 1
             path = root / f"{name}-{number}"
+        except OSError as error:
+            raise MechintError(f"run directory {path} cannot be made ({error.strerror}): give another place") from error
 
 
 @final

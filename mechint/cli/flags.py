@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import functools
 import io
+import itertools
 import json
 import re
 import sys
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 import tyro
 
 from mechint.config import Config
-from mechint.errors import MechintError, nearest, one_line
+from mechint.errors import DISK_FULL_ERRNOS, REFUSED_ERRNOS, MechintError, nearest, one_line
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -76,10 +77,11 @@ def parse(
 
 def _without_box(text: str) -> str:
     """What tyro says in a drawn box, in one line: the complaint, without the help of the flags that it is about."""
-    lines = [line.strip("│|").rstrip() for line in text.splitlines()]
-    end = next((i for i, line in enumerate(lines[1:], 1) if line.strip(" ─-╰╯+") == ""), len(lines))
-    body = lines[1:end]
-    missing = [match[1] for line in body if (match := re.fullmatch(r" {5}(\S.*)", line))]
+    rows = [row.strip("│").rstrip() for row in text.splitlines()[1:]]  # the first one is a title
+    ruler = re.compile(r"[ ─╰╯-]*")
+    body = list(itertools.takewhile(lambda row: not ruler.fullmatch(row), itertools.dropwhile(ruler.fullmatch, rows)))
+    # in a list of missing flags, their names are indented by 4 and their help by 8, beside the frame
+    missing = [match[1] for row in body if (match := re.fullmatch(r" {5,6}(\S.*)", row))]
     if missing:
         return "missing: " + ", ".join(missing)
     return one_line(" ".join(body)).rstrip(".")
@@ -113,6 +115,12 @@ def command(main: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
         except BrokenPipeError:
             sys.stderr.close()
             return 141
+        except OSError as error:  # what the checks did not foresee; other errnos are our own mistakes
+            if error.errno not in DISK_FULL_ERRNOS | REFUSED_ERRNOS:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"error: {where}{error.strerror}; make room there, or give another place", file=sys.stderr)
+            return 2
 
     return wrapped
 

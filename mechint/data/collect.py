@@ -24,7 +24,7 @@ from mechint.data.windows import window_rows
 from mechint.errors import MechintError
 from mechint.models.language_model import LanguageModel, load_model
 from mechint.models.resolve import resolve_model
-from mechint.provenance import get_git_commit, package_versions, read_json
+from mechint.provenance import check_output_path, get_git_commit, package_versions, read_json
 
 # The keys of the original's config.json, all of which its sidecars hold.
 _ORIGINAL_KEYS = [
@@ -81,6 +81,8 @@ def _settings(config: CollectConfig, ranks: Ranks) -> dict[str, Any]:
             + (f", which is in layer {layer}" if layer is not None else ", which is in no layer")
             + ": give only --hook"
         )
+    if not shards_folder(config.output).exists():
+        check_output_path(shards_folder(config.output))
     settings = config.to_dict()
     for name in ("output", "layer", "preset", "checkpoint_every"):
         del settings[name]

@@ -68,7 +68,7 @@ def _write_tokens(folder: Path, records: list[dict[str, Any]], path: Path) -> No
         shard = load_file(folder / shard_name(record["number"]))
         for name, parts in columns.items():
             parts.append(shard[name].clone())
-    with atomic_path(path) as temporary, disk_errors(path):
+    with atomic_path(path) as temporary:
         save_file({name: torch.cat(parts) for name, parts in columns.items()}, temporary)
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import struct
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, final
@@ -286,12 +287,14 @@ def _open_pt(path: Path) -> Activations:
 
 def _load_pt(path: Path) -> Any:
     try:
-        try:
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):  # files of torch < 1.6 are no zip archives
-                raise
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch explains strange pickles at length; the error says enough
+            try:
+                return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            except RuntimeError as error:
+                if "mmap can only be used" not in str(error):  # files of torch < 1.6 are no zip archives
+                    raise
+                return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises nearly anything on broken bytes
         message = one_line(error, 160)
         if "weights_only" in str(error) or "WeightsUnpickler" in str(error):

@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mechint.data.norms import add_histograms, summarise_norms
-from mechint.errors import DISK_FULL_ERRNOS, MechintError
-from mechint.provenance import atomic_path, disk_full, read_json, sha256_file, write_json
+from mechint.errors import MechintError
+from mechint.provenance import atomic_path, disk_full, disk_full_reason, make_dir, read_json, sha256_file, write_json
 
 FORMAT_VERSION = 1
 STORE_JSON = "store.json"
@@ -65,7 +65,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     """Make the folder and hold it against a second collection into it. A killed process lets go of it, too."""
     import fcntl
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_dir(folder)
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -130,7 +130,7 @@ def write_shard(
     """Write one shard and then its record. Raises `MechintError` when the disk is full; finished shards are kept."""
     path = folder / shard_name(number)
     tensors = {"activations": activations, "tokens": tokens, "text_ids": text_ids, "positions": positions}
-    with atomic_path(path) as temporary, disk_errors(path):
+    with atomic_path(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
         digest = sha256_file(temporary)
     write_record(folder, {**record, "number": number, "name": path.name, "n_rows": len(activations), "sha256": digest})
@@ -142,18 +142,12 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk into its `MechintError`, also where a library wraps the operating system's error in its own."""
+    """Turn a full disk into its `MechintError`, for writes that do not go through `atomic_path`."""
     try:
         yield
-    except OSError as error:
-        if error.errno in DISK_FULL_ERRNOS:
-            raise disk_full(path, error) from error
-        raise
     except Exception as error:
-        # safetensors raises SafetensorError("... Os { code: 28, ... }"), torch RuntimeError, both without an errno
-        for number in DISK_FULL_ERRNOS:
-            if f"code: {number}," in str(error) or f"os error {number})" in str(error):
-                raise disk_full(path, OSError(number, os.strerror(number))) from error
+        if (reason := disk_full_reason(error)) is not None:
+            raise disk_full(path, reason) from error
         raise
 
 

@@ -17,7 +17,7 @@ from mechint.errors import MechintError
 from mechint.eval.language import Text, language_metrics, texts_from_rows, texts_from_tokens
 from mechint.eval.reconstruction import evaluate_sae, measure_activity
 from mechint.models import LanguageModel, load_model
-from mechint.provenance import detect_device, get_git_commit, read_json
+from mechint.provenance import check_output_path, detect_device, get_git_commit, read_json
 from mechint.runs import Run
 from mechint.sae import SparseAutoEncoder, load_sae
 
@@ -48,6 +48,8 @@ def evaluate_checkpoint(config: EvalConfig, *, progress: bool = False) -> dict[s
     """
     if config.output is not None and config.output.exists() and not config.overwrite:
         raise MechintError(f"{config.output} exists: give another --output, or --overwrite to replace it")
+    if config.output is not None:
+        check_output_path(config.output)
     if config.max_eval_texts < 0 or config.batch_size < 1:
         raise MechintError("--max-eval-texts must not be negative, and --batch-size must be at least 1")
     given_texts = None if config.eval_texts_path is None else iter_texts_from_path(config.eval_texts_path)

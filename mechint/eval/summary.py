@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from mechint.errors import MechintError
 from mechint.provenance import write_json
 
 # Order of the printed block: the original's keys, then the newer ones. Keys that are not listed come last.
@@ -60,6 +59,4 @@ def print_eval_summary(summary: Mapping[str, Any]) -> None:
 
 def save_eval_summary(summary: Mapping[str, Any], path: str | os.PathLike, *, overwrite: bool = True) -> None:
     """Write the summary as JSON (indent 2, sorted keys), atomically. `overwrite=False` refuses an existing file."""
-    if os.path.isdir(path):
-        raise MechintError(f"{path} is a folder: give the name of a JSON file")
     write_json(path, dict(summary), overwrite=overwrite)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mechint.errors import MechintError, one_line
-from mechint.provenance import atomic_path, read_json, write_json
+from mechint.provenance import atomic_path, make_dir, read_json, write_json
 from mechint.sae.standard import SparseAutoEncoder
 
 CFG_FILE = "cfg.json"
@@ -39,7 +39,7 @@ def save_checkpoint(sae: SparseAutoEncoder, path: str | Path, *, overwrite: bool
 def save_sae_folder(sae: SparseAutoEncoder, folder: str | Path) -> None:
     """Write `cfg.json` and `sae_weights.safetensors` as SAELens 6 lays them out (architecture "standard")."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_dir(folder)
     tensors = {name: tensor.detach().cpu().float().contiguous() for name, tensor in sae.named_parameters()}
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
         save_file(tensors, temporary)
@@ -123,7 +123,9 @@ def read_state_dict(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise MechintError(f"checkpoint not found: {path}; `ls runs/*/checkpoint.pt` shows those of your runs")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch explains strange pickles at length; the error says enough
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise MechintError(
             f"{path} is not a plain tensor file and was not executed; expected a state dict saved with torch.save"

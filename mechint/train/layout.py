@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mechint.config import SAETrainConfig
 from mechint.errors import MechintError
-from mechint.provenance import read_json
+from mechint.provenance import make_dir, read_json
 from mechint.runs import Run, make_run_dir
 from mechint.sae.io import metadata_path
 
@@ -83,7 +83,7 @@ def make_layout(config: SAETrainConfig) -> Layout:
                 f"{layout.config.resolve()} exists and is not one of ours: run train.py in another folder"
             ) from None
     for path in (layout.checkpoint, layout.metrics):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_dir(path.parent)
     return layout
 
 
