@@ -175,7 +175,7 @@ def test_comparison_tells_mutual_from_one_sided():
     (ax,) = figures.comparison(rows).axes
     assert sum(heights(ax)) == 4
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["each other's nearest: 3", "one-sided: 1"]
-    assert "75 % are mutual nearest, median cosine 0.90" in ax.get_title(loc="left")
+    assert "75 % mutual nearest, median cosine 0.90" in ax.get_title(loc="left")
     old = [{"cosine_similarity": "0.5"}, {"cosine_similarity": "-0.15"}]
     (ax,) = figures.comparison(old).axes
     assert sum(heights(ax)) == 2 and "mutual" not in ax.get_title(loc="left")
@@ -252,7 +252,7 @@ def test_overview_and_contexts_of_a_real_run(tmp_path: Path):
     (run.path / "eval.json").write_text('{"ce_recovered_mean": 0.987, "l0": 33.3}')
     fig = figures.overview(run)
     titles = [ax.get_title(loc="left") for ax in fig.axes]
-    assert titles[4].startswith("Top 10:") and "100 % are mutual nearest, median cosine 0.70" in titles[5]
+    assert titles[4].startswith("Top 10:") and "100 % mutual nearest, median cosine 0.70" in titles[5]
     assert sum(heights(fig.axes[5])) == 256
     headline = fig.get_suptitle()
     assert "512 latents" in headline and "recovered 0.987" in headline and "L0 33.3" in headline

@@ -358,10 +358,10 @@ def comparison_panel(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     labels = [f"each other's nearest: {mutual.sum():,}", f"one-sided: {(~mutual).sum():,}"] if known else ["all"]
     colors = [BLUE, ORANGE][: len(parts)]
     ax.hist(parts, bins=bins, stacked=True, color=colors, label=labels, edgecolor="white", linewidth=0.3)
-    mutual_text = f"{share(int(mutual.sum()), len(rows))} are mutual nearest, " if known else ""
+    mutual_text = f"{share(int(mutual.sum()), len(rows))} mutual nearest, " if known else ""
     dress(
         ax,
-        f"Match: {mutual_text}median cosine {float(np.median(cosines)):.2f}",
+        f"{mutual_text}median cosine {float(np.median(cosines)):.2f}",
         "cosine with the best match in the other SAE",
         f"latents, of {len(rows):,}",
     )
