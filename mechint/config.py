@@ -406,7 +406,7 @@ class AblateConfig(Config):
     """As in collect; the SAE's own setting if not given."""
     context_size: int | None = None
     """Most tokens a text, BOS included; the model's own limit if not given."""
-    batch_size: int = 64
+    batch_size: int = 128
     """(latent, text) pairs run at once."""
     overwrite: bool = False
     """Replace --output if it exists."""

@@ -309,6 +309,29 @@ def test_plot_draws_a_bar_a_position(sae, model):
     assert [bar.get_height() for bar in ax.patches] == result["kl"]
 
 
+def test_built_in_model_within_1e_6_of_float64():
+    """A trained model: peaked predictions, and logits that move together by far more than they part."""
+    from mechint.builtin import PYTHIA_TINY
+
+    tiny = load_model("builtin/pythia-tiny", device="cpu")
+    texts = ["Tom lives in Berlin and works as a nurse.", "The three dogs ran home, because they never liked the rain."]
+    token_lists = tiny.tokenize(texts, prepend_bos=True)
+    values = torch.cat([tiny.activations(torch.tensor([tokens]), HOOK)[0] for tokens in token_lists])
+    directions = values - values.mean(0)
+    trained = SparseAutoEncoder(tiny.d_model, d_sae=2 * len(values))
+    with torch.no_grad():
+        trained.b_dec.copy_(values.mean(0))
+        trained.W_dec.copy_(F.normalize(directions, dim=1).repeat(2, 1))
+        trained.W_enc.copy_(trained.W_dec.T)
+        trained.W_enc[:, len(values) :] *= 0.02  # the same directions again, hardly removed
+        trained.b_enc.fill_(-0.1 * float(directions.norm(dim=1).mean()))
+        trained.b_enc[len(values) :] *= 0.02
+    wanted = reference(PYTHIA_TINY, trained, texts, token_lists=token_lists)
+    assert max(row["max_kl"] for row in wanted) > 1 and sum(0 < row["mean_kl"] < 1e-4 for row in wanted) > 5
+    found = ablation.rank_features_by_ablation(trained, tiny, HOOK, texts, show_progress=False)
+    assert worst_error(found, wanted) < 1e-6
+
+
 # The numerics by themselves.
 
 

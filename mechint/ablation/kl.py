@@ -47,7 +47,7 @@ class Unembedding:
 
     def __init__(self, weight: Float[Tensor, "d_vocab d_model"], bias: Float[Tensor, " d_vocab"] | None):
         self.weight = weight.detach().float().contiguous()
-        self.bias = bias.detach().double() if bias is not None else None
+        self.bias = bias.detach() if bias is not None else None
         self.tiles = self.weight.split(TILE)
 
     def log_probs(self, final: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_vocab"]:
@@ -67,17 +67,19 @@ class Unembedding:
     def kl(
         self, change: Float[Tensor, "rows d_model"], clean: CleanPredictions, position: Int[Tensor, " rows"]
     ) -> Float[Tensor, " rows"]:
-        """KL(clean || changed) of each row in float64 from float32 products; nan or inf where exp overflows.
+        """KL(clean || changed) of each row, as float64 on the CPU; nan or inf where float32's exp overflows.
 
         `change` is h_changed - h_clean, `position` the row's place in `clean`. Rows that share a position are brought
         together, so that each distribution is read once for all of them.
         """
         order = torch.argsort(position, stable=True)
         change, sorted_position = change[order], position[order]
-        result = torch.empty(change.shape[0], dtype=torch.float64, device=order.device)
-        for begin in range(0, change.shape[0], ROWS):
-            here = slice(begin, begin + ROWS)
-            result[order[here]] = self._kl_sorted(change[here], clean, sorted_position[here])
+        parts = [
+            self._kl_sorted(rows, clean, where)
+            for rows, where in zip(change.split(ROWS), sorted_position.split(ROWS), strict=True)
+        ]
+        result = torch.empty(change.shape[0], dtype=torch.float64)
+        result[order.cpu()] = torch.cat(parts)
         return result
 
     def _kl_sorted(self, change: Tensor, clean: CleanPredictions, position: Tensor) -> Tensor:
@@ -91,7 +93,8 @@ class Unembedding:
             torch.cat([rows @ p for rows, p in groups], out=moved[index])
             logits.expm1_()
             torch.cat([rows @ p for rows, p in groups], out=grown[index])
-        return torch.log1p(grown.double().sum(0)) - moved.double().sum(0)
+        # On the CPU, because Apple's GPUs have no float64.
+        return torch.log1p(grown.cpu().double().sum(0)) - moved.cpu().double().sum(0)
 
     def precise_kl(
         self,
@@ -130,6 +133,8 @@ def kl_of_log_probs(
     clean: Float[Tensor, "rows d_vocab"], changed: Float[Tensor, "rows d_vocab"]
 ) -> Float[Tensor, " rows"]:
     """KL(clean || changed) per row, in the delta form, in float64. Either may be logits: constants cancel."""
+    if clean.device.type == "mps":  # no float64 there
+        clean, changed = clean.cpu(), changed.cpu()
     log_p = torch.log_softmax(clean.double(), dim=-1)
     difference = changed.double() - clean.double()
     return torch.logsumexp(log_p + difference, dim=-1) - (log_p.exp() * difference).sum(-1)

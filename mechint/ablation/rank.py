@@ -2,6 +2,7 @@
 
 import csv
 import re
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -78,7 +79,7 @@ def rank_features_by_ablation(
     *,
     prepend_bos: bool | None = None,
     context_size: int | None = None,
-    batch_size: int = 64,
+    batch_size: int = 128,
     partial_path: Path | None = None,
     fingerprint: str = "",
 ) -> list[dict[str, Any]]:
@@ -191,7 +192,9 @@ def _all_texts(
     column[features] = torch.arange(len(features))
     saved = time.monotonic()
     begun, seen = done, 0
-    with tqdm(desc="ablating", unit=" pairs", disable=not show_progress, smoothing=0.05) as bar:
+    # In a log file a line a minute will do.
+    every = 0.1 if sys.stderr.isatty() else 60.0
+    with tqdm(desc="ablating", unit=" pairs", disable=not show_progress, smoothing=0.05, mininterval=every) as bar:
         while done < len(token_lists):
             block = _block(token_lists[done:], engine.positions_at_once(), max(1, MAX_TEXT_LATENTS // len(features)))
             active = (engine.open(block) != 0).cpu() & wanted
