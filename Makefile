@@ -30,13 +30,14 @@ $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 pipeline: setup
 	$(BIN)/mechint pipeline
 
+# Two workers on two cores: with more threads than cores, small steps wait for each other.
 test: setup
-	$(BIN)/python -m pytest -q -n 2 -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "slow or not slow"
 	$(BIN)/python -m unittest -q tests.test_pipeline
 	$(BIN)/python check_paths.py
 
 test-fast: setup
-	$(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 check: setup
 	$(BIN)/ruff format --check .

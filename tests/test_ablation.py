@@ -300,15 +300,6 @@ def test_single_feature_hook(sae):
         ablation.single_feature_ablation_hook(sae, D_SAE)
 
 
-def test_plot_draws_a_bar_a_position(sae, model):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    result = ablation.compute_text_kl(sae, model, HOOK, TEXTS[0], 3)
-    ax = ablation.plot_text_kl(result)
-    assert [bar.get_height() for bar in ax.patches] == result["kl"]
-
-
 def test_built_in_model_within_1e_6_of_float64():
     """A trained model: peaked predictions, and logits that move together by far more than they part."""
     from mechint.builtin import PYTHIA_TINY

@@ -2,12 +2,7 @@
 
 from mechint.ablation.command import Ablation, ablate, partial_path
 from mechint.ablation.rank import COLUMNS, feature_indices, rank_features_by_ablation, save_ablation_rows
-from mechint.ablation.single import (
-    build_transformer_model,
-    compute_text_kl,
-    plot_text_kl,
-    single_feature_ablation_hook,
-)
+from mechint.ablation.single import build_transformer_model, compute_text_kl, single_feature_ablation_hook
 from mechint.sae import load_sae_checkpoint
 
 __all__ = [
@@ -19,7 +14,6 @@ __all__ = [
     "feature_indices",
     "load_sae_checkpoint",
     "partial_path",
-    "plot_text_kl",
     "rank_features_by_ablation",
     "save_ablation_rows",
     "single_feature_ablation_hook",

@@ -1,4 +1,4 @@
-"""One text at a time: the hook that removes a latent, its effect position by position, and a plot of it."""
+"""One text at a time: the hook that removes a latent, its effect position by position."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -87,20 +87,3 @@ def compute_text_kl(
         "max_kl_token_position": highest,
         "n_active_positions": len(active),
     }
-
-
-def plot_text_kl(result: dict[str, Any], ax: Any = None) -> Any:
-    """Bars of KL by position, as `compute_text_kl` gives them, with the tokens below; returns the axes."""
-    import matplotlib.pyplot as plt
-
-    n = len(result["kl"])
-    if ax is None:
-        _, ax = plt.subplots(figsize=(max(4.0, 0.35 * n), 2.6), layout="constrained")
-    ax.bar(range(n), result["kl"], color="tab:blue")
-    fires = [position for position, value in enumerate(result["feature_acts"]) if value != 0]
-    ax.plot(fires, [0.0] * len(fires), "v", color="tab:red", clip_on=False, label="fires")
-    ax.set_xticks(range(n), [repr(token)[1:-1] for token in result["tokens"]], rotation=70, ha="right", fontsize=8)
-    ax.set_ylabel("KL (nats)")
-    ax.set_title(f"without latent {', '.join(map(str, result['features']))}: mean {result['mean_kl']:.4f}")
-    ax.legend(frameon=False)
-    return ax

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mechint.config import layer_of_hook
 from mechint.errors import MechintError, nearest
-from mechint.models.resolve import load_pretrained, resolve_model
+from mechint.models.resolve import BUILTIN_MODELS, load_pretrained, resolve_model
 from mechint.provenance import detect_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,7 +42,7 @@ class LanguageModel:
         self,
         *,
         name: str,
-        source: str,
+        location: str,
         hf_model: Any,
         tokenizer: Any,
         processing: str,
@@ -51,7 +51,9 @@ class LanguageModel:
         revision: str | None = None,
     ):
         self.name = name
-        self.source = source
+        # What is recorded: a built-in name rather than where the package happens to be installed.
+        self.source = name if name in BUILTIN_MODELS else location
+        self.location = location
         self.hf_model = hf_model
         self.tokenizer = tokenizer
         self.processing = processing
@@ -83,7 +85,7 @@ class LanguageModel:
 
             self.weights_sha256()  # before the bridge folds and centres the weights
             self._bridge = boot_bridge(
-                self.source,
+                self.location,
                 hf_model=self.hf_model,
                 tokenizer=self.tokenizer,
                 device=self.device,
@@ -271,11 +273,11 @@ def load_model(
         residual = hook_name is None or _RESIDUAL_HOOK.fullmatch(hook_name)
         backend = "transformers" if residual else "bridge"
     device = detect_device(device)
-    source = resolve_model(name)
-    hf_model, tokenizer, commit = load_pretrained(name, source, dtype=DTYPES[dtype], revision=revision)
+    location = resolve_model(name)
+    hf_model, tokenizer, commit = load_pretrained(name, location, dtype=DTYPES[dtype], revision=revision)
     model = LanguageModel(
         name=name,
-        source=source,
+        location=location,
         hf_model=hf_model.to(device).eval().requires_grad_(False),
         tokenizer=tokenizer,
         processing=processing,
