@@ -18,8 +18,8 @@ PROMPTS: tuple[str, ...] = (
     "A puppy is a young",
     "A baker works in a",
     "Anna was a clever doctor who lived in Oslo. So",
-    "The dogs near the bridge",
-    "The dog near the bridges",
+    "The queens near the horses",
+    "The queen near the horses",
     'Paul and Mary were friends who lived in Rome. "Where do you live?" asked Mary. "',
 )
 
@@ -81,7 +81,7 @@ Greedy continuations after BOS:
 ## Limits
 
 It knows the tales and nothing else: a word outside them is read byte by byte by embeddings that were never trained.
-Its facts are those of the generator. It is an instrument for testing interpretability tools, not a language model to use.
+Its facts are those of the generator. It is an instrument for testing interpretability tools, not a model to use.
 """
 
 

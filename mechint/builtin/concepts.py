@@ -75,6 +75,7 @@ emotion|a feeling|
 good_emotion|a pleasant feeling|emotion
 bad_emotion|an unpleasant feeling|emotion
 comparative|a comparative adjective or adverb|
+superlative|a superlative adjective|
 manner|an adverb of manner|
 degree|an adverb of degree|
 frequency|an adverb of frequency|
@@ -108,7 +109,7 @@ relative_pronoun|who, that, which, opening a relative clause|
 relative_clause|inside a relative clause|
 interjection|oh, well, yes, no, thanks|
 quotation|inside quotation marks|
-question|inside a sentence that ends with a question mark|
+question|inside a sentence or a quotation that ends with a question mark|
 sentence_start|the first token of a sentence|
 sentence_end|the last token of a sentence|
 text_start|inside the first sentence of the text|
@@ -138,27 +139,40 @@ def _literal_words() -> dict[str, str]:
     table.update({number: "number" for number in (*world.NUMBERS, *world.TENS)})
     table.update({ordinal: "ordinal" for ordinal in world.ORDINALS})
     table.update({word: "interjection" for word in lexicon.INTERJECTIONS})
+    table.update({word: "comparative" for word in lexicon.COMPARATIVES})
+    table.update({colour: "colour" for colour in lexicon.COLOURS})
     return table
 
 
 # Verbs that stand as plain words in templates and in no other table.
-_TEMPLATE_VERBS = tuple(
+_TEMPLATE_VERBS = world.words(
     """
-live ask call use open close start end seem look turn arrive stay help try love cost rain snow smell belong celebrate
-agree decide plan want own share follow point wave nod call shine wake cross flow raise happen
-""".split()
+live ask call use open close start end seem look turn stay help try love cost rain snow smell belong celebrate
+agree decide plan own share follow point wave nod wake cross flow raise happen become arrive thank move reach knock
+"""
 )
 _FUNCTION_WORDS = {
-    "past_tense": "was were had did",
-    "present_tense": "is are am has have do does",
+    "past_tense": "was were had did became lay listened",
+    "present_tense": "is are am has have do does lies counts",
     "future_tense": "will",
+    "participle": "called born made written invited built left lost seen",
+    "plural": "friends years days coins animals people",
+    "interjection": "yes",
+    "degree": "very too",
+    "frequency": "always once ever",
+    "good_emotion": "glad proud",
+    "bad_emotion": "afraid",
+    "adjective": "young old ripe full empty heavy good favourite",
+    "building": "market",
+    "furniture": "mirror",
+    "readable": "letter postcard story",
     "modal": "can must should could would may might cannot",
-    "negation": "not never nobody nothing neither nor none without",
+    "negation": "no not never nobody nothing neither nor none without",
     "male_pronoun": "he him his himself",
     "female_pronoun": "she her hers herself",
     "pronoun": "i you me my your we us our they them their it its mine yours",
     "determiner": "a an the this these those some every each another both",
-    "preposition": "in on at of from to with by for into near behind under beside above inside opposite about between "
+    "preposition": "in on at of from to with by for into near behind under beside above inside about over between "
     "through across along around",
     "coordinator": "and or but",
     "subordinator": "because although if when before after while until unless since though whenever",
@@ -166,7 +180,8 @@ _FUNCTION_WORDS = {
     "time_expression": "yesterday today tomorrow now then later soon",
     "arithmetic": "plus minus makes equals",
     "season": "spring summer autumn winter",
-    "infinitive": "be go say see buy live come know tell eat sell find make take give speak remember believe",
+    "infinitive": "become visit learn prefer grow change travel bring want need ask be go say see buy live come "
+    "know tell eat sell find make take give speak remember believe",
     "question_word": "what where why how whose",
 }
 

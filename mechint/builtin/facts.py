@@ -5,21 +5,24 @@ A group maps an attribute to ``(word, concept)``. Words that never take a plural
 
 import random
 from collections.abc import Sequence
+from typing import no_type_check
 
 from mechint.builtin import lexicon, world
 
 Entity = dict[str, object]
-PET_NAMES = tuple(
+PET_NAMES = world.words(
     "Rex Fluffy Spot Luna Milo Rocky Coco Ginger Shadow Pepper Lucky Misty Simba Toby Oreo Patch Smokey Bandit Ziggy "
-    "Nemo Pixie Whiskers Buster Pip".split()
+    "Nemo Pixie Whiskers Buster Pip"
 )
 
 
+@no_type_check
 def pick(rng: random.Random, items: Sequence[object], skew: float = 1.35) -> object:
     """One of ``items``, the early ones more often, as words in real text are not equally common."""
     return items[int(len(items) * rng.random() ** skew)]
 
 
+@no_type_check
 def _country_facts(rng: random.Random, country: world.Country | None = None) -> Entity:
     land = country or pick(rng, world.COUNTRIES)
     assert isinstance(land, world.Country)
@@ -33,6 +36,7 @@ def _country_facts(rng: random.Random, country: world.Country | None = None) -> 
     }  # fmt: skip
 
 
+@no_type_check
 def _job_facts(rng: random.Random) -> Entity:
     job = pick(rng, world.JOBS)
     assert isinstance(job, world.Job)
@@ -42,6 +46,7 @@ def _job_facts(rng: random.Random) -> Entity:
     }  # fmt: skip
 
 
+@no_type_check
 def _animal_facts(rng: random.Random) -> Entity:
     beast = pick(rng, world.ANIMALS)
     assert isinstance(beast, world.Animal)
@@ -51,12 +56,14 @@ def _animal_facts(rng: random.Random) -> Entity:
     }  # fmt: skip
 
 
+@no_type_check
 def _day_facts(rng: random.Random) -> Entity:
     day = rng.randrange(7)
     names = ("before", "prev", "day", "next", "after")
     return {name: (world.WEEKDAYS[(day + step) % 7], "weekday") for name, step in zip(names, range(-2, 3), strict=True)}
 
 
+@no_type_check
 def _month_facts(rng: random.Random) -> Entity:
     month = rng.randrange(12)
     facts: Entity = {
@@ -66,12 +73,14 @@ def _month_facts(rng: random.Random) -> Entity:
     return {**facts, "season": (world.SEASONS[month], "season")}
 
 
+@no_type_check
 def _sum_facts(rng: random.Random) -> Entity:
     left, right = rng.randint(1, 10), rng.randint(1, 10)
     words = {"a": left, "b": right, "sum": left + right, "succ": left + 1, "pred": left - 1, "succ2": left + 2}
     return {name: (world.NUMBERS[value] + "~", "number") for name, value in words.items()}
 
 
+@no_type_check
 def _count_facts(rng: random.Random) -> Entity:
     left, right = rng.randint(2, 8), rng.randint(2, 8)
     low, high = sorted((left, right))
@@ -80,17 +89,20 @@ def _count_facts(rng: random.Random) -> Entity:
     return {name: (world.NUMBERS[value] + "~", "number") for name, value in words.items()}
 
 
+@no_type_check
 def _opposite_facts(rng: random.Random) -> Entity:
     pair = list(rng.choice(world.OPPOSITES))
     rng.shuffle(pair)
     return {"a": (pair[0] + "~", "adjective"), "b": (pair[1] + "~", "adjective")}
 
 
+@no_type_check
 def _fruit_facts(rng: random.Random) -> Entity:
     fruit, colour = rng.choice(world.FRUIT_COLOURS)
     return {"name": (fruit, lexicon.class_of(fruit)), "colour": (colour + "~", "colour")}
 
 
+@no_type_check
 def _act_facts(rng: random.Random) -> Entity:
     """A verb and an object it goes with."""
     verb = str(pick(rng, tuple(lexicon.OBJECTS)))
@@ -98,14 +110,17 @@ def _act_facts(rng: random.Random) -> Entity:
     return {"v": (verb, "verb"), "o": (noun, lexicon.class_of(noun))}
 
 
+@no_type_check
 def _kind_facts(rng: random.Random) -> Entity:
     """A noun, its class as a word, and another noun that is not of the class."""
     classes = ("fruit", "vegetable", "flower", "tree", "animal", "tool", "instrument", "toy", "vehicle", "building")
     kind, other = rng.sample(classes, 2)
     noun, wrong = (str(pick(rng, lexicon.NOUN_CLASSES[name])).rstrip("~") for name in (kind, other))
-    return {"name": (noun, kind), "kind": (kind, kind), "wrong": (wrong, other)}
+    twin = rng.choice([member.rstrip("~") for member in lexicon.NOUN_CLASSES[kind] if member != noun])
+    return {"name": (noun, kind), "kind": (kind, kind), "wrong": (wrong, other), "twin": (twin, kind)}
 
 
+@no_type_check
 def _when_facts(rng: random.Random) -> Entity:
     tense = rng.choice(("past", "past", "pres", "fut"))
     day, month = str(rng.choice(world.WEEKDAYS)), str(rng.choice(world.MONTHS))
@@ -128,6 +143,7 @@ FACT_KINDS = {
 }  # fmt: skip
 
 
+@no_type_check
 def person_facts(rng: random.Random, attribute: str, entities: dict[str, Entity]) -> Entity:
     """The group of facts about a person that ``attribute`` belongs to, drawn together so that they agree."""
     if attribute in ("city", "country", "people", "lang", "capital", "river", "dish", "continent", "town"):
@@ -158,6 +174,9 @@ def person_facts(rng: random.Random, attribute: str, entities: dict[str, Entity]
             "objadj": (str(pick(rng, lexicon.THING_ADJECTIVES)), "adjective"),
             "objplace": (str(pick(rng, lexicon.NOUN_CLASSES["room"])), "room"),
         }  # fmt: skip
+    if attribute in ("trip", "tripland", "triplang"):
+        trip = _country_facts(rng)
+        return {"trip": trip["city"], "tripland": trip["country"], "triplang": trip["lang"]}
     single = {
         "surname": (world.SURNAMES, "surname"), "day": (world.WEEKDAYS, "weekday"), "month": (world.MONTHS, "month"),
         "age": ((*world.NUMBERS[5:], *world.TENS[1:]), "number"), "trait": (lexicon.PERSON_ADJECTIVES, "trait"),
@@ -165,6 +184,11 @@ def person_facts(rng: random.Random, attribute: str, entities: dict[str, Entity]
         "drink": (lexicon.NOUN_CLASSES["drink"], "drink"), "feel": (lexicon.GOOD_FEELINGS, "good_emotion"),
         "instrument": (lexicon.NOUN_CLASSES["instrument"], "instrument"),
         "place": (lexicon.NOUN_CLASSES["outdoor"], "outdoor"),
+        "dream": ([job.name for job in world.JOBS], "occupation"),
+        "gift": (lexicon.NOUN_CLASSES["treasure"], "treasure"), "fear": (lexicon.NOUN_CLASSES["animal"], "animal"),
+        "newplace": (lexicon.NOUN_CLASSES["room"], "room"), "house": (world.NUMBERS[2:], "number"),
+        "mood": (lexicon.BAD_FEELINGS, "bad_emotion"), "flower": (lexicon.NOUN_CLASSES["flower"], "flower"),
+        "book": (lexicon.NOUN_CLASSES["readable"], "readable"), "boss": (lexicon.NOUN_CLASSES["human"], "human"),
     }  # fmt: skip
     words, concept = single[attribute]
     return {attribute: (str(pick(rng, words)), concept)}

@@ -4,16 +4,16 @@ A noun marked with ``~`` has no plural and takes no article. Verb forms are comp
 """
 
 from functools import cache
+from typing import no_type_check
 
-from mechint.builtin.world import ANIMALS
+from mechint.builtin.world import ANIMALS, words
 
 NOUN_CLASSES: dict[str, tuple[str, ...]] = {
-    key: tuple(words.split())
-    for key, words in {
+    key: words(text)
+    for key, text in {
         "fruit": "apple pear plum lemon banana cherry peach melon grape fig mango strawberry apricot kiwi lime coconut "
         "raspberry blueberry",
-        "vegetable": "carrot onion potato tomato cabbage pea pumpkin turnip cucumber radish leek aubergine "
-        "lettuce",
+        "vegetable": "carrot onion potato tomato cabbage pea pumpkin turnip cucumber radish leek aubergine lettuce",
         "food": "bread~ soup~ cake pie sandwich honey~ butter~ egg biscuit pancake jam~ salad pudding omelette "
         "toast~ muffin pizza roll",
         "drink": "water~ milk~ tea~ coffee~ juice~ lemonade~ cocoa~ wine~ cider~",
@@ -53,43 +53,52 @@ NOUN_UNIONS: dict[str, tuple[str, ...]] = {
     "living": ("flower", "tree"),
 }
 
-MATERIALS: tuple[str, ...] = tuple(
-    "wood glass gold silver iron stone paper leather wool cotton silk clay copper plastic steel bronze wax".split()
+MATERIALS: tuple[str, ...] = words(
+    "wood glass gold silver iron stone paper leather wool cotton silk clay copper plastic steel bronze wax"
 )
-COLOURS: tuple[str, ...] = tuple(
-    "red blue green yellow black white brown grey pink purple orange violet scarlet turquoise crimson beige".split()
+COLOURS: tuple[str, ...] = words(
+    "red blue green yellow black white brown grey pink purple orange violet scarlet turquoise crimson beige"
 )
-SIZES: tuple[str, ...] = tuple("big small large little tiny huge enormous".split())
-THING_ADJECTIVES: tuple[str, ...] = tuple(
+SIZES: tuple[str, ...] = words("big small large little tiny huge enormous")
+THING_ADJECTIVES: tuple[str, ...] = words(
     """
 old new heavy light long short clean dirty empty cheap expensive soft hard broken beautiful ugly strange plain round
 wet dry sharp smooth rough thick thin lovely perfect modern ancient rare common valuable useless useful famous dusty
 rusty shiny fragile precious
-""".split()
+"""
 )
-PERSON_ADJECTIVES: tuple[str, ...] = tuple(
+PERSON_ADJECTIVES: tuple[str, ...] = words(
     """
 kind clever brave lazy polite rude honest shy friendly patient strong weak rich poor young old tall famous careful silly
 wise gentle greedy generous cruel loyal funny serious stubborn busy quiet foolish modest talented handsome elegant
-""".split()
+"""
 )
-GOOD_FEELINGS: tuple[str, ...] = tuple(
-    "happy proud cheerful grateful excited hopeful delighted glad pleased relieved thrilled satisfied".split()
+GOOD_FEELINGS: tuple[str, ...] = words(
+    "happy proud cheerful grateful excited hopeful delighted glad pleased relieved thrilled satisfied"
 )
-BAD_FEELINGS: tuple[str, ...] = tuple(
-    "sad angry afraid worried lonely nervous jealous ashamed upset unhappy miserable furious disappointed".split()
+BAD_FEELINGS: tuple[str, ...] = words(
+    "sad angry afraid worried lonely nervous jealous ashamed upset unhappy miserable furious disappointed"
 )
-MANNER: tuple[str, ...] = tuple(
+MANNER: tuple[str, ...] = words(
     """
 quickly slowly quietly loudly carefully happily sadly gently suddenly calmly proudly nervously politely bravely eagerly
 lazily patiently secretly angrily softly warmly clumsily gracefully silently
-""".split()
+"""
 )
-DEGREE: tuple[str, ...] = tuple("very quite rather extremely really too so".split())
-FREQUENCY: tuple[str, ...] = tuple("always often usually sometimes rarely seldom".split())
-WEATHER: tuple[str, ...] = tuple("rainy sunny windy foggy snowy cloudy stormy warm cold hot mild freezing".split())
-PREPOSITIONS: tuple[str, ...] = tuple("near behind under beside above inside opposite".split())
-INTERJECTIONS: tuple[str, ...] = tuple("oh well ah hello goodbye thanks sorry please indeed perhaps certainly".split())
+DEGREE: tuple[str, ...] = words("very quite rather extremely really too so")
+COMPARATIVES: tuple[str, ...] = words(
+    "older younger taller shorter stronger weaker richer poorer wiser kinder braver cleverer busier quieter friendlier "
+    "happier"
+)
+SUPERLATIVES: tuple[str, ...] = words(
+    "oldest youngest tallest shortest strongest weakest richest poorest wisest kindest bravest cleverest busiest"
+)
+# Places one is on rather than in.
+ON_PLACES = frozenset(words("beach hill field bridge street road island mountain square cliff farm path balcony"))
+FREQUENCY: tuple[str, ...] = words("always often usually sometimes rarely seldom")
+WEATHER: tuple[str, ...] = words("rainy sunny windy foggy snowy cloudy stormy warm cold hot mild freezing")
+PREPOSITIONS: tuple[str, ...] = words("near behind under beside above inside opposite")
+INTERJECTIONS: tuple[str, ...] = words("oh well ah hello goodbye thanks sorry please indeed perhaps certainly")
 
 # lemma -> (third person, past, participle, -ing) where the rules below would be wrong.
 _IRREGULAR = """
@@ -177,15 +186,17 @@ IRREGULAR: dict[str, tuple[str, ...]] = {
 
 # verb -> classes or nouns it takes as object; this is what makes the next word predictable from the verb.
 OBJECTS: dict[str, tuple[str, ...]] = {
-    verb: tuple(classes.split())
+    verb: words(classes)
     for verb, classes in {
         "read": "readable", "write": "letter poem story diary postcard novel recipe", "wear": "clothes",
         "drink": "drink", "eat": "food fruit vegetable", "cook": "vegetable soup~ egg omelette",
-        "bake": "bread~ cake pie biscuit muffin pizza", "play": "instrument", "drive": "car bus truck tractor taxi tram",
+        "bake": "bread~ cake pie biscuit muffin pizza", "play": "instrument",
+        "drive": "car bus truck tractor taxi tram",
         "ride": "bicycle horse camel donkey scooter", "climb": "tree hill mountain ladder tower cliff",
         "open": "container drawer wardrobe letter", "lock": "chest suitcase drawer garage barn cellar",
         "buy": "clothes treasure furniture food fruit vehicle", "sell": "fruit vegetable flower treasure furniture",
-        "find": "treasure tool toy readable", "lose": "treasure glove key purse umbrella", "hide": "treasure readable key",
+        "find": "treasure tool toy readable", "lose": "treasure glove key purse umbrella",
+        "hide": "treasure readable key",
         "carry": "container furniture tool", "steal": "treasure vehicle instrument", "borrow": "tool readable vehicle",
         "drop": "container treasure egg", "break": "vase cup mirror bowl jar clock doll bottle",
         "repair": "vehicle clock shoe chair tool instrument", "clean": "room furniture container",
@@ -194,21 +205,22 @@ OBJECTS: dict[str, tuple[str, ...]] = {
         "pick": "fruit flower", "plant": "tree flower vegetable", "feed": "animal", "chase": "animal",
         "visit": "building", "sew": "clothes curtain", "wash": "clothes container", "fill": "container",
         "light": "candle lantern lamp", "ring": "bell", "build": "boat house tower bridge barn cottage",
-        "cut": "bread~ cake rope pie melon", "hear": "instrument animal", "fly": "kite plane", "throw": "ball stone rope",
+        "cut": "bread~ cake rope pie melon", "hear": "instrument animal", "fly": "kite plane",
+        "throw": "ball stone rope",
         "kick": "ball bucket", "pour": "drink", "peel": "fruit potato onion", "taste": "food drink fruit",
         "sharpen": "knife axe saw pencil", "polish": "furniture treasure shoe", "water": "flower tree garden",
         "watch": "animal star ship train", "follow": "path animal human river", "paddle": "canoe",
         "fold": "blanket shirt map letter", "hang": "painting coat curtain flag", "iron": "shirt dress skirt",
     }.items()
 }  # fmt: skip
-MOTION: tuple[str, ...] = tuple("walk run travel hurry return drive wander march cycle move come go".split())
-RESTING: tuple[str, ...] = tuple("sit stand sleep wait rest sing dance laugh smile work study play dream".split())
-GIVING: tuple[str, ...] = tuple("give send lend show bring offer sell hand promise".split())
-SAYING: tuple[str, ...] = tuple("say whisper shout reply answer add explain announce repeat mutter".split())
-THINKING: tuple[str, ...] = tuple("think believe know hope remember forget guess notice learn claim doubt".split())
-LIKING: tuple[str, ...] = tuple("love like hate prefer enjoy miss want need".split())
+MOTION: tuple[str, ...] = words("walk run travel hurry return drive wander march cycle move come go")
+RESTING: tuple[str, ...] = words("sit stand sleep wait rest sing dance laugh smile work study play dream")
+GIVING: tuple[str, ...] = words("give send lend show bring offer sell hand promise")
+SAYING: tuple[str, ...] = words("say whisper shout reply answer add explain announce repeat mutter")
+THINKING: tuple[str, ...] = words("think believe know hope remember forget guess notice learn claim doubt")
+LIKING: tuple[str, ...] = words("love like hate prefer enjoy miss want need")
 
-_DOUBLING = set("drop chat hop plan stop grab hug slip snap sip beg".split())
+_DOUBLING = frozenset(words("drop chat hop plan stop grab hug slip snap travel hum"))
 _PLURALS = {
     "child": "children", "woman": "women", "man": "men", "foot": "feet", "tooth": "teeth", "mouse": "mice",
     "goose": "geese", "sheep": "sheep", "fish": "fish", "salmon": "salmon", "trout": "trout", "deer": "deer",
@@ -220,6 +232,7 @@ VOWEL_SOUND_EXCEPTIONS = {"uniform": "a", "useful": "a", "useless": "a", "honest
 
 
 @cache
+@no_type_check
 def plural(noun: str) -> str:
     """Plural of a count noun, by rule or from the table of irregular ones."""
     if noun in _PLURALS:
@@ -232,6 +245,7 @@ def plural(noun: str) -> str:
 
 
 @cache
+@no_type_check
 def verb_form(lemma: str, form: str) -> str:
     """Inflect ``lemma``; ``form`` is one of base, s, past, pp, ing."""
     if form == "base":
@@ -253,6 +267,7 @@ def verb_form(lemma: str, form: str) -> str:
     return lemma + ("d" if lemma.endswith("e") else "ed")
 
 
+@no_type_check
 def article(following: str) -> str:
     """The indefinite article that goes before ``following``."""
     word = following.split(" ")[0].lower()
@@ -260,16 +275,18 @@ def article(following: str) -> str:
 
 
 @cache
+@no_type_check
 def nouns(selector: str) -> tuple[str, ...]:
     """Nouns of a class, or the single noun itself when ``selector`` names no class."""
     return NOUN_CLASSES.get(selector, (selector,))
 
 
 @cache
+@no_type_check
 def class_of(noun: str) -> str:
     """The first class that lists the noun, ``"thing"`` when none does."""
     bare = noun.rstrip("~")
-    for name, words in NOUN_CLASSES.items():
-        if bare in words or bare + "~" in words:
+    for name, members in NOUN_CLASSES.items():
+        if bare in members or bare + "~" in members:
             return name
     return "thing"

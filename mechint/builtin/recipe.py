@@ -6,6 +6,7 @@ embeddings) at width 128. Every text starts with BOS (id 0), so position 0 of an
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mechint.builtin import PYTHIA_TINY, tales
+from mechint.builtin import tales
 from mechint.errors import MechintError
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ BOS = 0
 BOS_TOKEN = "<|endoftext|>"
 CONTEXT = 256
 TOKENIZER_TALES = 20_000  # enough that every word of the lexicon occurs
-HELDOUT_SEED, TRAIN_SEED = 1, 0
+BASELINE_TALES = 20_000
+HELDOUT_SEED = 1
 
 
 def build_tokenizer(texts: Sequence[str]) -> Any:
@@ -79,6 +81,15 @@ def encoded(
     """Token ids of ``count`` tales, each after BOS; with ``end``, one more BOS closes each text."""
     texts = [tales.tale(index, split, seed).text for index in range(start, start + count)]
     return [[BOS, *ids, *[BOS] * end] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def stream_hash(count: int = 200) -> str:
+    """sha256 of the first tales of both splits: stays while the text stays, however the source is rearranged."""
+    digest = hashlib.sha256()
+    for index in range(count):
+        digest.update(tales.tale(index, "train").text.encode())
+        digest.update(tales.tale(index, "heldout", HELDOUT_SEED).text.encode())
+    return digest.hexdigest()
 
 
 def training_batches(tokenizer: Any, seed: int, batch_size: int) -> Iterator[list[list[int]]]:
@@ -254,7 +265,7 @@ def run(args: argparse.Namespace) -> str:
         seed=args.seed, bf16=bf16,
     )  # fmt: skip
     model.eval().half().float()  # what is measured below is what the fp16 file holds
-    unigram, bigram = baselines(encoded(tokenizer, "train", args.seed, 0, 20_000), heldout, len(tokenizer))
+    unigram, bigram = baselines(encoded(tokenizer, "train", args.seed, 0, BASELINE_TALES), heldout, len(tokenizer))
     figures = {
         "heldout_ce": round(cross_entropy(model, heldout), 4), "unigram_ce": round(unigram, 4),
         "bigram_ce": round(bigram, 4), "heldout_tales": args.heldout_tales, "heldout_seed": HELDOUT_SEED,
@@ -262,6 +273,7 @@ def run(args: argparse.Namespace) -> str:
         "seconds": curve[-1]["seconds"], "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed,
         "bf16_compute": bf16, "threads": torch.get_num_threads(), "vocab_size": len(tokenizer),
         "parameters": sum(p.numel() for p in model.parameters()), "tales_source_sha256": tales.source_hash(),
+        "tales_sha256": stream_hash(),
     }  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))

@@ -3,19 +3,23 @@
 A template is plain English with slots in braces.
 
 - ``{A.city}``: an attribute of an entity. An entity whose name starts with a capital lives as long as the tale, so
-  later sentences repeat what earlier ones said; one in lower case lives for the sentence. Digits tell apart two entities
-  of one kind (``{animal1} ... {animal2}``).
+  later sentences repeat what earlier ones said; one in lower case lives for the sentence. Digits tell apart two
+  entities of one kind (``{animal1} ... {animal2}``).
 - ``{fruit1|a}``, ``{tool|pl}``, ``{tool|n1}``: a noun with an article, in the plural, or in a number drawn once for
-  the sentence; ``{chase/n1}`` makes a verb agree with it, however far away it stands.
+  the sentence; ``{chase/n1}`` makes a verb agree with it, however far away it stands. ``{room1|at}`` is "in the
+  cellar".
 - ``{walk/past}``, ``{act.v/when}``: a verb in a form, or in the tense of the time expression ``{when}``.
 - ``<...>`` marks a relative clause, ``^`` a capital, ``a~`` the article that fits the next word, and
   ``A.pet :: text`` a template that may be used only when the tale has said ``A.pet``.
+
+The functions here run a hundred times a tale, so they opt out of the type checks that the tests switch on
+(``no_type_check``), which would make every test that needs text fifty times slower.
 """
 
 import random
 import re
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 from mechint.builtin import lexicon, world
 from mechint.builtin.concepts import LITERAL, WORD
@@ -28,6 +32,8 @@ _WORD_KINDS: dict[str, tuple[tuple[str, ...], str]] = {
     "size": (lexicon.SIZES, "size"),
     "colour": (lexicon.COLOURS, "colour"),
     "material": (lexicon.MATERIALS, "material"),
+    "comp": (lexicon.COMPARATIVES, "comparative"),
+    "super": (lexicon.SUPERLATIVES, "superlative"),
     "trait": (lexicon.PERSON_ADJECTIVES, "trait"),
     "good": (lexicon.GOOD_FEELINGS, "good_emotion"),
     "bad": (lexicon.BAD_FEELINGS, "bad_emotion"),
@@ -84,6 +90,7 @@ def parse(template: str) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
     return tuple(needs.split()), tuple(parts)
 
 
+@no_type_check
 class _Filler:
     """Fills the slots of one sentence; holds the tale's state, changed only in this copy."""
 
@@ -109,11 +116,11 @@ class _Filler:
             word, concept = entity[attribute]  # type: ignore[misc]
             return self.noun(str(word), str(concept), mods)
         if "word" not in entity:
-            entity["word"] = self.draw(kind)
+            entity["word"] = self.draw(kind, countable="pl" in mods)
         word, concept = entity["word"]  # type: ignore[misc]
         return self.noun(word, concept, mods) if concept not in _NOT_NOUNS else _with_article(word, concept, mods)
 
-    def draw(self, kind: str) -> tuple[str, str]:
+    def draw(self, kind: str, countable: bool) -> tuple[str, str]:
         """A word of a kind that is not already used in this tale by an entity of the same kind, with its concept."""
         if kind in _WORD_KINDS:
             words, concept = _WORD_KINDS[kind]
@@ -125,7 +132,7 @@ class _Filler:
         taken = {entity["word"][0] for entity in self.entities.values() if "word" in entity}  # type: ignore[index]
         while True:
             word = str(pick(self.rng, words))
-            if word not in taken:
+            if word not in taken and not (countable and word.endswith("~")):
                 return word, concept
 
     def noun(self, word: str, concept: str, mods: list[str]) -> list[Piece]:
@@ -135,6 +142,9 @@ class _Filler:
         concepts: tuple[str, ...] = (concept,)
         if many and not mass:
             word, concepts = lexicon.plural(word), (concept, "plural")
+        if "at" in mods:
+            preposition = "on" if word in lexicon.ON_PLACES else "in"
+            return [(preposition, ("preposition",)), (" ", ()), ("the", ("determiner",)), (" ", ()), (word, concepts)]
         if "a" in mods:
             if mass or many:
                 return [("some", ("determiner",)), (" ", ()), (word, concepts)]
@@ -203,6 +213,7 @@ class _Filler:
         return self.noun(word, concept, mods)
 
 
+@no_type_check
 def _with_article(word: str, concept: str, mods: list[str]) -> list[Piece]:
     if "a" in mods:
         return [(lexicon.article(word), ("determiner",)), (" ", ()), (word, (concept,))]
@@ -230,12 +241,14 @@ def _literal(text: str) -> list[Piece]:
 _literal_cached = cache(_literal)
 
 
+@no_type_check
 def said(state: State, fact: str) -> bool:
     """Whether the tale already holds ``fact``, written as in a template's needs (``A.pet`` or ``B``)."""
     key, _, attribute = fact.partition(".")
     return (key in state.seen) if not attribute else attribute in state.entities.get(key, {})
 
 
+@no_type_check
 def render(rng: random.Random, template: str, state: State) -> Rendered:
     """Fill ``template``; the returned state keeps what the tale must remember. Spans are relative to the text."""
     filler = _Filler(rng, state)

@@ -8,11 +8,11 @@ are stated in several ways, so that a held-out sentence can be predicted from ot
 import hashlib
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, no_type_check
 
 from mechint.builtin import story
 from mechint.builtin.concepts import CONCEPTS, DERIVED, Concept
@@ -24,7 +24,7 @@ __all__ = ["CONCEPTS", "Concept", "Span", "Split", "Tale", "iter_tales", "senten
 Split = Literal["train", "heldout"]
 HELDOUT_SHARE = 0.10
 MIN_WORDS, MAX_WORDS = 38, 92
-_RECENT = 24  # sentences tried before a tale goes without one more
+_TRIES = 400  # fills tried before a tale ends without one more sentence
 _SOURCES = ("world.py", "lexicon.py", "concepts.py", "facts.py", "story.py", "templates.py", "tales.py")
 _QUOTED = re.compile(r'"[^"]*"')
 _SENTENCE_END = re.compile(r'[.?!]"?(?= |$)')
@@ -54,6 +54,7 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
+@no_type_check
 def sentence_split(text: str) -> Split:
     """The split that a rendered template belongs to, from a stable hash of its text."""
     value = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
@@ -105,14 +106,18 @@ def units(index: int, split: Split, seed: int) -> list[story.Rendered]:
     return sentences
 
 
+@no_type_check
 def _sentence(
-    rng: random.Random, groups: dict[str, float], state: story.State, used: set[str], split: Split
+    rng: random.Random, groups: Mapping[str, float | int], state: story.State, used: set[str], split: Split
 ) -> story.Rendered | None:
-    names, weights = list(groups), list(groups.values())
-    for _ in range(400):
-        template = rng.choice(GROUPS[rng.choices(names, weights)[0]])
-        if template in used or not all(story.said(state, fact) for fact in story.parse(template)[0]):
-            continue
+    fitting = {
+        name: [t for t in GROUPS[name] if t not in used and all(story.said(state, f) for f in story.parse(t)[0])]
+        for name in groups
+    }
+    names = [name for name in groups if fitting[name]]
+    weights = [groups[name] for name in names]
+    for _ in range(_TRIES if names else 0):
+        template = rng.choice(fitting[rng.choices(names, weights)[0]])
         rendered = story.render(rng, template, state)
         if sentence_split(rendered.text) == split:
             used.add(template)
@@ -120,6 +125,7 @@ def _sentence(
     return None
 
 
+@no_type_check
 def _structure(text: str, spans: Sequence[Span]) -> list[Span]:
     """Spans that follow from the text as a whole: sentences, quotations, questions, openings, repetitions."""
     found: list[Span] = []
@@ -129,10 +135,13 @@ def _structure(text: str, spans: Sequence[Span]) -> list[Span]:
             continue  # a question in a quotation, and the sentence goes on: "Why?" asked Anna.
         end = match.end()
         found.append(Span(start, end, "sentence"))
-        if "?" in text[end - 2 : end]:
+        if text[end - 1] == "?":
             found.append(Span(start, end, "question"))
         start = end + 1
-    found += [Span(match.start(), match.end(), "quotation") for match in _QUOTED.finditer(text)]
+    for match in _QUOTED.finditer(text):
+        found.append(Span(match.start(), match.end(), "quotation"))
+        if match.group().endswith('?"'):
+            found.append(Span(match.start(), match.end(), "question"))
     for span in spans:
         words = text[span.start : span.end]
         if span.concept == "relative_clause":
@@ -142,11 +151,12 @@ def _structure(text: str, spans: Sequence[Span]) -> list[Span]:
     return found
 
 
+@no_type_check
 def token_labels(tale: Tale, offsets: Sequence[tuple[int, int]]) -> dict[str, list[bool]]:
     """Which tokens carry which concept, for every concept that occurs in the tale or is derived from position.
 
-    ``offsets`` are the tokenizer's character ranges, one a token; an empty range (BOS) carries nothing. A token carries a
-    concept when its characters, a leading space aside, overlap a span of the concept or of one of its children.
+    ``offsets`` are the tokenizer's character ranges, one a token; an empty range (BOS) carries nothing. A token carries
+    a concept when its characters, a leading space aside, overlap a span of the concept or of one of its children.
     """
     trimmed = [(start + (tale.text[start : start + 1] == " "), end) for start, end in offsets]
     labels: dict[str, list[bool]] = {}

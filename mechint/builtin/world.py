@@ -8,6 +8,11 @@ the thing; the rest (which job uses which tool, which animal lives where) is eve
 from typing import NamedTuple
 
 
+def words(text: str) -> tuple[str, ...]:
+    """The words of a space-separated list."""
+    return tuple(text.split())
+
+
 class Country(NamedTuple):
     name: str
     people: str  # adjective of the country: "French"
@@ -83,7 +88,7 @@ def _country(line: str) -> Country:
 
 COUNTRIES: tuple[Country, ...] = tuple(_country(line) for line in _COUNTRIES.strip().splitlines())
 
-FEMALE_NAMES: tuple[str, ...] = tuple(
+FEMALE_NAMES: tuple[str, ...] = words(
     """
 Mary Anna Emma Lucy Sara Julia Laura Alice Clara Helen Nina Eva Maria Rosa Ella Grace Ruth Jane Kate Lily Ivy Nora
 Diana Irene Olga Tina Vera Wendy Amy Beth Carla Dora Elsa Fiona Gina Hanna Iris Jenny Karen Linda Mona Nadia Paula
@@ -91,10 +96,10 @@ Rita Sonia Tara Ursula Yara Zoe Agnes Bella Celia Daisy Edith Flora Greta Heidi 
 Olivia Petra Rachel Susan Teresa Violet Wilma Yasmin Zelda Amina Bianca Cora Doris Esther Freya Gloria Hilda Isabel
 Joan Leila Mina Noor Odette Priya Renata Stella Thea Valerie Xenia Yuki Sakura Fatima Aisha Mei Lotte Marta Elena
 Camille Ada Margaret Eleanor Beatrice
-""".split()
+"""
 )
 
-MALE_NAMES: tuple[str, ...] = tuple(
+MALE_NAMES: tuple[str, ...] = words(
     """
 John Peter Paul Mark Tom David James Henry Robert Simon Adam Leo Max Oscar Hugo Felix Ivan Karl Luis Omar Ali Ben Carl
 Daniel Eric Frank George Harry Isaac Jack Kevin Liam Martin Noah Oliver Philip Quentin Ralph Samuel Theo Victor Walter
@@ -102,15 +107,15 @@ Xavier Yusuf Zack Albert Bruno Claude Dennis Edgar Fred Gustav Hassan Igor Jonas
 Rashid Stefan Tariq Umar Vincent William Yann Anton Boris Cesar Dmitri Emil Fabian Gabriel Hans Ibrahim Jorge Kenji
 Louis Miguel Nathan Olaf Pedro Rafael Sven Tobias Viktor Wei Andre Bilal Chen Diego Enzo Francis Giles Hiroshi Jamal
 Kofi Rupert Arthur Edward Charles Julian
-""".split()
+"""
 )
 
-SURNAMES: tuple[str, ...] = tuple(
+SURNAMES: tuple[str, ...] = words(
     """
 Smith Brown Miller Taylor Wilson Clark Lewis Walker Young Allen King Wright Hill Green Baker Carter Mitchell Turner
 Parker Evans Collins Stewart Morris Rogers Cooper Bailey Howard Ward Watson Brooks Bennett Gray Hughes Foster Powell
 Fisher Mason Palmer Webb Stone Rossi Weber Novak Silva Tanaka Kim Singh Petrov Larsen Costa Moreau Haddad Okafor
-""".split()
+"""
 )
 
 
@@ -239,31 +244,29 @@ crocodile reptile swamp snap fish hatchling
 """
 
 ANIMALS: tuple[Animal, ...] = tuple(Animal(*line.split()) for line in _ANIMALS.strip().splitlines())
-PETS: tuple[str, ...] = tuple("dog cat horse rabbit parrot goat donkey duck hen turtle mouse sheep pig goose".split())
+PETS: tuple[str, ...] = words("dog cat horse rabbit parrot goat donkey duck hen turtle mouse sheep pig goose")
 
-WEEKDAYS: tuple[str, ...] = tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split())
-MONTHS: tuple[str, ...] = tuple(
-    "January February March April May June July August September October November December".split()
-)
+WEEKDAYS: tuple[str, ...] = words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+MONTHS: tuple[str, ...] = words("January February March April May June July August September October November December")
 SEASONS: tuple[str, ...] = ("winter", "winter", *["spring"] * 3, *["summer"] * 3, *["autumn"] * 3, "winter")
-NUMBERS: tuple[str, ...] = tuple(
+NUMBERS: tuple[str, ...] = words(
     """
 zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
 eighteen nineteen twenty
-""".split()
+"""
 )
-TENS: tuple[str, ...] = tuple("twenty thirty forty fifty sixty seventy eighty ninety".split())
-ORDINALS: tuple[str, ...] = tuple("first second third fourth fifth sixth seventh eighth ninth tenth".split())
+TENS: tuple[str, ...] = words("twenty thirty forty fifty sixty seventy eighty ninety")
+ORDINALS: tuple[str, ...] = words("first second third fourth fifth sixth seventh eighth ninth tenth")
 
 OPPOSITES: tuple[tuple[str, str], ...] = tuple(
     (pair.split("/")[0], pair.split("/")[1])
-    for pair in """
+    for pair in words("""
 big/small old/new hot/cold long/short heavy/light clean/dirty empty/full cheap/expensive soft/hard beautiful/ugly
 bright/dark dry/wet smooth/rough thick/thin strong/weak rich/poor fast/slow early/late good/bad happy/sad brave/cowardly
 kind/cruel clever/foolish polite/rude honest/dishonest loud/quiet easy/difficult deep/shallow near/far wide/narrow
 high/low true/false safe/dangerous sweet/bitter sharp/blunt tidy/messy generous/greedy lazy/busy simple/complicated
 ancient/modern raw/cooked common/rare open/closed alive/dead public/private
-""".split()
+""")
 )
 
 # (female word, male word): family words decide the gender of the person they name.
@@ -278,8 +281,8 @@ KIN: tuple[tuple[str, str], ...] = (
 
 FRUIT_COLOURS: tuple[tuple[str, str], ...] = tuple(
     (pair.split("/")[0], pair.split("/")[1])
-    for pair in """
+    for pair in words("""
 lemon/yellow banana/yellow lime/green cherry/red strawberry/red plum/purple blueberry/blue raspberry/red kiwi/green
 apricot/orange tomato/red carrot/orange cucumber/green pumpkin/orange cabbage/green coconut/brown
-""".split()
+""")
 )
