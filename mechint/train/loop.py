@@ -21,9 +21,9 @@ from mechint.data.batches import make_batches, split_indices
 from mechint.data.store import Activations, open_activations
 from mechint.errors import MechintError
 from mechint.eval.reconstruction import Activity, evaluate_sae
-from mechint.eval.rows import append_metrics_row, read_metrics_csv
+from mechint.eval.rows import append_metrics_row
 from mechint.kernels import StepResult, dense_step
-from mechint.provenance import detect_device, get_git_commit, set_global_seed, write_json, write_text
+from mechint.provenance import detect_device, get_git_commit, set_global_seed, write_json
 from mechint.runs import Run, write_run_manifest
 from mechint.sae import SparseAutoEncoder, save_checkpoint, save_sae_folder
 from mechint.train.layout import Layout, layout_of, make_layout
@@ -141,11 +141,11 @@ def _run(
     state = TrainState(sae, optimizer, ever_active)
     if resumed:
         load_state(state, layout.state, config=config.to_dict(), activations_sha256=activations.sha256)
-        _drop_rows_from(layout.metrics, state.step)
+        _cut(layout.metrics, state.metrics_size)
     write_json(layout.config, config.to_dict())
     _loop(config, activations, train_indices, state, layout, progress=progress)
     # From here on a kill costs only the evaluation: the last state is that of the last step.
-    save_state(state, layout.state, config=config.to_dict(), activations_sha256=activations.sha256)
+    _save(state, layout, config, activations)
     save_checkpoint(sae, layout.checkpoint)
     if layout.sae_dir is not None:
         save_sae_folder(sae, layout.sae_dir)
@@ -184,7 +184,7 @@ def _loop(
 
     def save() -> None:
         state.training_seconds = seconds_before + time.perf_counter() - began
-        save_state(state, layout.state, config=config.to_dict(), activations_sha256=activations.sha256)
+        _save(state, layout, config, activations)
 
     if state.step == 0 and config.save_every:
         save()
@@ -292,14 +292,15 @@ def _variance_per_dim(activations: Activations, indices: torch.Tensor, sample: i
     return max(activations.rows(picked).var(dim=0, correction=0).mean().item(), 1e-30)
 
 
-def _drop_rows_from(path: Path, step: int) -> None:
-    """Remove the rows of steps that will be done again."""
-    if not path.is_file():
-        return
-    kept = [row for row in read_metrics_csv(path) if row["step"] is not None and row["step"] < step]
-    write_text(path, "")
-    for row in kept:
-        append_metrics_row(path, row)
+def _save(state: TrainState, layout: Layout, config: SAETrainConfig, activations: Activations) -> None:
+    state.metrics_size = layout.metrics.stat().st_size if layout.metrics.is_file() else 0
+    save_state(state, layout.state, config=config.to_dict(), activations_sha256=activations.sha256)
+
+
+def _cut(path: Path, size: int) -> None:
+    """Remove what was written behind the first `size` bytes: rows of steps that will be done again."""
+    if path.is_file() and path.stat().st_size > size:
+        os.truncate(path, size)
 
 
 def _summary(

@@ -24,6 +24,7 @@ class TrainState:
     ever_active: Bool[Tensor, " d_sae"]
     step: int = 0  # steps done
     training_seconds: float = 0.0
+    metrics_size: int = 0  # bytes of metrics.csv when the state was saved; what comes behind will be written again
     resumed_at: list[int] = dataclasses.field(default_factory=list)
 
 
@@ -37,6 +38,7 @@ def save_state(state: TrainState, path: Path, *, config: dict[str, Any], activat
         "optimizer": state.optimizer.state_dict(),
         "ever_active": state.ever_active,
         "training_seconds": state.training_seconds,
+        "metrics_size": state.metrics_size,
         "resumed_at": state.resumed_at,
         "activations_sha256": activations_sha256,
     }
@@ -53,6 +55,8 @@ def load_state(state: TrainState, path: Path, *, config: dict[str, Any], activat
         raise MechintError(f"{path} not found: there is nothing to resume; start the run again") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise MechintError(f"{path} cannot be read ({one_line(error, 120)}): start the run again") from error
+    if not isinstance(values, dict) or "metrics_size" not in values:
+        raise MechintError(f"{path} is not the state of a training of this version: start the run again")
     if changed := [key for key, value in config.items() if values["config"].get(key) != value]:
         raise MechintError(
             f"{path} is the state of a stopped training with another {', '.join(changed)}: go on with the settings it"
@@ -68,4 +72,5 @@ def load_state(state: TrainState, path: Path, *, config: dict[str, Any], activat
     state.ever_active.copy_(values["ever_active"])
     state.step = values["step"]
     state.training_seconds = values["training_seconds"]
+    state.metrics_size = values["metrics_size"]
     state.resumed_at = [*values["resumed_at"], state.step]
