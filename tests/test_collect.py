@@ -131,6 +131,21 @@ def test_fast_products_are_the_same_products(tiny_neox_dir: Path, monkeypatch: p
     torch.testing.assert_close(fast, plain, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize(("hook", "width"), [("blocks.2.mlp.hook_post", 64), ("blocks.2.attn.hook_z", 32)])
+def test_hooks_of_other_widths(tiny_neox_dir: Path, texts_file: Path, tmp_path: Path, hook: str, width: int):
+    from mechint.models import load_model
+
+    activations = open_activations(
+        collect_quietly(*flags(tiny_neox_dir, texts_file, tmp_path / "store", "--hook", hook))
+    )
+    assert activations.d_in == width and activations.info["backend"] == "bridge" and activations.info["layer"] == 2
+    model = load_model(str(tiny_neox_dir), device="cpu", hook_name=hook)
+    (ids,) = model.tokenize([texts_file.read_text().splitlines()[7]], prepend_bos=True)
+    expected = model.activations(torch.tensor([ids]), hook)[0, 1:].reshape(len(ids) - 1, width)
+    torch.testing.assert_close(activations.rows(torch.nonzero(activations.text_ids == 7).flatten()), expected,
+                               atol=1e-4, rtol=1e-4)  # fmt: skip
+
+
 def test_tokens_give_the_text_back(tiny_neox_dir: Path, texts_file: Path, tmp_path: Path):
     from transformers import AutoTokenizer
 
@@ -233,6 +248,7 @@ def test_other_peoples_files_are_not_touched(tiny_neox_dir: Path, texts_file: Pa
         (["--hook", "hook_embed", "--layer", 2], "which is in no layer"),
         (["--hook", "blocks.9.hook_resid_post"], "has 6 layers"),
         (["--hook", "blocks.3.hook_resid_pots"], "has no hook 'blocks.3.hook_resid_pots'.*blocks.3.hook_resid_post"),
+        (["--hook", "blocks.2.attn.hook_pattern"], "not one vector a token"),
         (["--model", "pythia-70n"], "unknown model 'pythia-70n'.*pythia-70m"),
         (["--model", "builtin/pythia-big"], "builtin/pythia-tiny"),
         (["--dataset", "builtin/tails"], "builtin/tales"),

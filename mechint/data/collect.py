@@ -20,7 +20,7 @@ from mechint.data.pt_file import assemble_pt
 from mechint.data.ranks import Ranks, process_group
 from mechint.data.store import shards_folder, sidecar_path
 from mechint.data.text import BUILTIN, TextSource, local_files, no_texts, open_texts
-from mechint.data.windows import window_rows
+from mechint.data.windows import hook_width, window_rows
 from mechint.errors import MechintError
 from mechint.models.language_model import LanguageModel, load_model
 from mechint.models.resolve import resolve_model
@@ -240,7 +240,7 @@ def _settled(
     return {
         **source.describe(),
         "settings": settings,
-        "d_in": model.d_model,
+        "d_in": hook_width(model, config.hook),
         "dtype": config.dtype,
         "hook_name": config.hook,
         "layer": layer_of_hook(config.hook),

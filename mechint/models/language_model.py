@@ -127,8 +127,11 @@ class LanguageModel:
         first = [self.bos_token_id] if prepend_bos else []
         return [(first + row)[:limit] for row in ids]
 
-    def activations(self, tokens: Int[Tensor, "batch pos"], hook_name: str) -> Float[Tensor, "batch pos d_in"]:
-        """What the hook holds; the model runs no further than it must."""
+    def activations(self, tokens: Int[Tensor, "batch pos"], hook_name: str) -> Float[Tensor, "batch ..."]:
+        """What the hook holds; the model runs no further than it must.
+
+        `[batch, pos, d_in]`, but `[batch, pos, head, d_head]` for a hook on single heads.
+        """
         with torch.inference_mode():
             tokens = tokens.to(self.device)
             if self.backend == "transformers":
