@@ -84,6 +84,6 @@ class FastLinear(TorchFunctionMode):
         self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.linear and not kwargs and args[0].ndim >= 2:
-            x, weight, bias = (*args, None)[:3]
-            return linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+            x, weight, *bias = args
+            return linear(x.reshape(-1, x.shape[-1]), weight, *bias).view(*x.shape[:-1], -1)
         return func(*args, **(kwargs or {}))
