@@ -17,6 +17,8 @@ def boot_bridge(source: str, *, hf_model: Any, tokenizer: Any, device: str, dtyp
         source, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype
     )
     bridge.enable_compatibility_mode(no_processing=not centred)
+    # The bridge's default is False for GPT-NeoX; the original pipeline, and mechint everywhere, prepends BOS to texts.
+    bridge.cfg.default_prepend_bos = True
     return bridge
 
 
