@@ -207,7 +207,7 @@ TRAIN = "--activations-path acts.pt --epochs 5 --batch-size 8"
         (f"{TRAIN} --run-name a/b", "run name 'a/b' must be one folder name .*--runs-root"),
         (f"{TRAIN} --run-name ..", r"run name '\.\.' must be one folder name"),
         (f"{TRAIN} --run-name ../b", r"run name '\.\./b' must be one folder name"),
-        (["--activations-path", "acts.pt", "--run-name", ""], "run name '' must be one folder name"),
+        ([*TRAIN.split(), "--run-name", ""], "run name '' must be one folder name"),
         (f"{TRAIN} --config bad/unknown_key.json", "unknown key 'learnig_rate'; nearest: learning_rate"),
         (f"{TRAIN} --config bad/not_json.json", "config file bad/not_json.json cannot be read"),
         (f"{TRAIN} --config bad/null.json", "null.json: epochs should be of type int, found None"),

@@ -160,38 +160,48 @@ def test_train_py_never_overwrites(folder: Path, capsys: pytest.CaptureFixture[s
 def test_train_py_goes_on_after_ctrl_c(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    """Stopped twice, repeated twice: the same bytes as in one go, and older rows of the metrics stay."""
+    """Stopped twice, broken off once, repeated each time: the bytes of one go, and older rows of the metrics stay."""
+    flags = ["--expansion", 2, "--save-every", 20]
     old_rows = "step,loss,mse,l1,l0,dead_features\n" + "".join(f"{i},0.5,0.25,0.125,0.5,7\n" for i in range(0, 90, 30))
     (folder / "training_metrics").mkdir()
     metrics = folder / "training_metrics" / "training_metrics_2x.csv"
     model = folder / "saved_models" / "sae_model_2x.pt"
     metrics.write_text(old_rows)
-    assert train_py("--expansion", 2) == 0
+    assert train_py(*flags) == 0
     whole = model.read_bytes(), metrics.read_bytes()
     assert metrics.read_text().startswith(old_rows) and len(metrics.read_text().splitlines()) == 4 + 11
     model.unlink()
     metrics.write_text(old_rows)
 
-    step, n_steps = loop.dense_step, 0
+    step, calls = loop.dense_step, 0
 
-    def step_with_ctrl_c(*args: Any, **kwargs: Any) -> Any:
-        nonlocal n_steps
-        n_steps += 1
-        if n_steps in (1, 34):
+    class PowerCut(Exception):
+        pass
+
+    def interrupted_step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls in (1, 34):
             os.kill(os.getpid(), signal.SIGINT)
+        if calls == 57:
+            raise PowerCut
         return step(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "dense_step", step_with_ctrl_c)
+    monkeypatch.setattr(loop, "dense_step", interrupted_step)
     for expected in (1, 34):
         capsys.readouterr()
-        assert train_py("--expansion", 2) == 130
-        assert n_steps == expected
+        assert train_py(*flags) == 130
+        assert calls == expected
         assert capsys.readouterr().err.endswith("To go on: python train.py with the same flags\n")
         assert not model.exists()
     # not with other settings
-    assert train_py("--expansion", 2, "--seed", 7) == 2
+    assert train_py(*flags, "--seed", 7) == 2
     assert "a stopped training with another seed" in capsys.readouterr().err
-    assert train_py("--expansion", 2) == 0 and n_steps == 60
+    # steps 34 to 55 are done, the state of 40 is on the disk, and so are the rows of 42, 48 and 54
+    with pytest.raises(PowerCut):
+        train_py(*flags)
+    assert metrics.read_text().splitlines()[-1].startswith("54,")
+    assert train_py(*flags) == 0 and calls == 57 + 20
     assert (model.read_bytes(), metrics.read_bytes()) == whole
     assert not (folder / "training_metrics" / "state_2x").exists()
 
