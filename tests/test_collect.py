@@ -129,6 +129,10 @@ def test_fast_products_are_the_same_products(tiny_neox_dir: Path, monkeypatch: p
         fast = model.activations(tokens, HOOK)
     assert len(shapes) == 4 * 4 and set(shapes) == {(80, 32), (80, 64)}
     torch.testing.assert_close(fast, plain, atol=2e-5, rtol=2e-5)
+    low = load_model(str(tiny_neox_dir), device="cpu", dtype="bfloat16", hook_name=HOOK)
+    plain = low.activations(tokens, HOOK)
+    with matmul.FastLinear():
+        assert torch.equal(low.activations(tokens, HOOK), plain)
 
 
 @pytest.mark.parametrize(("hook", "width"), [("blocks.2.mlp.hook_post", 64), ("blocks.2.attn.hook_z", 32)])

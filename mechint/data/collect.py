@@ -23,7 +23,7 @@ from mechint.data.text import BUILTIN, TextSource, local_files, no_texts, open_t
 from mechint.data.windows import hook_width, window_rows
 from mechint.errors import MechintError
 from mechint.models.language_model import LanguageModel, load_model
-from mechint.models.resolve import resolve_model
+from mechint.models.resolve import BUILTIN_MODELS, resolve_model
 from mechint.provenance import check_output_path, get_git_commit, package_versions, read_json
 
 # The keys of the original's config.json, all of which its sidecars hold.
@@ -86,7 +86,9 @@ def _settings(config: CollectConfig, ranks: Ranks) -> dict[str, Any]:
     settings = config.to_dict()
     for name in ("output", "layer", "preset", "checkpoint_every"):
         del settings[name]
-    settings["model"] = resolve_model(config.model)
+    location = resolve_model(config.model)
+    # a built-in name rather than where the package happens to be installed
+    settings["model"] = config.model if config.model in BUILTIN_MODELS else location
     settings["texts_per_shard"] = config.texts_per_shard
     if config.dataset not in BUILTIN and local_files(config.dataset) is None:
         settings["world_size"] = ranks.world_size  # a data set on the Hub is dealt out to the processes

@@ -85,5 +85,15 @@ class FastLinear(TorchFunctionMode):
     ) -> Any:
         if func is F.linear and not kwargs and args[0].ndim >= 2:
             x, weight, *bias = args
-            return linear(x.reshape(-1, x.shape[-1]), weight, *bias).view(*x.shape[:-1], -1)
+            rows = x.reshape(-1, x.shape[-1])
+            product = _linear_bfloat16 if x.dtype == torch.bfloat16 else linear
+            return product(rows, weight, *bias).view(*x.shape[:-1], -1)
         return func(*args, **(kwargs or {}))
+
+
+def _linear_bfloat16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same bits as `torch.nn.functional.linear`, which takes oneDNN's product too but adds the bias separately."""
+    fits = weight.dtype == torch.bfloat16 and x.device.type == weight.device.type == "cpu"
+    if fits and x.shape[0] >= MIN_ROWS and not torch.is_grad_enabled() and onednn_pays():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
