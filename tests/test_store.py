@@ -359,7 +359,7 @@ def test_assembly_goes_on_after_a_kill_at_any_write(tmp_path: Path, monkeypatch:
         shards_for(output)
         calls = 0
 
-        def counted(real):
+        def counted(real, stop_at=stop_at):
             def call(*args, **kwargs):
                 nonlocal calls
                 calls += 1

@@ -1,8 +1,14 @@
 """`mechint COMMAND ...`: a table from the command's name to its module, imported only when asked for."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+
+# torch's threads wait for each other in a busy loop by default. Where other programs want the cores too (a shared
+# machine, a cluster's node, CI) they then wait for a thread that is not running: training steps took 17 times as long
+# on two cores under load (docs/log.md). Must be set before torch is imported; what the user has set stays.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # name -> (module with main(argv), one line of help, script that is the same command)
 COMMANDS = {

@@ -130,7 +130,7 @@ def stage(title: str, run: Callable[[list[str]], int], script: str, flags: Seque
 
 
 def next_run_dir(runs_root: Path, name: str) -> Path:
-    """The directory that a new run called `name` will get: `name`, or the first of `name-1`, `name-2`, ... that is free."""
+    """The directory that a new run called `name` will get: that, or the first free one of `name-1`, `name-2`, ..."""
     path, number = runs_root / name, 0
     while path.exists():
         number += 1

@@ -25,7 +25,7 @@ class Rows(Protocol):
 def deterministic_split_indices(
     n_rows: int, val_fraction: float, seed: int
 ) -> tuple[Int[Tensor, " n_train"], Int[Tensor, " n_val"]]:
-    """The original pipeline's split: a seeded permutation of the rows, whose first `int(n * val_fraction)` are held out.
+    """The original's split: of a seeded permutation of the rows, the first `int(n * val_fraction)` are held out.
 
     Rows of one text land on both sides; `split_indices(..., by="text")` holds out whole texts instead.
     """
@@ -37,7 +37,7 @@ def deterministic_split_indices(
 def split_indices(
     activations: Rows, val_fraction: float, seed: int, by: Literal["text", "row"] = "text"
 ) -> tuple[Int[Tensor, " n_train"], Int[Tensor, " n_val"]]:
-    """`(train, val)` row indices. By text, both are in ascending order and at least one text is held out if any is asked.
+    """`(train, val)` row indices. By text, both are ascending, and at least one text is held out if any is asked for.
 
     Raises:
         MechintError: nothing would be left to train on, or a split by text of activations that do not know their texts.
@@ -64,8 +64,8 @@ def split_indices(
 
 @final
 class CounterBatches:
-    """The batch of step t is a function of (seed, t): drawn with replacement by Philox4x64 keyed with the seed, with the
-    step as the high word of its counter. Resuming needs no generator state, and steps can be visited in any order.
+    """The batch of step t is a function of (seed, t): drawn with replacement by Philox4x64 keyed with the seed, with
+    the step as the high word of its counter. Resuming needs no generator state, and steps can be visited in any order.
 
     Philox: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". Its raw output is fixed by the paper, so
     the stream does not depend on numpy's version. The remainder's bias is below n_rows / 2**64.

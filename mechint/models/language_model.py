@@ -3,8 +3,8 @@
 "transformers" puts a plain forward hook on the Hugging Face model: quick to import, the fast path for collection, and
 limited to the residual stream between blocks. "bridge" is TransformerLens and knows every hook.
 
-Processing "raw" is the residual stream as the model computes it (Hugging Face's `hidden_states[layer + 1]`). "centred" is
-that minus its mean over d_model, which is what TransformerLens's old default processing gave. Every reader of the
+Processing "raw" is the residual stream as the model computes it (Hugging Face's `hidden_states[layer + 1]`). "centred"
+is that minus its mean over d_model, which is what TransformerLens's old default processing gave. Every reader of the
 residual stream begins with a LayerNorm, so centring changes no log-probability.
 """
 
