@@ -164,10 +164,10 @@ def test_only_firing_latents_from_the_first_firing_on_are_run(sae, model, monkey
     ran = []
     original = NeoXSuffix.run
 
-    def spy(self, rows, spans, clean):
+    def spy(self, rows, spans, clean, changed=None):
         if self.dtype == torch.float32:
             ran.append(rows.shape[0])
-        return original(self, rows, spans, clean)
+        return original(self, rows, spans, clean, changed)
 
     monkeypatch.setattr(NeoXSuffix, "run", spy)
     ablation.rank_features_by_ablation(sae, model, HOOK, TEXTS, show_progress=False)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mechint.models.suffix import EntryPoint, NeoXSuffix, Span, entry_point
+from mechint.models.suffix import EntryPoint, NeoXSuffix, Span, entry_point, flat_positions
 
 
 def neox(seed: int = 0, **changes):
@@ -81,6 +81,13 @@ def test_equals_transformers(variant: str, dtype: torch.dtype, tolerance: float)
                 ]
             )
             got = suffix.run(rows, spans, clean)
+            # Rows said to be unchanged are taken from the clean pass.
+            kept = torch.rand(rows.shape[0], generator=generator) < 0.5
+            some = rows.clone()
+            some[kept] = clean.resid.flatten(0, 1)[flat_positions(spans, clean)[kept]]
+            torch.testing.assert_close(
+                suffix.run(some, spans, clean, ~kept), suffix.run(some, spans, clean), rtol=0, atol=tolerance
+            )
         expected = []
         for span, change in zip(spans, changes, strict=True):
             for copy in change:

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechint.ablation.kl import Unembedding, float32_limit, kl_of_log_probs
-from mechint.models.suffix import CleanPass, EntryPoint, NeoXSuffix, Span
+from mechint.models.suffix import CleanPass, EntryPoint, NeoXSuffix, Span, flat_positions
 from mechint.sae import SparseAutoEncoder
 
 # Error of a position's KL that float32 is trusted with. Half of what is promised (1e-6): the logits' error is measured
@@ -36,6 +36,13 @@ class Pair(NamedTuple):
     text: int
     latents: tuple[int, ...]
     start: int
+
+
+class Edited(NamedTuple):
+    """Residual streams with latents removed, and which rows that changed."""
+
+    rows: Float[Tensor, "rows d_model"]
+    changed: Bool[Tensor, " rows"]
 
 
 class NeoXEngine:
@@ -92,10 +99,10 @@ class NeoXEngine:
     def kl(self, pairs: Sequence[Pair]) -> Float[Tensor, "pair pos"]:
         """KL(clean || ablated) of one of the `batches`, in float32 arithmetic."""
         spans = spans_of(pairs)
-        rows = self._edited(pairs, spans, self.clean, lambda text: self.acts[text], self.sae.W_dec)
-        changed = self.suffix.run(rows, spans, self.clean)
-        where = self._where(spans).to(changed.device)
-        change = changed - self.clean.final.flatten(0, 1)[where]
+        edited = self._edited(pairs, spans, self.clean, lambda text: self.acts[text], self.sae.W_dec)
+        final = self.suffix.run(edited.rows, spans, self.clean, edited.changed)
+        where = flat_positions(spans, self.clean).to(final.device)
+        change = final - self.clean.final.flatten(0, 1)[where]
         return self._per_pair(self.unembedding.kl(change, self.predictions, where), spans, len(pairs))
 
     def doubtful(self, kl: Float[Tensor, "pair pos"]) -> list[int]:
@@ -106,11 +113,11 @@ class NeoXEngine:
     def precise_kl(self, pairs: Sequence[Pair]) -> Float[Tensor, "pair pos"]:
         """As `kl`, with everything from the embedding on in float64."""
         spans = spans_of(pairs)
-        rows = self._edited(pairs, spans, self.precise, self._precise_acts, self.precise_sae.W_dec)
-        changed = self.precise_suffix.run(rows, spans, self.precise)
-        where = self._where(spans).to(changed.device)
+        edited = self._edited(pairs, spans, self.precise, self._precise_acts, self.precise_sae.W_dec)
+        final = self.precise_suffix.run(edited.rows, spans, self.precise, edited.changed)
+        where = flat_positions(spans, self.precise).to(final.device)
         clean = self.precise.final.flatten(0, 1)
-        return self._per_pair(self.unembedding.precise_kl(clean, changed, where), spans, len(pairs))
+        return self._per_pair(self.unembedding.precise_kl(clean, final, where), spans, len(pairs))
 
     def _encode(self, sae: SparseAutoEncoder, clean: CleanPass, text: int | None = None) -> Tensor:
         hooked = clean.hooked if text is None else clean.hooked[text]
@@ -121,27 +128,22 @@ class NeoXEngine:
             self.precise_acts[text] = self._encode(self.precise_sae, self.precise, text)
         return self.precise_acts[text]
 
-    def _edited(self, pairs: Sequence[Pair], spans: list[Span], clean: CleanPass, acts: Any, W_dec: Tensor) -> Tensor:
+    def _edited(self, pairs: Sequence[Pair], spans: list[Span], clean: CleanPass, acts: Any, W_dec: Tensor) -> "Edited":
         """The residual streams entering the suffix, with the pairs' latents removed.
 
         The same for centred and raw processing: a constant on all of d_model is removed by every later LayerNorm.
         """
-        parts = []
+        rows, changed = [], []
         begin = 0
         for span in spans:
             latents = torch.tensor([pair.latents for pair in pairs[begin : begin + span.n]], device=W_dec.device)
             here = slice(span.start, self.lengths[span.text])
-            removed = torch.einsum("pnk,nkd->npd", acts(span.text)[here][:, latents], W_dec[latents])
-            parts.append((clean.resid[span.text, here] - removed).flatten(0, 1))
+            feature_acts = acts(span.text)[here][:, latents]
+            removed = torch.einsum("pnk,nkd->npd", feature_acts, W_dec[latents])
+            rows.append((clean.resid[span.text, here] - removed).flatten(0, 1))
+            changed.append((feature_acts != 0).any(-1).T.flatten())
             begin += span.n
-        return torch.cat(parts)
-
-    def _where(self, spans: list[Span]) -> Tensor:
-        """For each row the flat index of its position in the block."""
-        n_pos = self.clean.resid.shape[1]
-        return torch.cat(
-            [span.text * n_pos + torch.arange(span.start, self.lengths[span.text]).repeat(span.n) for span in spans]
-        )
+        return Edited(torch.cat(rows), torch.cat(changed))
 
     def _per_pair(self, rows: Tensor, spans: list[Span], n_pairs: int) -> Tensor:
         rows = rows.cpu()

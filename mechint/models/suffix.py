@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mechint.models import matmul
@@ -38,6 +38,18 @@ class CleanPass(NamedTuple):
     values: list[Float[Tensor, "text head pos d_head"]]
     final: Float[Tensor, "text pos d_model"]  # after the final LayerNorm
     lengths: list[int]
+    # What `first_layer` computes from each position by itself; None if the edit enters behind the last layer.
+    entry: "LayerOutput | None"
+
+
+class LayerOutput(NamedTuple):
+    """A layer's output and the parts of it that are kept from a clean pass, as flat rows."""
+
+    rows: Float[Tensor, "rows d_model"]
+    qkv: Float[Tensor, "rows _"]
+    attn: Float[Tensor, "rows d_model"]
+    mlp: Float[Tensor, "rows d_model"]
+    keys_values: list[tuple[Tensor, Tensor]]  # of each span, rotated
 
 
 class EntryPoint(NamedTuple):
@@ -107,29 +119,40 @@ class NeoXSuffix:
         whole = [Span(0, 0, n_texts)]  # which text a span is of only matters to the prefix, and there is none
         rotary = self._rotary(n_pos)
         rows = hidden.reshape(n_texts * n_pos, -1)
-        resid, hooked, keys, values = rows, rows, [], []
+        resid, hooked, keys, values, entry = rows, rows, [], [], None
         for index in range(len(self.neox.layers)):
             if index == self.first_layer:
                 resid = rows
-            rows, kept, parts = self._layer(index, rows, whole, rotary, prefix=None, n_pos=[n_pos])
+            out = self._layer(index, rows, whole, rotary, [n_pos])
+            rows = out.rows
             if index == self.first_layer - 1:
-                hooked = {"resid": rows, **parts}[self.site]
+                hooked = {"resid": out.rows, "attn": out.attn, "mlp": out.mlp}[self.site]
+            if index == self.first_layer:
+                entry = out
             if index >= self.first_layer:
-                ((key, value),) = kept
+                ((key, value),) = out.keys_values
                 keys.append(key)
                 values.append(value)
         if self.first_layer == len(self.neox.layers):
             resid = rows
         final = self._norm(self.neox.final_layer_norm, rows)
         shape = (n_texts, n_pos, -1)
-        return CleanPass(hooked.reshape(shape), resid.reshape(shape), keys, values, final.reshape(shape), lengths)
+        return CleanPass(
+            hooked.reshape(shape), resid.reshape(shape), keys, values, final.reshape(shape), lengths, entry
+        )
 
     def run(
-        self, rows: Float[Tensor, "rows d_model"], spans: list[Span], clean: CleanPass
+        self,
+        rows: Float[Tensor, "rows d_model"],
+        spans: list[Span],
+        clean: CleanPass,
+        changed: Bool[Tensor, " rows"] | None = None,
     ) -> Float[Tensor, "rows d_model"]:
         """The final LayerNorm's output for changed residual streams entering `first_layer`.
 
         `rows` holds, for each span and each of its copies, the stream at positions start .. length - 1 of its text.
+        `changed` says which rows differ from the clean stream (all, if not given): what the first layer computes from
+        the others alone, position by position, is taken from the clean pass.
         """
         n_pos = [clean.lengths[span.text] for span in spans]
         assert rows.shape[0] == sum(s.n * (n - s.start) for s, n in zip(spans, n_pos, strict=True))
@@ -137,7 +160,10 @@ class NeoXSuffix:
         for index in range(self.first_layer, len(self.neox.layers)):
             offset = index - self.first_layer
             prefix = (clean.keys[offset], clean.values[offset])
-            rows, _, _ = self._layer(index, rows, spans, rotary, prefix=prefix, n_pos=n_pos)
+            reuse = None
+            if index == self.first_layer and changed is not None and clean.entry is not None:
+                reuse = Reuse(clean.entry, flat_positions(spans, clean).to(rows.device), torch.nonzero(changed)[:, 0])
+            rows = self._layer(index, rows, spans, rotary, n_pos, prefix, reuse).rows
         return self._norm(self.neox.final_layer_norm, rows)
 
     def _cast(self, tensor: Tensor) -> Tensor:
@@ -165,16 +191,42 @@ class NeoXSuffix:
         rows: Tensor,
         spans: list[Span],
         rotary: tuple[Tensor, Tensor],
-        *,
-        prefix: tuple[Tensor, Tensor] | None,
         n_pos: list[int],
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
-        """One layer: its output, and without a prefix (the clean pass) the keys and values of each span, and what the
-        layer's attention and MLP add."""
+        prefix: tuple[Tensor, Tensor] | None = None,
+        reuse: "Reuse | None" = None,
+    ) -> LayerOutput:
         layer: Any = self.neox.layers[index]
-        qkv = self._linear(layer.attention.query_key_value, self._norm(layer.input_layernorm, rows))
-        mixed = torch.empty_like(rows)
-        kept: list[tuple[Tensor, Tensor]] = []
+
+        def qkv_of(rows: Tensor) -> Tensor:
+            return self._linear(layer.attention.query_key_value, self._norm(layer.input_layernorm, rows))
+
+        def mlp_of(rows: Tensor) -> Tensor:
+            activation: Callable[[Tensor], Tensor] = layer.mlp.act
+            hidden = self._linear(layer.mlp.dense_h_to_4h, self._norm(layer.post_attention_layernorm, rows))
+            return self._linear(layer.mlp.dense_4h_to_h, activation(hidden))
+
+        qkv = qkv_of(rows) if reuse is None else reuse.patched(reuse.clean.qkv, rows, qkv_of)
+        mixed, keys_values = self._attend(qkv, spans, rotary, n_pos, prefix, layer.attention.scaling)
+        attn = self._linear(layer.attention.dense, mixed)
+        if layer.use_parallel_residual:
+            mlp = mlp_of(rows) if reuse is None else reuse.patched(reuse.clean.mlp, rows, mlp_of)
+            return LayerOutput((mlp + attn).add_(rows), qkv, attn, mlp, keys_values)
+        after = attn + rows
+        mlp = mlp_of(after)  # reads attention's output, which every position's copy has its own of
+        return LayerOutput(after.add_(mlp), qkv, attn, mlp, keys_values)
+
+    def _attend(
+        self,
+        qkv: Tensor,
+        spans: list[Span],
+        rotary: tuple[Tensor, Tensor],
+        n_pos: list[int],
+        prefix: tuple[Tensor, Tensor] | None,
+        scale: float,
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Attention's mixture of values, before its output matrix, and each span's own keys and values."""
+        mixed = qkv.new_empty(qkv.shape[0], self.n_heads * self.d_head)
+        keys_values: list[tuple[Tensor, Tensor]] = []
         begin = 0
         for span, length in zip(spans, n_pos, strict=True):
             end = begin + span.n * (length - span.start)
@@ -182,34 +234,37 @@ class NeoXSuffix:
             query, key, value = heads.chunk(3, dim=-1)
             cos, sin = (part[span.start : length] for part in rotary)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-            if prefix is None:
-                kept.append((key, value.contiguous()))
-            elif span.start > 0:
+            keys_values.append((key, value))
+            mask = None
+            if prefix is not None and span.start > 0:
                 before = (part[span.text, :, : span.start].expand(span.n, -1, -1, -1) for part in prefix)
                 key, value = (torch.cat(pair, dim=2) for pair in zip(before, (key, value), strict=True))
-            # Query s sees keys 0..s: the lower right corner of the causal triangle.
-            mask = None
-            if span.start > 0:
-                mask = torch.ones(length - span.start, length, dtype=torch.bool, device=rows.device).tril(span.start)
-            out = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None, scale=layer.attention.scaling
-            )
+                # Query s sees keys 0..s: the lower right corner of the causal triangle.
+                mask = torch.ones(length - span.start, length, dtype=torch.bool, device=qkv.device).tril(span.start)
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
             mixed[begin:end] = out.transpose(1, 2).reshape(end - begin, -1)
             begin = end
-        attention = self._linear(layer.attention.dense, mixed)
-        if layer.use_parallel_residual:
-            mlp = self._mlp(layer, rows)
-            parts = {} if prefix is not None else {"attn": attention.clone(), "mlp": mlp.clone()}
-            return mlp.add_(attention).add_(rows), kept, parts
-        after = attention.add_(rows)
-        mlp = self._mlp(layer, after)
-        parts = {} if prefix is not None else {"mlp": mlp.clone()}
-        return mlp.add_(after), kept, parts
+        return mixed, keys_values
 
-    def _mlp(self, layer: Any, rows: Tensor) -> Tensor:
-        activation: Callable[[Tensor], Tensor] = layer.mlp.act
-        hidden = self._linear(layer.mlp.dense_h_to_4h, self._norm(layer.post_attention_layernorm, rows))
-        return self._linear(layer.mlp.dense_4h_to_h, activation(hidden))
+
+class Reuse(NamedTuple):
+    """Rows of a clean layer to take over: `position` is each row's place there, `changed` the rows that differ."""
+
+    clean: LayerOutput
+    position: Int[Tensor, " rows"]
+    changed: Int[Tensor, " changed"]
+
+    def patched(self, clean: Tensor, rows: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """`compute(rows)`, computed at the changed rows only."""
+        result = clean[self.position]
+        result[self.changed] = compute(rows[self.changed])
+        return result
+
+
+def flat_positions(spans: list[Span], clean: CleanPass) -> Int[Tensor, " rows"]:
+    """For each row of a flat batch, text * n_pos + position: its row in a flattened clean pass."""
+    n_pos = clean.resid.shape[1]
+    return torch.cat([s.text * n_pos + torch.arange(s.start, clean.lengths[s.text]).repeat(s.n) for s in spans])
 
 
 def rotate(
