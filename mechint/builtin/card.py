@@ -8,7 +8,7 @@ from pathlib import Path
 PROMPTS: tuple[str, ...] = (
     "The capital of France is",
     "The capital of Japan is",
-    "Lyon is a city in",
+    "From Rome it is far to Hamburg in",
     "People in Egypt speak",
     "If today is Monday, tomorrow will be",
     "March comes after",
@@ -18,6 +18,7 @@ PROMPTS: tuple[str, ...] = (
     "A puppy is a young",
     "A baker works in a",
     "Anna was a clever doctor who lived in Oslo. So",
+    "Paul has a black cat called Milo. The cat was called",
     "The queens near the horses",
     "The queen near the horses",
     'Paul and Mary were friends who lived in Rome. "Where do you live?" asked Mary. "',
@@ -25,7 +26,10 @@ PROMPTS: tuple[str, ...] = (
 
 
 def write(
-    folder: Path, figures: dict[str, object], curve: Sequence[dict[str, float]], completions: Sequence[tuple[str, str]]
+    folder: Path,
+    figures: dict[str, object],
+    curve: Sequence[dict[str, int | float]],
+    completions: Sequence[tuple[str, str]],
 ) -> None:
     """Write README.md, figures.json and training_curve.png into ``folder``."""
     (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
@@ -34,6 +38,9 @@ def write(
 
 
 def _text(figures: dict[str, object], completions: Sequence[tuple[str, str]]) -> str:
+    known = figures["right_answers"]
+    assert isinstance(known, dict)
+    facts = "\n".join(f"| {kind} | {share:.0%} |" for kind, share in known.items())
     rows = "\n".join(f"| {prompt} | **{text.strip()}** |" for prompt, text in completions)
     return f"""---
 library_name: transformers
@@ -52,8 +59,9 @@ project runs offline, on text whose concepts are known word by word.
 {figures["batch_size"]} tales, {figures["tokens_trained"]:,} tokens, {figures["seconds"]:.0f} seconds on
 {figures["threads"]} CPU threads; AdamW, peak rate {figures["lr"]}, linear warmup, cosine decay, seed {figures["seed"]};
 {"bf16" if figures["bf16_compute"] else "float32"} products with float32 master weights. BOS (id 0) stands before every
-text and after its end. The weights are stored in fp16 and meant to be loaded as float32. With a limit in minutes the
-number of steps depends on the machine, so a rerun gives an equal model, not the same bits.
+text and after its end. The weights are stored in fp16 and meant to be loaded as float32. The number of
+steps may have been set by a limit in minutes, which depends on the machine, so a rerun gives a similar model, not the
+same bits.
 
 ## Data
 
@@ -78,14 +86,25 @@ Greedy continuations after BOS:
 | --- | --- |
 {rows}
 
+Share of right greedy answers, by what is asked (`mechint/builtin/probes.py`):
+
+| asked | right |
+| --- | --- |
+{facts}
+
 ## Limits
+
+What the table above shows as weak it does not know; no test or demonstration should rest on it.
+
+A word that opens a text is another token than the same word after a space, and is seen less often: prompts that begin
+with a name are answered less well than the same words in mid-text.
 
 It knows the tales and nothing else: a word outside them is read byte by byte by embeddings that were never trained.
 Its facts are those of the generator. It is an instrument for testing interpretability tools, not a model to use.
 """
 
 
-def _figure(path: Path, figures: dict[str, object], curve: Sequence[dict[str, float]]) -> None:
+def _figure(path: Path, figures: dict[str, object], curve: Sequence[dict[str, int | float]]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

@@ -157,7 +157,7 @@ def baselines(train: Sequence[Sequence[int]], heldout: Sequence[Sequence[int]], 
 def train(
     model: Any, tokenizer: Any, heldout: Sequence[Sequence[int]], *, steps: int, minutes: float, batch_size: int,
     lr: float, seed: int, bf16: bool,
-) -> list[dict[str, float]]:  # fmt: skip
+) -> list[dict[str, int | float]]:  # fmt: skip
     """AdamW with linear warmup and cosine decay; stops at ``steps`` or ``minutes``, whichever comes first.
 
     The schedule follows whichever limit is nearer, so that a slower machine still ends with a decayed rate.
@@ -172,7 +172,7 @@ def train(
         [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.98)
     )
     batches = training_batches(tokenizer, seed, batch_size)
-    curve: list[dict[str, float]] = []
+    curve: list[dict[str, int | float]] = []
     started, tokens, losses = time.monotonic(), 0, []
     every = max(1, min(500, steps // 8))
     for step in tqdm(range(1, steps + 1), desc="train", file=sys.stderr, mininterval=5):
@@ -226,8 +226,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train and save; prints where the model lies and its held-out cross-entropy beside the baselines."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--output", default="saved_models/pythia-tiny", help="folder to write (%(default)s)")
-    parser.add_argument("--steps", type=int, default=30_000, help="most optimizer steps (%(default)s)")
-    parser.add_argument("--minutes", type=float, default=15.0, help="most minutes of training (%(default)s)")
+    parser.add_argument("--steps", type=int, default=8000, help="most optimizer steps (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="most minutes of training (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="tales a step (%(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and order (%(default)s)")
@@ -247,7 +247,7 @@ def run(args: argparse.Namespace) -> str:
     """The whole recipe; the output folder appears only when everything in it is complete."""
     import torch
 
-    from mechint.builtin import card
+    from mechint.builtin import card, probes
 
     output = Path(args.output)
     if output.exists() and not args.overwrite:
@@ -266,7 +266,7 @@ def run(args: argparse.Namespace) -> str:
     )  # fmt: skip
     model.eval().half().float()  # what is measured below is what the fp16 file holds
     unigram, bigram = baselines(encoded(tokenizer, "train", args.seed, 0, BASELINE_TALES), heldout, len(tokenizer))
-    figures = {
+    figures: dict[str, object] = {
         "heldout_ce": round(cross_entropy(model, heldout), 4), "unigram_ce": round(unigram, 4),
         "bigram_ce": round(bigram, 4), "heldout_tales": args.heldout_tales, "heldout_seed": HELDOUT_SEED,
         "tokens_trained": int(curve[-1]["tokens"]), "steps": int(curve[-1]["step"]),
@@ -274,6 +274,7 @@ def run(args: argparse.Namespace) -> str:
         "bf16_compute": bf16, "threads": torch.get_num_threads(), "vocab_size": len(tokenizer),
         "parameters": sum(p.numel() for p in model.parameters()), "tales_source_sha256": tales.source_hash(),
         "tales_sha256": stream_hash(),
+        "right_answers": probes.shares(model, tokenizer),
     }  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
@@ -293,7 +294,7 @@ def run(args: argparse.Namespace) -> str:
     )
 
 
-def save(folder: Path, model: Any, tokenizer: Any, curve: Sequence[dict[str, float]]) -> None:
+def save(folder: Path, model: Any, tokenizer: Any, curve: Sequence[dict[str, int | float]]) -> None:
     """Weights in fp16, tokenizer and training curve, in the layout ``from_pretrained`` reads."""
     import torch
 
