@@ -2,18 +2,26 @@
 
 The original's way, written here from its description: for each latent and text a clean and an ablated forward pass of
 the whole model through TransformerLens's `run_with_hooks`, one text at a time, and KL from two float32 log-softmaxes.
-Its time is that of a sample of (latent, text) pairs, extrapolated to all of them (each costs the same, firing or not).
-Ours is timed through `rank_features_by_ablation` on random latents over all texts, everything included.
+It is timed on both of TransformerLens's models: `HookedTransformer`, which the original used and version 4 removed, and
+`TransformerBridge`, which took its place. The time is that of a sample of (latent, text) pairs, extrapolated to all of
+them (each costs the same, firing or not; tokenising is left out). Ours is timed through `rank_features_by_ablation` on
+random latents over all texts, everything included; without oneDNN as well, to show that share of the gain.
 
-    python benchmarks/ablation.py                       rounds of both in turn, medians of their ratios
+Wall time is what counts on a quiet machine; CPU time (all threads) is printed beside it because it suffers less from
+neighbours. On a busy machine `--threads 1` gives the steadier ratio.
+
+    python benchmarks/ablation.py                       rounds of all in turn, medians of their ratios
     python benchmarks/ablation.py --full                also one whole ranking of all latents
 """
 
 import argparse
 import copy
+import functools
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,12 +72,37 @@ def build_sae(model: LanguageModel, texts: list[str], l0: float) -> SparseAutoEn
     return sae
 
 
+def build_hooked_transformer():
+    """The original's class at the same shape (its weights do not matter to its speed); None from version 4 on."""
+    try:
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
+    except ImportError:
+        return None
+    config = HookedTransformerConfig(
+        n_layers=6,
+        d_model=512,
+        n_ctx=2048,
+        d_head=64,
+        n_heads=8,
+        d_mlp=2048,
+        d_vocab=VOCAB,
+        act_fn="gelu",
+        normalization_type="LN",
+        positional_embedding_type="rotary",
+        rotary_dim=16,
+        rotary_adjacent_pairs=False,
+        parallel_attn_mlp=True,
+        seed=0,
+    )
+    return HookedTransformer(config).eval()
+
+
 @torch.no_grad()
-def original_pair(bridge, sae: SparseAutoEncoder, tokens: torch.Tensor, feature: int) -> torch.Tensor:
+def original_pair(lens, sae: SparseAutoEncoder, tokens: torch.Tensor, feature: int) -> torch.Tensor:
     """KL per position, in the original's way."""
-    clean = bridge.run_with_hooks(tokens, fwd_hooks=[], return_type="logits")
+    clean = lens.run_with_hooks(tokens, fwd_hooks=[], return_type="logits")
     hook = single_feature_ablation_hook(sae, feature)
-    ablated = bridge.run_with_hooks(tokens, fwd_hooks=[(HOOK, hook)], return_type="logits")
+    ablated = lens.run_with_hooks(tokens, fwd_hooks=[(HOOK, hook)], return_type="logits")
     log_p, log_q = F.log_softmax(clean[0], -1), F.log_softmax(ablated[0], -1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
@@ -133,6 +166,26 @@ def accuracy(model: LanguageModel, sae: SparseAutoEncoder, bridge, texts: list[s
         )
 
 
+class Timed(NamedTuple):
+    """Seconds, or a ratio of two of them."""
+
+    wall: float
+    cpu: float
+
+    def per(self, n: int) -> "Timed":
+        return Timed(self.wall / n, self.cpu / n)
+
+
+def timed(work: Callable[[], object]) -> Timed:
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return Timed(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def median(values: list[Timed]) -> Timed:
+    return Timed(statistics.median(v.wall for v in values), statistics.median(v.cpu for v in values))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
@@ -140,8 +193,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=8, help="pairs that the original's way takes in a round")
     parser.add_argument("--l0", type=float, default=205.0)
     parser.add_argument("--check", type=int, default=24, help="latents whose error is measured")
+    parser.add_argument("--threads", type=int, help="torch's threads; its own choice if not given")
     parser.add_argument("--full", action="store_true", help="also rank all latents once")
     args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
 
     generator = torch.Generator().manual_seed(2)
     texts = [
@@ -152,6 +208,8 @@ def main() -> None:
         model = load_model(folder, device="cpu")
         # A model of its own: TransformerLens puts its modules into the one that it is given.
         bridge = build_transformer_model(folder, "cpu", processing="raw")
+    originals = {"HookedTransformer": build_hooked_transformer(), "TransformerBridge": bridge}
+    originals = {name: lens for name, lens in originals.items() if lens is not None}
     sae = build_sae(model, texts, args.l0)
     token_lists = model.tokenize(texts, prepend_bos=True)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, oneDNN products: {matmul.onednn_pays()}")
@@ -159,49 +217,56 @@ def main() -> None:
     for scale in (1.0, 100.0):
         accuracy(model, sae, bridge, texts, args.check, scale)
 
-    def ours(features: list[int], *, onednn: bool = True) -> float:
-        """Seconds to rank these latents over all texts."""
+    def ours(features: list[int], *, onednn: bool = True) -> None:
         pays = matmul.onednn_pays
         matmul.onednn_pays = pays if onednn else lambda: False
-        start = time.perf_counter()
         rank_features_by_ablation(sae, model, HOOK, texts, features, show_progress=False)
         matmul.onednn_pays = pays
-        return time.perf_counter() - start
 
-    def original(features: list[int]) -> float:
-        """Seconds a pair."""
-        start = time.perf_counter()
+    def original(lens, features: list[int]) -> None:
         for index, feature in enumerate(features):
-            original_pair(bridge, sae, torch.tensor([token_lists[index % len(texts)]]), feature)
-        return (time.perf_counter() - start) / len(features)
+            original_pair(lens, sae, torch.tensor([token_lists[index % len(texts)]]), feature)
 
     def draw(n: int) -> list[int]:
         return torch.randperm(sae.d_sae, generator=generator)[:n].tolist()
 
-    original(draw(2))
+    for lens in originals.values():
+        original(lens, draw(2))
     ours(draw(16))
     counted = engines.NeoXEngine.precise_kl
     in_float64 = []
     engines.NeoXEngine.precise_kl = lambda self, pairs: in_float64.append(len(pairs)) or counted(self, pairs)
-    times: dict[str, list[float]] = {"original": [], "ours": [], "ours, MKL products": []}
+    of_original: dict[str, list[Timed]] = {name: [] for name in originals}
+    of_ours: dict[str, list[Timed]] = {"ours": [], "ours without oneDNN": []}
+    print("milliseconds a pair, firing or not, wall / CPU")
     for number in range(args.rounds):
         features = draw(args.latents)
-        times["original"].append(original(draw(args.pairs)))
-        times["ours"].append(ours(features) / (args.latents * len(texts)))
-        times["ours, MKL products"].append(ours(features, onednn=False) / (args.latents * len(texts)))
-        line = ", ".join(f"{name} {1e3 * values[-1]:.2f}" for name, values in times.items())
-        print(f"round {number + 1}: ms a pair (firing or not): {line}", flush=True)
+        for name, lens in originals.items():
+            some = draw(args.pairs)
+            of_original[name].append(timed(functools.partial(original, lens, some)).per(args.pairs))
+        for name, values in of_ours.items():
+            work = functools.partial(ours, features, onednn=name == "ours")
+            values.append(timed(work).per(args.latents * len(texts)))
+        now = {name: values[-1] for name, values in (of_original | of_ours).items()}
+        line = ", ".join(f"{name} {1e3 * value.wall:.2f} / {1e3 * value.cpu:.2f}" for name, value in now.items())
+        print(f"round {number + 1}: {line}", flush=True)
     print(f"pairs computed again in float64: {sum(in_float64)}")
+
     grid = sae.d_sae * len(texts)
-    whole = statistics.median(times["original"]) * grid / 60
-    print(f"original's way, extrapolated to {grid} pairs from {args.pairs * args.rounds}: {whole:.0f} min")
-    for name in ("ours", "ours, MKL products"):
-        ratios = [a / b for a, b in zip(times["original"], times[name], strict=True)]
-        took = statistics.median(times[name]) * grid
-        spread = f"lowest {min(ratios):.0f}, highest {max(ratios):.0f}"
-        print(f"{name}: {took:.0f} s for all; ratio median {statistics.median(ratios):.0f} ({spread})")
+    for name, values in of_original.items():
+        minutes = median(values).wall * grid / 60
+        print(f"{name}: {minutes:.0f} min for all {grid} pairs, extrapolated from {args.pairs * args.rounds}")
+    for name, values in of_ours.items():
+        print(f"{name}: {median(values).wall * grid / 60:.1f} min for all")
+        for other, theirs in of_original.items():
+            ratios = [Timed(a.wall / b.wall, a.cpu / b.cpu) for a, b in zip(theirs, values, strict=True)]
+            walls = [ratio.wall for ratio in ratios]
+            print(
+                f"  {median(ratios).wall:.0f} times as fast as {other} (rounds {min(walls):.0f} to {max(walls):.0f};"
+                f" by CPU time {median(ratios).cpu:.0f})"
+            )
     if args.full:
-        print(f"ours, all {sae.d_sae} latents in one call: {ours(list(range(sae.d_sae))):.0f} s")
+        print(f"ours, all {sae.d_sae} latents in one call: {timed(lambda: ours(list(range(sae.d_sae)))).wall:.0f} s")
 
 
 if __name__ == "__main__":
