@@ -1,6 +1,7 @@
 """`ablate`: from a checkpoint and a file of texts to the ranking, as the command line asks for it."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,14 @@ def partial_path(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-def ablate(config: AblateConfig, *, progress: bool = True) -> Ablation:
+def ablate(
+    config: AblateConfig, *, progress: bool = True, on_note: Callable[[str], None] = lambda note: None
+) -> Ablation:
     """Rank the latents of a checkpoint over a file of texts and write the CSV.
 
     Model, hook, processing and BOS are those that the SAE was trained with. Everything that can be wrong is checked
-    before the model is loaded, as far as it can be, and the rest before the first ablation.
+    before the model is loaded, as far as it can be, and the rest before the first ablation. `on_note` is given what was
+    assumed, in words, before the work begins.
 
     Raises:
         MechintError: an existing output without `overwrite`, files that are missing or broken, an empty text file, a
@@ -69,6 +73,8 @@ def ablate(config: AblateConfig, *, progress: bool = True) -> Ablation:
         revision=None if config.model else sae.metadata.get("model_revision"),
     )
     notes += _other_weights(sae, model)
+    for note in notes:
+        on_note(note)
     rows = rank_features_by_ablation(
         sae,
         model,

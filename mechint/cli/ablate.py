@@ -16,15 +16,13 @@ def main(argv: Sequence[str]) -> int:
     # `kill`, a batch system's time limit: end as at Ctrl-C
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        done = ablate(config)
+        done = ablate(config, on_note=lambda note: print(f"note: {note}", file=sys.stderr))
     except KeyboardInterrupt:
         if partial_path(config.output).exists():
             print("the sums of finished texts are kept: the same command goes on from there", file=sys.stderr)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-    for note in done.notes:
-        print(f"note: {note}", file=sys.stderr)
     print(f"ablation_output: {done.output}")
     top = done.rows[0]
     print(f"top_feature: {top['feature_idx']} mean_kl={top['mean_kl']:.6f}")
