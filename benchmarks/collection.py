@@ -87,10 +87,10 @@ def memory(model: Path, texts: Path, folder: Path, n_texts: int) -> tuple[int, i
     output = folder / f"{n_texts}.pt"
     words = ["--model", model, "--dataset", texts, "--num-texts", n_texts, "--output", output, "--dtype", "bfloat16"]
     words += ["--context-size", CONTEXT, "--max-chars", 10_000, "--checkpoint-every", 64, "--hook", HOOK]
+    # VmHWM begins anew at exec; ru_maxrss keeps this (large) process's peak from the fork, and would hide the child's.
     code = (
-        "import resource; from mechint.cli.collect import main;"
-        f"assert main({[str(word) for word in words]!r}) == 0;"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        f"from mechint.cli.collect import main; assert main({[str(word) for word in words]!r}) == 0;"
+        "print([1024 * int(x.split()[1]) for x in open('/proc/self/status') if x.startswith('VmHWM')][0])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
