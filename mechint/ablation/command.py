@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mechint.ablation.rank import feature_indices, rank_features_by_ablation, save_ablation_rows
-from mechint.ablation.subject import check_processing
+from mechint.ablation.subject import check_fit, check_processing
 from mechint.config import AblateConfig, SAETrainConfig
 from mechint.data.text import iter_texts_from_path
 from mechint.errors import MechintError
@@ -72,6 +72,7 @@ def ablate(
         hook_name=hook_name,
         revision=None if config.model else sae.metadata.get("model_revision"),
     )
+    check_fit(sae, model, hook_name)  # before the notes: what cannot be done needs no assumptions
     notes += _other_weights(sae, model)
     for note in notes:
         on_note(note)
