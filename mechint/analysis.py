@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mechint.data.store import Activations
 from mechint.errors import MechintError
-from mechint.sae import SparseAutoEncoder
+from mechint.sae import SAE
 
 # Largest [rows, d_sae] block of feature_acts made at once: 128 MB in float32, whatever the size of the dictionary.
 MAX_BLOCK_ELEMENTS = 2**25
@@ -28,7 +28,7 @@ MAX_SIMILARITY_BYTES = 8 * 2**30
 
 
 def collect_top_activations(
-    sae: SparseAutoEncoder,
+    sae: SAE,
     acts: Float[Tensor, "n d_in"] | Activations,
     k: int = 20,
     batch_size: int = 4096,
@@ -187,7 +187,7 @@ def contexts(activations: Activations, rows: Sequence[int] | Int[Tensor, " n"], 
 
 
 def context_values(
-    sae: SparseAutoEncoder, activations: Activations, context: Context, latent: int
+    sae: SAE, activations: Activations, context: Context, latent: int
 ) -> Float[Tensor, " shown"]:
     """What `latent` is on each token of the context, from the stored activations (no model is needed)."""
     with torch.inference_mode():
@@ -230,7 +230,7 @@ def token_strings(decode: Callable[[list[int]], str], tokens: Sequence[int]) -> 
 # --- decoder directions ----------------------------------------------------------------------------------------------
 
 
-def decoder_cosine_similarity(sae: SparseAutoEncoder) -> Float[Tensor, "d_sae d_sae"]:
+def decoder_cosine_similarity(sae: SAE) -> Float[Tensor, "d_sae d_sae"]:
     """Cosines between all decoder rows, the diagonal (1) included, as one product of unit rows: O(d_sae^2) memory.
 
     Raises:
@@ -247,7 +247,7 @@ def decoder_cosine_similarity(sae: SparseAutoEncoder) -> Float[Tensor, "d_sae d_
 
 
 def decoder_similarity_blocks(
-    sae: SparseAutoEncoder, block_size: int = 1024
+    sae: SAE, block_size: int = 1024
 ) -> Iterator[tuple[int, int, Float[Tensor, "rows columns"]]]:
     """`(first row, first column, block)` over the upper triangle of the similarity matrix, diagonal blocks whole.
 
@@ -264,7 +264,7 @@ def decoder_similarity_blocks(
             yield first_row, first_column, (left @ unit(first_column).T).float()
 
 
-def top_decoder_pairs(sae: SparseAutoEncoder, top_k: int = 20) -> list[tuple[int, int, float]]:
+def top_decoder_pairs(sae: SAE, top_k: int = 20) -> list[tuple[int, int, float]]:
     """The `top_k` pairs `(i, j, cosine)`, i < j, of the most similar decoder rows, most similar first.
 
     Exactly `top_k` pairs (or all, if there are fewer), each once; equal cosines are ordered by (i, j). The memory is

@@ -13,7 +13,7 @@ from torch import Tensor
 from mechint.config import CompareConfig
 from mechint.errors import MechintError
 from mechint.provenance import atomic_path, check_output_path
-from mechint.sae import SparseAutoEncoder, load_sae
+from mechint.sae import SAE, load_sae
 
 COLUMNS = (
     "left_checkpoint",
@@ -131,7 +131,7 @@ def compare_checkpoints(config: CompareConfig) -> list[PairSummary]:
     return summaries
 
 
-def _load(path: Path) -> SparseAutoEncoder:
+def _load(path: Path) -> SAE:
     with warnings.catch_warnings():
         # How the activations of an old checkpoint were processed does not matter here, so its warning is left out.
         warnings.simplefilter("ignore", UserWarning)

@@ -13,7 +13,7 @@ from mechint.data.text import iter_texts_from_path
 from mechint.errors import MechintError
 from mechint.models import LanguageModel, load_model
 from mechint.provenance import check_output_path, read_json, sha256_json
-from mechint.sae import SparseAutoEncoder, load_sae
+from mechint.sae import SAE, load_sae
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def ablate(
     return Ablation(rows, config.output, tuple(notes))
 
 
-def _hook_name(config: AblateConfig, sae: SparseAutoEncoder) -> str:
+def _hook_name(config: AblateConfig, sae: SAE) -> str:
     """The SAE's hook; a flag or a config.json may say it where the SAE does not, and must not contradict it."""
     said: dict[str, str] = {}
     if recorded := sae.metadata.get("hook_name"):
@@ -109,7 +109,7 @@ def _hook_name(config: AblateConfig, sae: SparseAutoEncoder) -> str:
     return next(iter(said.values()), SAETrainConfig().hook_name)
 
 
-def _model_name(sae: SparseAutoEncoder) -> str:
+def _model_name(sae: SAE) -> str:
     """A local folder if it is still there (it was recorded in full), else the name that was typed at collection."""
     source = sae.metadata.get("model_source")
     if source and Path(source).is_dir():
@@ -121,7 +121,7 @@ def _bos(prepended: bool) -> str:
     return "with BOS prepended" if prepended else "without BOS"
 
 
-def _other_weights(sae: SparseAutoEncoder, model: LanguageModel) -> list[str]:
+def _other_weights(sae: SAE, model: LanguageModel) -> list[str]:
     recorded = sae.metadata.get("model_sha256")
     if recorded is None or recorded == model.weights_sha256():
         return []
@@ -133,7 +133,7 @@ def _other_weights(sae: SparseAutoEncoder, model: LanguageModel) -> list[str]:
 
 def _fingerprint(
     config: AblateConfig,
-    sae: SparseAutoEncoder,
+    sae: SAE,
     model: LanguageModel,
     hook_name: str,
     prepend_bos: bool,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mechint.ablation.kl import Unembedding, float32_limit, kl_of_log_probs
 from mechint.models.suffix import CleanPass, EntryPoint, NeoXSuffix, Span, flat_positions
-from mechint.sae import SparseAutoEncoder
+from mechint.sae import SAE
 
 # Error of a position's KL that float32 is trusted with. Half of what is promised (1e-6): the logits' error is measured
 # on the clean pass, and a changed pass may have a somewhat larger one.
@@ -52,7 +52,7 @@ class NeoXEngine:
     arithmetic where that is precise enough, and the caller asks again in float64 for the `doubtful` ones.
     """
 
-    def __init__(self, sae: SparseAutoEncoder, hf_model: Any, entry: EntryPoint, *, centred: bool):
+    def __init__(self, sae: SAE, hf_model: Any, entry: EntryPoint, *, centred: bool):
         self.sae, self.hf_model, self.entry, self.centred = sae, hf_model, entry, centred
         self.suffix = NeoXSuffix(hf_model, entry)
         device = self.suffix.device
@@ -63,7 +63,7 @@ class NeoXEngine:
         self.limit = 0.0
 
     @functools.cached_property
-    def precise_sae(self) -> SparseAutoEncoder:
+    def precise_sae(self) -> SAE:
         return copy.deepcopy(self.sae).to(device=self.precise_device, dtype=torch.float64)
 
     def positions_at_once(self) -> int:
@@ -119,7 +119,7 @@ class NeoXEngine:
         clean = self.precise.final.flatten(0, 1)
         return self._per_pair(self.unembedding.precise_kl(clean, final, where), spans, len(pairs))
 
-    def _encode(self, sae: SparseAutoEncoder, clean: CleanPass, text: int | None = None) -> Tensor:
+    def _encode(self, sae: SAE, clean: CleanPass, text: int | None = None) -> Tensor:
         hooked = clean.hooked if text is None else clean.hooked[text]
         return sae.encode(hooked - hooked.mean(-1, keepdim=True) if self.centred else hooked)
 
@@ -164,7 +164,7 @@ class GeneralEngine:
     of `e`, about `e * sqrt(2 KL) + e**2 / 2`. There is nothing more precise to fall back on.
     """
 
-    def __init__(self, sae: SparseAutoEncoder, model: Any, hook_name: str):
+    def __init__(self, sae: SAE, model: Any, hook_name: str):
         self.sae, self.model, self.hook_name = sae, model, hook_name
 
     def positions_at_once(self) -> int:

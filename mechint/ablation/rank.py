@@ -22,7 +22,7 @@ from mechint.ablation.subject import Model, as_model, check_fit, make_engine
 from mechint.errors import MechintError
 from mechint.models.matmul import full_float32
 from mechint.provenance import atomic_path
-from mechint.sae import SparseAutoEncoder
+from mechint.sae import SAE
 
 # The original's columns first, in its order.
 COLUMNS = (
@@ -70,7 +70,7 @@ class Totals:
 
 
 def rank_features_by_ablation(
-    sae: SparseAutoEncoder,
+    sae: SAE,
     model: Any,
     hook_name: str,
     texts: Sequence[str],

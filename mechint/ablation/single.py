@@ -12,7 +12,7 @@ from mechint.ablation.rank import feature_indices
 from mechint.ablation.subject import as_model, check_fit, make_engine
 from mechint.models import load_model
 from mechint.models.matmul import full_float32
-from mechint.sae import SparseAutoEncoder
+from mechint.sae import SAE
 
 
 def build_transformer_model(
@@ -28,7 +28,7 @@ def build_transformer_model(
 
 
 def single_feature_ablation_hook(
-    sae: SparseAutoEncoder, feature_idx: int | Sequence[int]
+    sae: SAE, feature_idx: int | Sequence[int]
 ) -> Callable[[Float[Tensor, "*batch d_in"], Any], Float[Tensor, "*batch d_in"]]:
     """A hook for `run_with_hooks` that removes a latent (or several at once): resid - f_i(resid) * W_dec[i]."""
     features = feature_indices([feature_idx] if isinstance(feature_idx, int) else feature_idx, sae.d_sae)
@@ -41,7 +41,7 @@ def single_feature_ablation_hook(
 
 
 def compute_text_kl(
-    sae: SparseAutoEncoder,
+    sae: SAE,
     model: Any,
     hook_name: str,
     text: str,

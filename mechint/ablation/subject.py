@@ -15,7 +15,7 @@ from mechint.errors import MechintError, nearest
 from mechint.models import LanguageModel
 from mechint.models.bridge import is_bridge
 from mechint.models.suffix import NeoXSuffix, entry_point
-from mechint.sae import SparseAutoEncoder
+from mechint.sae import SAE
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def as_model(model: Any) -> Model:
     )
 
 
-def check_fit(sae: SparseAutoEncoder, model: Model, hook_name: str) -> None:
+def check_fit(sae: SAE, model: Model, hook_name: str) -> None:
     """Raise `MechintError` unless the SAE was trained on this hook, in this processing, and has its width."""
     model.check_hook(hook_name)
     trained_on = sae.metadata.get("hook_name")
@@ -100,7 +100,7 @@ def check_fit(sae: SparseAutoEncoder, model: Model, hook_name: str) -> None:
     check_processing(sae, processing, model.name)
 
 
-def check_processing(sae: SparseAutoEncoder, processing: str | None, model_name: str) -> None:
+def check_processing(sae: SAE, processing: str | None, model_name: str) -> None:
     """Raise `MechintError` if the SAE's record names another processing. An assumed one (legacy) may be overruled."""
     recorded = sae.metadata.get("processing")
     if None in (recorded, processing) or recorded == processing or sae.metadata.get("legacy"):
@@ -111,7 +111,7 @@ def check_processing(sae: SparseAutoEncoder, processing: str | None, model_name:
     )
 
 
-def make_engine(sae: SparseAutoEncoder, model: Model, hook_name: str, sample: list[int]) -> Engine:
+def make_engine(sae: SAE, model: Model, hook_name: str, sample: list[int]) -> Engine:
     """The fast engine where it is proved to be this model by running `sample` through both, else the general one."""
     device = next(model.hf_model.parameters()).device
     if sae.W_dec.device != device:

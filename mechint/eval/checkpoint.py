@@ -19,7 +19,7 @@ from mechint.eval.reconstruction import evaluate_sae, measure_activity
 from mechint.models import LanguageModel, load_model
 from mechint.provenance import check_output_path, detect_device, get_git_commit, read_json
 from mechint.runs import Run
-from mechint.sae import SparseAutoEncoder, load_sae
+from mechint.sae import SAE, load_sae
 
 # What must be the same for an SAE and the activations it is applied to, beside the width.
 SETTING = ("hook_name", "processing", "prepend_bos")
@@ -139,7 +139,7 @@ def _run_target(run: Run, activations_path: str | None) -> Target:
     return Target(run.checkpoint_path, run.config, activations, activations)
 
 
-def _take_setting(sae: SparseAutoEncoder, activations: Activations, target: Target) -> bool:
+def _take_setting(sae: SAE, activations: Activations, target: Target) -> bool:
     """Whether an SAE without a record of its own could take the record of the activations that it was trained on."""
     same = target.trained_on is not None and target.trained_on.resolve() == target.activations.resolve()
     if not same or "processing" not in activations.info or activations.info.get("legacy"):
@@ -149,7 +149,7 @@ def _take_setting(sae: SparseAutoEncoder, activations: Activations, target: Targ
     return True
 
 
-def check_same_setting(sae: SparseAutoEncoder, activations: Activations, checkpoint: Path) -> None:
+def check_same_setting(sae: SAE, activations: Activations, checkpoint: Path) -> None:
     """Raise `MechintError` if the SAE was trained on activations of another width, hook, processing or BOS rule."""
     if activations.d_in != sae.d_in:
         raise MechintError(
@@ -197,7 +197,7 @@ Spliced = tuple[LanguageModel, list[Text], str]
 def _prepare_language(
     config: EvalConfig,
     target: Target,
-    sae: SparseAutoEncoder,
+    sae: SAE,
     activations: Activations,
     val_indices: Tensor | None,
     given_texts: list[str] | None,

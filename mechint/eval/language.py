@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mechint.data.store import Activations
 from mechint.errors import MechintError
-from mechint.sae import SparseAutoEncoder
+from mechint.sae import SAE
 
 # Largest [tokens, d_vocab] block of logits made at once: 256 MB in float32. Two or three exist at a time.
 MAX_LOGIT_ELEMENTS = 2**26
@@ -102,7 +102,7 @@ def texts_from_tokens(token_lists: Sequence[Sequence[int]], *, prepend_bos: bool
 
 
 def language_metrics(
-    sae: SparseAutoEncoder,
+    sae: SAE,
     model: Predictor,
     texts: Sequence[Text],
     mean: Float[Tensor, " d_in"],

@@ -10,7 +10,7 @@ from torch import Tensor
 from mechint.data.store import Activations
 from mechint.errors import MechintError
 from mechint.eval.sums import ReconstructionSums, count_active
-from mechint.sae import SparseAutoEncoder
+from mechint.sae import SAE
 
 # Largest [rows, d_sae] block of feature_acts made at once: 128 MB in float32, whatever the size of the dictionary.
 MAX_BLOCK_ELEMENTS = 2**25
@@ -72,7 +72,7 @@ def _tensor_batches(
 
 
 def measure_activity(
-    sae: SparseAutoEncoder,
+    sae: SAE,
     activations: Float[Tensor, "n d_in"] | Activations,
     indices: Int[Tensor, " rows"] | None = None,
     *,
@@ -94,7 +94,7 @@ def measure_activity(
 
 
 def collect_feature_activity(
-    sae: SparseAutoEncoder,
+    sae: SAE,
     activations: Float[Tensor, "n d_in"] | Activations,
     indices: Int[Tensor, " rows"] | None = None,
     *,
@@ -106,7 +106,7 @@ def collect_feature_activity(
 
 
 def evaluate_sae(
-    sae: SparseAutoEncoder,
+    sae: SAE,
     activations: Float[Tensor, "n d_in"] | Activations,
     val_indices: Int[Tensor, " n_val"] | None = None,
     train_indices: Int[Tensor, " n_train"] | None = None,
@@ -154,8 +154,8 @@ def evaluate_sae(
 
 
 def _prepared(
-    sae: SparseAutoEncoder, activations: Float[Tensor, "n d_in"] | Activations, batch_size: int, device: str | None
-) -> tuple[SparseAutoEncoder, int]:
+    sae: SAE, activations: Float[Tensor, "n d_in"] | Activations, batch_size: int, device: str | None
+) -> tuple[SAE, int]:
     """The SAE on `device`, and a batch size that keeps feature_acts within MAX_BLOCK_ELEMENTS."""
     d_in = activations.shape[1] if isinstance(activations, Tensor) else activations.d_in
     if d_in != sae.d_in:

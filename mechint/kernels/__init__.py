@@ -1,5 +1,7 @@
 """Training steps behind one contract; the dense float32 step is the reference that every other must equal."""
 
-from mechint.kernels.dense import StepResult, dense_step
+from mechint.kernels.choose import make_kernel
+from mechint.kernels.contract import Kernel, Pass, StepResult, StepSettings
+from mechint.kernels.dense import DenseKernel
 
-__all__ = ["StepResult", "dense_step"]
+__all__ = ["DenseKernel", "Kernel", "Pass", "StepResult", "StepSettings", "make_kernel"]

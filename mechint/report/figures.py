@@ -24,7 +24,7 @@ from mechint.eval import measure_activity, read_metrics_csv
 from mechint.report import panels
 from mechint.report.style import new_figure, note, save_figure
 from mechint.runs import Run
-from mechint.sae import SparseAutoEncoder, load_sae
+from mechint.sae import SAE, load_sae
 
 __all__ = [
     "activation_density_histogram",
@@ -83,7 +83,7 @@ def activation_histogram(values: Float[Tensor, " n"], *, latent: int | None = No
     return fig
 
 
-def decoder_similarity(sae: SparseAutoEncoder, latents: Sequence[int] | None = None) -> Figure:
+def decoder_similarity(sae: SAE, latents: Sequence[int] | None = None) -> Figure:
     """How alike the decoder directions are: the nearest other one of each latent, and the cosines among some.
 
     Args:
@@ -104,7 +104,7 @@ def decoder_similarity(sae: SparseAutoEncoder, latents: Sequence[int] | None = N
     return fig
 
 
-def _most_alike(sae: SparseAutoEncoder, count: int) -> list[int]:
+def _most_alike(sae: SAE, count: int) -> list[int]:
     """The latents of the most similar pairs, partners beside each other."""
     found: dict[int, None] = {}
     for i, j, _ in top_decoder_pairs(sae, top_k=4 * count):
@@ -235,7 +235,7 @@ def overview(run: Run) -> Figure:
     return fig
 
 
-def _firing(ax: Any, run: Run, sae: SparseAutoEncoder) -> None:
+def _firing(ax: Any, run: Run, sae: SAE) -> None:
     try:
         activations = open_activations(run.activations_path())
     except MechintError as error:
@@ -246,7 +246,7 @@ def _firing(ax: Any, run: Run, sae: SparseAutoEncoder) -> None:
     panels.density_panel(ax, measure_activity(sae, activations, picked).fire_counts, n_rows)
 
 
-def _headline(run: Run, sae: SparseAutoEncoder) -> str:
+def _headline(run: Run, sae: SAE) -> str:
     config = run.config
     found = dict(run.summary) if run.is_done else {}
     if (run.path / "eval.json").is_file():

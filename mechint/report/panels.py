@@ -30,7 +30,7 @@ from mechint.report.style import (
     share,
     token_labels,
 )
-from mechint.sae import SparseAutoEncoder
+from mechint.sae import SAE
 
 MetricsRows = Sequence[Mapping[str, Any]]
 # Log-probabilities (nats) that move by less are drawn as unmoved: less than a tenth of the probability.
@@ -185,7 +185,7 @@ def values_panel(ax: Axes, values: Float[Tensor, " n"], latent: int | None = Non
 # --- decoder directions ----------------------------------------------------------------------------------------------
 
 
-def nearest_cosines(sae: SparseAutoEncoder) -> Float[Tensor, " d_sae"]:
+def nearest_cosines(sae: SAE) -> Float[Tensor, " d_sae"]:
     """For each latent the largest |cosine| between its decoder direction and any other, block by block."""
     best = torch.zeros(sae.d_sae)
     for row, col, block in decoder_similarity_blocks(sae):
@@ -209,7 +209,7 @@ def random_nearest_cosine(d_in: int, d_sae: int, *, n_probes: int = 64, seed: in
     return float(best.median())
 
 
-def nearest_cosine_panel(ax: Axes, sae: SparseAutoEncoder) -> None:
+def nearest_cosine_panel(ax: Axes, sae: SAE) -> None:
     """How close each decoder direction is to its closest other one, against what random directions give."""
     if sae.d_sae < 2:
         note(ax, "Decoder similarity", "one latent has nothing to be compared with")
@@ -230,7 +230,7 @@ def nearest_cosine_panel(ax: Axes, sae: SparseAutoEncoder) -> None:
     legend(ax)
 
 
-def heat_panel(ax: Axes, sae: SparseAutoEncoder, latents: Sequence[int]) -> None:
+def heat_panel(ax: Axes, sae: SAE, latents: Sequence[int]) -> None:
     """Cosines between the decoder directions of some latents; the diagonal, always 1, is left grey."""
     picked = torch.tensor(list(latents), dtype=torch.int64)
     unit = torch.nn.functional.normalize(sae.W_dec.detach().cpu()[picked].double(), dim=1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from mechint.analysis import context_values, contexts, highlight_html, token_strings
 from mechint.data.store import Activations
 from mechint.errors import MechintError
-from mechint.sae import SparseAutoEncoder
+from mechint.sae import SAE
 
 Decode = Callable[[list[int]], str]
 
@@ -26,7 +26,7 @@ def table_html(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def contexts_html(
-    sae: SparseAutoEncoder,
+    sae: SAE,
     activations: Activations,
     latent: int,
     rows: Sequence[int] | Int[Tensor, " n"],

@@ -17,30 +17,39 @@ from torch import Tensor
 
 from mechint.errors import MechintError, one_line
 from mechint.provenance import atomic_path, make_dir, read_json, write_json
-from mechint.sae.standard import SparseAutoEncoder
+from mechint.sae.base import ARCHITECTURES, MIN_DECODER_NORM, SAE
 
 CFG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
-TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
+# What tells the architectures apart in a file: their tensors. `k` is a number that a topk checkpoint carries along.
+TENSORS = {
+    "standard": ("W_enc", "b_enc", "W_dec", "b_dec"),
+    "topk": ("W_enc", "b_enc", "W_dec", "b_dec", "k"),
+    "jumprelu": ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"),
+    "gated": ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"),
+}
 
 # How the original pipeline collected (compare TransformerLens's old default): residual minus its mean, BOS prepended.
 LEGACY_SETTING = {"processing": "centred", "prepend_bos": True, "legacy": True}
 
 
-def save_checkpoint(sae: SparseAutoEncoder, path: str | Path, *, overwrite: bool = True) -> None:
-    """Write the four float32 tensors as a `weights_only` state dict with the old key `b_pre`, atomically."""
-    tensors = {name: tensor.detach().cpu().float().contiguous() for name, tensor in sae.named_parameters()}
+def save_checkpoint(sae: SAE, path: str | Path, *, overwrite: bool = True) -> None:
+    """Write the float32 tensors as a `weights_only` state dict with the old key `b_pre`, atomically.
+
+    Four tensors for a standard SAE; `threshold`, `k` or the gate's biases too for those that have them.
+    """
+    tensors = sae.tensors()
     tensors["b_pre"] = tensors.pop("b_dec")
     # Through a file object: torch writes a path's name into the archive, and equal weights should be equal bytes.
     with atomic_path(path, overwrite=overwrite) as temporary, open(temporary, "wb") as file:
         torch.save(tensors, file)
 
 
-def save_sae_folder(sae: SparseAutoEncoder, folder: str | Path) -> None:
-    """Write `cfg.json` and `sae_weights.safetensors` as SAELens 6 lays them out (architecture "standard")."""
+def save_sae_folder(sae: SAE, folder: str | Path) -> None:
+    """Write `cfg.json` and `sae_weights.safetensors` as SAELens 6 lays them out."""
     folder = Path(folder)
     make_dir(folder)
-    tensors = {name: tensor.detach().cpu().float().contiguous() for name, tensor in sae.named_parameters()}
+    tensors = {name: tensor for name, tensor in sae.tensors().items() if name != "k"}  # k is in cfg.json
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
         save_file(tensors, temporary)
     cfg = {
@@ -52,6 +61,7 @@ def save_sae_folder(sae: SparseAutoEncoder, folder: str | Path) -> None:
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
         "reshape_activations": "none",
+        **sae.extra_cfg(),
         "metadata": dict(sae.metadata),
     }
     write_json(folder / CFG_FILE, cfg)
@@ -62,7 +72,7 @@ def metadata_path(checkpoint: Path) -> Path:
     return checkpoint.with_suffix(".json")
 
 
-def load_sae(path: str | Path, *, config: str | Path | None = None, device: str = "cpu") -> SparseAutoEncoder:
+def load_sae(path: str | Path, *, config: str | Path | None = None, device: str = "cpu") -> SAE:
     """Open an SAE: a run directory, a checkpoint.pt (old ones included), or a folder in SAELens's layout.
 
     The shapes come from the weights, so any width of dictionary opens, `d_sae` a multiple of `d_in` or not. What the
@@ -105,7 +115,7 @@ def load_sae_checkpoint(
     activation_dim: int | None = None,
     expansion: int | None = None,
     device: str | None = "cpu",
-) -> SparseAutoEncoder:
+) -> SAE:
     """`load_sae` under its old name; a given `activation_dim` or `expansion` must fit the weights."""
     sae = load_sae(path, device=device or "cpu")
     if activation_dim is not None and sae.d_in != activation_dim:
@@ -138,41 +148,44 @@ def read_state_dict(path: str | Path) -> dict[str, Any]:
     return loaded
 
 
-def sae_from_tensors(tensors: dict[str, Any], *, source: str) -> SparseAutoEncoder:
-    """Build the module from `W_enc`, `b_enc`, `W_dec` and `b_dec` (or `b_pre`); `source` names them in errors."""
+def sae_from_tensors(tensors: dict[str, Any], *, source: str) -> SAE:
+    """Build the module whose tensors these are (`b_pre` is the old name of `b_dec`); `source` names them in errors."""
     tensors = dict(tensors)
     if "b_pre" in tensors and "b_dec" not in tensors:
         tensors["b_dec"] = tensors.pop("b_pre")
-    if set(tensors) != set(TENSORS) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    architecture = next((name for name, names in TENSORS.items() if set(names) == set(tensors)), None)
+    if architecture is None or not all(isinstance(value, Tensor) for value in tensors.values()):
         found = ", ".join(sorted(map(str, tensors))[:8]) or "nothing"
         raise MechintError(f"{source} is not an SAE: expected W_enc, b_enc, W_dec and b_pre (or b_dec), found {found}")
     W_dec = tensors["W_dec"]
     if W_dec.ndim != 2:
         raise MechintError(f"{source}: W_dec should be [d_sae, d_in], found shape {list(W_dec.shape)}")
     d_sae, d_in = W_dec.shape
-    for name, expected in {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "b_dec": (d_in,)}.items():
-        if tuple(tensors[name].shape) != expected:
+    k = tensors.pop("k", None)
+    for name, tensor in tensors.items():
+        expected = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}.get(name, (d_sae,))
+        if tuple(tensor.shape) != expected:
             raise MechintError(
-                f"{source}: {name} has shape {list(tensors[name].shape)}, expected {list(expected)} beside W_dec"
+                f"{source}: {name} has shape {list(tensor.shape)}, expected {list(expected)} beside W_dec"
                 f" {[d_sae, d_in]}"
             )
-    for name in TENSORS:
-        if not tensors[name].is_floating_point() or not bool(torch.isfinite(tensors[name]).all()):
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
             raise MechintError(f"{source}: {name} holds values that are not finite floating-point numbers")
+    options = {} if k is None else {"k": int(k)}
     # Shapes only: the drawn initial values are replaced at once.
     with torch.device("meta"):
-        sae = SparseAutoEncoder(d_in, d_sae=d_sae)
-    sae.load_state_dict({name: tensors[name].float().contiguous() for name in TENSORS}, assign=True)
+        sae = ARCHITECTURES[architecture].make(d_in, d_sae, **options)
+    sae.load_state_dict({name: tensor.float().contiguous() for name, tensor in tensors.items()}, assign=True)
     return sae.requires_grad_(True)
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     cfg = read_json(folder / CFG_FILE, "SAE configuration")
     architecture = cfg.get("architecture", "standard")
-    plain = architecture == "standard" and cfg.get("apply_b_dec_to_input", True)
+    plain = architecture in TENSORS and cfg.get("apply_b_dec_to_input", True)
     if not plain or cfg.get("normalize_activations", "none") not in ("none", False):
         raise MechintError(
-            f"{folder}: only architecture standard with apply_b_dec_to_input and without input normalisation opens"
+            f"{folder}: only {', '.join(TENSORS)} with apply_b_dec_to_input and without input normalisation open"
             f" here; this one is {architecture!r}, apply_b_dec_to_input {cfg.get('apply_b_dec_to_input', True)},"
             f" normalize_activations {cfg.get('normalize_activations', 'none')!r}"
         )
@@ -182,6 +195,16 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise MechintError(f"{folder} has {CFG_FILE} but no {WEIGHTS_FILE}") from None
     except (SafetensorError, OSError) as error:
         raise MechintError(f"{folder / WEIGHTS_FILE} cannot be read: {one_line(error, 120)}") from error
+    if architecture == "topk":
+        if not isinstance(cfg.get("k"), int):
+            raise MechintError(f"{folder / CFG_FILE}: a topk SAE needs a whole number k, found {cfg.get('k')!r}")
+        tensors["k"] = torch.tensor(cfg["k"])
+        if cfg.get("rescale_acts_by_decoder_norm", False):
+            # selected by activation times norm: the same SAE with unit rows and the norms in the encoder
+            norms = tensors["W_dec"].norm(dim=1).clamp_min(MIN_DECODER_NORM)
+            tensors["W_enc"] = tensors["W_enc"] * norms
+            tensors["b_enc"] = tensors["b_enc"] * norms
+            tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
     return tensors, dict(cfg.get("metadata") or {})
 
 

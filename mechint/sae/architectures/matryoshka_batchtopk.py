@@ -1,0 +1,84 @@
+"""Matryoshka BatchTopK: every prefix of the dictionary has to reconstruct on its own, so that early latents stay broad.
+
+    f     = BatchTopK(pre) over all d_sae latents
+    loss  = mean over prefixes w of mean((f[:w] @ W_dec[:w] + b_dec - x)^2) + aux_coefficient * auxk
+
+Bussmann et al. 2025, "Learning Multi-Level Features with Matryoshka Sparse Autoencoders". With `prefixes` = n, n prefix
+lengths are drawn for each step from a Pareto distribution instead of being fixed, as saev does: `draw_widths`.
+"""
+
+from typing import Any, final
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechint.errors import MechintError
+from mechint.sae.architectures.batchtopk import BatchSelecting
+from mechint.sae.base import Loss, Objective, add_auxk, mean_squared_error
+
+
+@final
+class MatryoshkaBatchTopKSAE(BatchSelecting):
+    """`widths` are the nested prefixes, ascending, the last one d_sae (added where it is missing)."""
+
+    architecture = "matryoshka_batchtopk"
+    options = {"k": 32, "widths": None, "prefixes": 0}
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        *,
+        k: float = 32,
+        widths: tuple[int, ...] | None = None,
+        prefixes: int = 0,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__(d_in, d_sae, k=k, generator=generator)
+        self.widths = check_widths(widths or default_widths(d_sae), d_sae)
+        if not 0 <= prefixes <= d_sae:
+            raise MechintError(f"--prefixes must be from 0 to d_sae = {d_sae}, got {prefixes}")
+        self.prefixes = prefixes
+
+    def loss(self, x: Float[Tensor, "batch d_in"], objective: Objective) -> Loss:
+        feature_acts = self.select(self.pre_activations(x))
+        widths = check_widths(objective.widths or self.widths, self.d_sae)
+        x_hat, narrow, start = self.b_dec, [], 0
+        for width in widths:
+            x_hat = x_hat + feature_acts[:, start:width] @ self.W_dec[start:width]
+            start = width
+            narrow.append(mean_squared_error(x, x_hat))
+        # the full width by its own name, as everywhere; the narrower ones together
+        n = len(widths)
+        terms, weights = {"mse": narrow.pop()}, {"mse": 1 / n}
+        if narrow:
+            terms["prefix_mse"], weights["prefix_mse"] = torch.stack(narrow).mean(), (n - 1) / n
+        return add_auxk(Loss(terms, weights, feature_acts), self, x, x_hat, objective)
+
+    def extra_cfg(self) -> dict[str, Any]:
+        return {"k": self.k, "matryoshka_widths": list(self.widths)}
+
+
+def default_widths(d_sae: int) -> tuple[int, ...]:
+    """d_sae / 16, / 8, / 4, / 2 and d_sae: each prefix twice as wide as the one before."""
+    return tuple(sorted({max(1, d_sae // 2**power) for power in range(5)}))
+
+
+def check_widths(widths: tuple[int, ...], d_sae: int) -> tuple[int, ...]:
+    """`widths` with d_sae at the end. Raises `MechintError` unless they ascend within 1..d_sae."""
+    if any(a >= b for a, b in zip(widths, widths[1:], strict=False)) or widths[0] < 1 or widths[-1] > d_sae:
+        raise MechintError(f"--widths must ascend within 1 and d_sae = {d_sae}, got {', '.join(map(str, widths))}")
+    return widths if widths[-1] == d_sae else (*widths, d_sae)
+
+
+def draw_widths(d_sae: int, count: int, seed: int, step: int) -> tuple[int, ...]:
+    """`count` prefix lengths for a step: d_sae, and the others without replacement from 1 .. d_sae - 1 with
+    P(length <= l) proportional to 1 - l^-0.5, a Pareto distribution. A function of (seed, step), as batches are."""
+    lengths = np.arange(1, d_sae)
+    cdf = 1.0 - (lengths + 1.0) ** -0.5  # shifted by one so that length 1 has a share
+    share = np.diff(cdf, prepend=0.0)
+    generator = np.random.Generator(np.random.Philox(key=seed, counter=[1, 0, 0, step]))
+    picked = generator.choice(lengths, size=min(count - 1, len(lengths)), replace=False, p=share / share.sum())
+    return (*(int(length) for length in sorted(picked)), d_sae)

@@ -1,0 +1,65 @@
+"""The canonical SAE: separate encoder and decoder, ReLU, L1, decoder rows of unit norm.
+
+    f     = ReLU((x - b_dec) @ W_enc + b_enc)
+    x_hat = f @ W_dec + b_dec
+    loss  = mean((x_hat - x)^2) + sparsity * mean(f)
+
+Source of form and initialisation: reference pipeline "mech-int" (Pythia-70M, layer 3); the same architecture is
+"standard" in SAELens and follows Bricken et al. 2023, "Towards Monosemanticity", section "Sparse Autoencoders".
+With free decoder rows the penalty is mean(f * |W_dec row|): Anthropic, "Circuits Updates - April 2024".
+"""
+
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechint.sae.base import SAE, Loss, Objective, add_auxk, mean_squared_error, weighted_acts
+
+
+@final
+class SparseAutoEncoder(SAE):
+    """ReLU SAE with `d_sae = expansion * activation_dim` latents (or any `d_sae` given by keyword)."""
+
+    architecture = "standard"
+    has_l1 = True
+
+    def __init__(
+        self,
+        activation_dim: int,
+        expansion: int = 8,
+        *,
+        d_sae: int | None = None,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__(activation_dim, activation_dim * expansion if d_sae is None else d_sae, generator=generator)
+
+    @classmethod
+    def make(cls, d_in: int, d_sae: int, **options: Any) -> "SparseAutoEncoder":
+        return cls(d_in, d_sae=d_sae, **options)
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        return torch.relu(self.pre_activations(x))
+
+    def loss(self, x: Float[Tensor, "batch d_in"], objective: Objective) -> Loss:
+        x_hat, feature_acts = self(x)
+        terms = {"mse": mean_squared_error(x, x_hat), "l1": weighted_acts(self, feature_acts).mean()}
+        loss = Loss(terms, {"mse": 1.0, "l1": objective.sparsity}, feature_acts)
+        return add_auxk(loss, self, x, x_hat, objective)
+
+
+def SAEloss(
+    x: Float[Tensor, "*batch d_in"],
+    x_hat: Float[Tensor, "*batch d_in"],
+    feature_acts: Float[Tensor, "*batch d_sae"],
+    lam: float,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]:
+    """`(loss, mse, l1)` with `loss = mse + lam * l1`; both terms are means over all their elements.
+
+    So `lam` equals a per-token-sum coefficient times `d_sae / d_in`: it is not comparable with that of tools which sum.
+    The original pipeline's function, kept; training calls `SparseAutoEncoder.loss`, which is the same.
+    """
+    mse = (x_hat - x).pow(2).mean()
+    l1 = feature_acts.abs().mean()
+    return mse + lam * l1, mse, l1

@@ -1,0 +1,53 @@
+"""TopK: of each vector's pre-activations the k largest stay, and of those the positive ones.
+
+    f     = ReLU(pre) at the k largest entries of pre = (x - b_dec) @ W_enc + b_enc, 0 elsewhere
+    loss  = mean((x_hat - x)^2) + aux_coefficient * auxk
+
+Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2.3 and appendix A.2 (AuxK).
+"""
+
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechint.errors import MechintError
+from mechint.sae.base import SAE, Loss, Objective, add_auxk, mean_squared_error
+
+
+@final
+class TopKSAE(SAE):
+    """At most `k` latents active a vector. Needs no penalty: `Objective.sparsity` is not used."""
+
+    architecture = "topk"
+    options = {"k": 32}
+    aux_relu = True
+
+    def __init__(self, d_in: int, d_sae: int, *, k: float = 32, generator: torch.Generator | None = None):
+        super().__init__(d_in, d_sae, generator=generator)
+        if not (k == int(k) and 1 <= k <= d_sae):
+            raise MechintError(f"--k must be a whole number from 1 to d_sae = {d_sae} for topk, got {k:g}")
+        self.k = int(k)
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        return self.select(self.pre_activations(x))
+
+    def select(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        """ReLU of the `k` largest entries of each row; with free decoder rows, largest times the row's norm. Between
+        equal entries torch.topk decides."""
+        scale = self.penalty_scale()
+        top = (pre if scale is None else pre * scale.detach()).topk(self.k, dim=-1).indices
+        return torch.zeros_like(pre).scatter(-1, top, pre.gather(-1, top).relu())
+
+    def loss(self, x: Float[Tensor, "batch d_in"], objective: Objective) -> Loss:
+        x_hat, feature_acts = self(x)
+        loss = Loss({"mse": mean_squared_error(x, x_hat)}, {"mse": 1.0}, feature_acts)
+        return add_auxk(loss, self, x, x_hat, objective)
+
+    def tensors(self) -> dict[str, Tensor]:
+        # k travels with the weights, so that a checkpoint.pt on its own is not taken for a ReLU SAE
+        return {**super().tensors(), "k": torch.tensor(self.k)}
+
+    def extra_cfg(self) -> dict[str, Any]:
+        return {"k": self.k, "rescale_acts_by_decoder_norm": False}
