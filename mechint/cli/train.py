@@ -26,8 +26,7 @@ def main(argv: Sequence[str]) -> int:
         raise MechintError("--resume takes its settings from the run: give no other flags")
     from mechint.eval import print_eval_summary
     from mechint.provenance import read_json
-    from mechint.train import resume, train
-    from mechint.train.loop import Stopped
+    from mechint.train import Stopped, resume, train
 
     try:
         if flags.resume is not None:

@@ -1,9 +1,9 @@
 """What a training step takes and gives, whichever kernel computes it."""
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechint.sae import Objective
@@ -23,7 +23,7 @@ class Pass(NamedTuple):
 
     terms: dict[str, Float[Tensor, ""]]  # "loss" (the weighted sum), "mse" and the other terms, unweighted
     n_active: Int[Tensor, ""]  # feature_acts that are not 0, in the whole batch
-    fired: Bool[Tensor, " d_sae"]  # latents above 0 anywhere in the batch
+    fire_counts: Int[Tensor, " d_sae"]  # vectors of the batch on which each latent is above 0
 
 
 class StepResult(NamedTuple):
@@ -31,10 +31,11 @@ class StepResult(NamedTuple):
 
     terms: dict[str, Float[Tensor, ""]]
     n_active: Int[Tensor, ""]
-    fired: Bool[Tensor, " d_sae"]
+    fire_counts: Int[Tensor, " d_sae"]
     grad_norm: Float[Tensor, ""]
 
 
+@runtime_checkable
 class Kernel(Protocol):
     """A way to compute training steps of one SAE with one Adam. All ways agree with `DenseKernel` to float32 rounding.
 

@@ -1,0 +1,35 @@
+"""The settings of each command: one frozen dataclass is its flags, their help, config.json and arguments in Python."""
+
+from mechint.config.base import (
+    DATASET_ALIASES,
+    DEFAULT_HOOK,
+    Backend,
+    Config,
+    Dtype,
+    Processing,
+    check_run_name,
+    layer_of_hook,
+    require,
+)
+from mechint.config.collect import COLLECT_PRESETS, CollectConfig
+from mechint.config.readers import AblateConfig, CompareConfig, EvalConfig
+from mechint.config.train import TRAIN_PRESETS, SAETrainConfig
+
+__all__ = [
+    "COLLECT_PRESETS",
+    "DATASET_ALIASES",
+    "DEFAULT_HOOK",
+    "TRAIN_PRESETS",
+    "AblateConfig",
+    "Backend",
+    "CollectConfig",
+    "CompareConfig",
+    "Config",
+    "Dtype",
+    "EvalConfig",
+    "Processing",
+    "SAETrainConfig",
+    "check_run_name",
+    "layer_of_hook",
+    "require",
+]

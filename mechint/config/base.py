@@ -1,0 +1,145 @@
+"""The settings of each command. A field is a flag, its help, a key of config.json and an argument in Python, at once.
+
+A config is a value: nothing is resolved, opened or logged here. Names that the first version of the pipeline used
+(`epochs`, `l1_lambda`, `activation_dim`, ...) stay, because old config.json files and scripts use them; the word of the
+field is an alias of the flag. `d_sae` and `layer` are derived, never set beside what decides them.
+"""
+
+import contextlib
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from mechint.errors import MechintError, nearest
+
+# `openwebtext` alone is a data set with a loading script, which datasets >= 4 refuses; this one is plain parquet.
+DATASET_ALIASES = {"openwebtext": "Skylion007/openwebtext"}
+DEFAULT_HOOK = "blocks.3.hook_resid_post"
+
+Processing = Literal["raw", "centred"]
+Backend = Literal["auto", "transformers", "bridge"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+# Not typing.Self, which the shape checks of the tests (beartype) cannot take on methods of undecorated classes.
+ConfigT = TypeVar("ConfigT", bound="Config")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What every config can do: JSON in and out with unknown keys refused, and changed copies."""
+
+    # Other names a JSON key or keyword may have; overridden where a class has any.
+    @classmethod
+    def aliases(cls) -> dict[str, str]:
+        return {}
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        return [field.name for field in dataclasses.fields(cls)]
+
+    @classmethod
+    def from_dict(cls: type[ConfigT], values: dict[str, Any], *, source: str = "config") -> ConfigT:
+        """Build from a JSON object. Raises `MechintError` for an unknown key or a value of the wrong kind."""
+        known = cls.field_names()
+        renamed: dict[str, Any] = {}
+        for key, value in values.items():
+            name = cls.aliases().get(key, key)
+            if name not in known:
+                raise MechintError(f"{source}: unknown key {key!r}; {nearest(key, known)}")
+            if name in renamed:
+                raise MechintError(f"{source}: {key!r} and another key both set {name!r}; keep one")
+            renamed[name] = value
+        for field in dataclasses.fields(cls):
+            if field.name in renamed:
+                renamed[field.name] = _checked(field, renamed[field.name], source)
+        return cls(**renamed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {
+            key: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+
+    def with_overrides(self: ConfigT, **overrides: Any) -> ConfigT:
+        """A copy with the given fields replaced; None means "leave as it is" and an unknown name is an error."""
+        given = {key: value for key, value in overrides.items() if value is not None}
+        return type(self).from_dict({**self.to_dict(), **given}, source="override")
+
+
+def _checked(field: dataclasses.Field, value: Any, source: str) -> Any:
+    """`value` as the field has it. Raises `MechintError` if it is of another kind."""
+    try:
+        return _fitted(field.type, value)
+    except TypeError:
+        raise MechintError(f"{source}: {field.name} should be {_described(field.type)}, found {value!r}") from None
+
+
+def _fitted(kind: Any, value: Any) -> Any:
+    """`value` if it fits the annotation `kind`, TypeError if not. JSON has no tuples or paths, and writes 1.0 as 1."""
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _fitted(options[0], value)
+    if origin in (types.UnionType, typing.Union):
+        # the option that the value already is comes first: of int | float, 1.0 stays a float
+        for option in sorted(options, key=lambda option: type(value) is not option):
+            with contextlib.suppress(TypeError):
+                return _fitted(option, value)
+        raise TypeError
+    if origin is Literal and isinstance(value, str) and value in options:
+        return value
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_fitted(options[0], item) for item in value)
+    if kind is Path and isinstance(value, (str, Path)):
+        return Path(value)
+    if kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if kind is float:
+            return float(value)
+        if math.isfinite(value) and value == int(value):
+            return int(value)
+    if kind in (bool, str, types.NoneType) and isinstance(value, kind):
+        return value
+    raise TypeError
+
+
+def _described(kind: Any) -> str:
+    """The annotation `kind` in words, for an error."""
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _described(options[0])
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(map(_described, options))
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, options))
+    if origin is tuple:
+        return "a list"
+    return {types.NoneType: "null", Path: "a path"}.get(kind) or f"of type {kind.__name__}"
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `MechintError(message)` unless `condition`."""
+    if not condition:
+        raise MechintError(message)
+
+
+def check_run_name(name: str) -> None:
+    """Raise `MechintError` unless `name` is one plain folder name."""
+    plain = bool(name) and not set(name) & set("/\\\0") and name not in (".", "..") and not name.startswith(".")
+    require(
+        plain,
+        f"run name {name!r} must be one folder name without '/', '\\', '..' or a leading dot:"
+        " use --runs-root for the folder around it",
+    )
+
+
+def layer_of_hook(hook_name: str) -> int | None:
+    """The layer in a hook name such as `blocks.3.hook_resid_post`; None for hooks outside the blocks."""
+    parts = hook_name.split(".")
+    if len(parts) >= 3 and parts[0] == "blocks" and parts[1].isdigit():
+        return int(parts[1])
+    return None

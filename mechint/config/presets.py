@@ -1,0 +1,100 @@
+"""Named settings of a training, each with its source. A preset fills what neither a flag nor --config sets.
+
+Weights of penalties and learning rates of the papers hold for their models and numbers of steps; where a preset leaves
+one open, the default of the field applies and is a starting point, not a recommendation (docs/training.md).
+"""
+
+from typing import Any
+
+# The original pipeline's settings, where ours differ. Used by `--preset mech-int`, and for a config.json that was
+# written before these keys existed.
+ORIGINAL_KEYS = {"activation_dim", "epochs", "l1_lambda", "legacy_layout", "max_chars", "model_source", "num_texts"}
+
+TRAIN_PRESETS: dict[str, dict[str, Any]] = {
+    "none": {},
+    # The repository that this one grew from: row split and one sequential generator, so its numbers can be reproduced.
+    "mech-int": {"split_by": "row", "batch_order": "torch"},
+    # What a measured comparison of single changes led to (docs/log.md): canonical decoder, well-conditioned start.
+    "mechint": {
+        "l1_reduction": "sum",
+        "init": "tied",
+        "b_dec_init": "mean",
+        "normalize_inputs": "mean-norm",
+        "schedule": "constant",
+        "decay_share": 0.2,
+        "warmup_steps": 0.05,
+        "lambda_warmup_steps": 0.1,
+    },
+    # Anthropic, "Circuits Updates - April 2024", section "Update on how we train SAEs": L1 times decoder norm, free
+    # decoder rows, W_enc = W_dec^T, lambda 5 warmed up over the first 5 %, learning rate to 0 over the last 20 %.
+    "anthropic-2024-04": {
+        "architecture": "standard",
+        "decoder": "free",
+        "init": "tied",
+        "init_decoder_norm": 0.1,
+        "l1_reduction": "sum",
+        "l1_lambda": 5.0,
+        "learning_rate": 5e-5,
+        "normalize_inputs": "mean-norm",
+        "schedule": "constant",
+        "decay_share": 0.2,
+        "warmup_steps": 0,
+        "lambda_warmup_steps": 0.05,
+        "batch_size": 2048,
+    },
+    # Anthropic, "Circuits Updates - January 2025", "Dictionary learning optimization techniques": tanh penalty with
+    # scale 4, bandwidth 2, threshold from 0.1, pre-activation loss 3e-6 on dead latents, lambda warmed up over the
+    # whole training, gradients through the step to all parameters.
+    "anthropic-2025-01": {
+        "architecture": "jumprelu",
+        "penalty": "tanh",
+        "tanh_scale": 4.0,
+        "bandwidth": 2.0,
+        "init_threshold": 0.1,
+        "pre_act_coefficient": 3e-6,
+        "ste_to_input": True,
+        "decoder": "free",
+        "init": "tied",
+        "l1_lambda": 20.0,
+        "learning_rate": 2e-4,
+        "normalize_inputs": "mean-norm",
+        "schedule": "constant",
+        "decay_share": 0.2,
+        "warmup_steps": 0,
+        "lambda_warmup_steps": 1.0,
+    },
+    # Gao et al. 2024, "Scaling and evaluating sparse autoencoders", appendix A: TopK with AuxK 1/32 and k_aux about
+    # d_in / 2, geometric-median b_dec, W_enc = W_dec^T, parallel gradient removed, constant learning rate.
+    "gao-2024": {
+        "architecture": "topk",
+        "k": 32.0,
+        "init": "tied",
+        "b_dec_init": "median",
+        "project_gradient": True,
+        "revive": "auxk",
+        "aux_coefficient": 1 / 32,
+        "dead_after": 10_000_000,
+        "normalize_inputs": "mean-norm",
+        "learning_rate": 4e-4,
+        "schedule": "constant",
+        "decay_share": 0.0,
+        "warmup_steps": 0,
+    },
+    # Bussmann et al. 2024, "BatchTopK Sparse Autoencoders", and the settings of its published code: AuxK 1/32 for
+    # latents silent for 20 batches of 4096, 512 of them a vector.
+    "batchtopk": {
+        "architecture": "batchtopk",
+        "k": 32.0,
+        "init": "tied",
+        "project_gradient": True,
+        "revive": "auxk",
+        "aux_coefficient": 1 / 32,
+        "k_aux": 512,
+        "dead_after": 20 * 4096,
+        "normalize_inputs": "mean-norm",
+        "learning_rate": 3e-4,
+        "schedule": "constant",
+        "decay_share": 0.0,
+        "warmup_steps": 0,
+    },
+}

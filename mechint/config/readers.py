@@ -1,0 +1,89 @@
+"""Settings of the commands that read what was trained: evaluate, ablate, compare."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from mechint.config.base import Backend, Config, Processing
+
+
+@dataclass(frozen=True)
+class EvalConfig(Config):
+    """Evaluate an SAE: reconstruction and sparsity on held-out activations, and what splicing it in costs the model."""
+
+    run_dir: Path | None = None
+    """A run directory; wins over --checkpoint and --config."""
+    checkpoint: Path | None = None
+    """A checkpoint.pt, an old saved_models/*.pt, or a folder in SAELens's layout."""
+    config: Path | None = None
+    """config.json that belongs to the checkpoint; found beside it if not given, else the original's defaults."""
+    activations_path: str | None = None
+    """Activations to evaluate on, split as the config says; those of the config if not given."""
+    rows: Literal["heldout", "all"] = "heldout"
+    """Rows to measure on: those that the run held out, or all (for activations that the SAE was not trained on)."""
+    output: Path | None = None
+    """Also write the results to this JSON file."""
+    overwrite: bool = False
+    """Replace --output if it exists."""
+    eval_texts_path: Path | None = None
+    """Texts, one a line, for the cross-entropy; the held-out texts of the activations if not given."""
+    max_eval_texts: int = 200
+    """Most texts for the cross-entropy, from the first on; 0 leaves it out."""
+    model: str | None = None
+    """Language model for the cross-entropy; the one that the activations name if not given."""
+    backend: Backend = "auto"
+    """How to run the model, as in collect."""
+    batch_size: int = 16
+    """Texts through the model at once."""
+    device: str | None = None
+    """cuda, mps or cpu; the best that works if not given."""
+
+
+@dataclass(frozen=True)
+class AblateConfig(Config):
+    """Rank latents by what removing each one does to the model's predictions (KL of clean to ablated)."""
+
+    checkpoint: Path
+    """A checkpoint.pt, an old saved_models/*.pt, or a folder in SAELens's layout."""
+    eval_texts_path: Path
+    """Texts, one a line; blank lines are dropped."""
+    output: Path
+    """CSV to write, sorted by mean_kl."""
+    config: Path | None = None
+    """config.json that belongs to the checkpoint; found beside it if not given."""
+    feature_subset: str | None = None
+    """Latents to ablate, such as 1,2,3 or 0-99,512; all if not given."""
+    model: str | None = None
+    """Language model; the one that the run names if not given."""
+    hook: Annotated[str | None, arg(aliases=["--hook-name"])] = None
+    """Hook to ablate at, for an SAE that does not say; only checked for one that does."""
+    processing: Processing | None = None
+    """As in collect, for an SAE that does not say; only checked for one that does."""
+    prepend_bos: bool | None = None
+    """As in collect; the SAE's own setting if not given."""
+    context_size: int | None = None
+    """Most tokens a text, BOS included; the model's own limit if not given."""
+    batch_size: int = 128
+    """(latent, text) pairs run at once."""
+    overwrite: bool = False
+    """Replace --output if it exists."""
+    device: str | None = None
+    """cuda, mps or cpu; the best that works if not given."""
+
+
+@dataclass(frozen=True)
+class CompareConfig(Config):
+    """Match the latents of consecutive checkpoints by the cosine of their decoder directions."""
+
+    checkpoints: tuple[Path, ...]
+    """Two or more checkpoints; each is compared with the next."""
+    output: Path
+    """CSV to write."""
+    overwrite: bool = False
+    """Replace --output if it exists."""
+    activation_dim: Annotated[int | None, arg(aliases=["--d-in"])] = None
+    """Width that the checkpoints must have; only checked."""
+    block_size: int = 1024
+    """Latents compared at once; bounds the memory."""

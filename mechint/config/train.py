@@ -1,0 +1,255 @@
+"""Settings of `train_sae.py`."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from mechint.config.base import DEFAULT_HOOK, Config, check_run_name, require
+from mechint.config.presets import ORIGINAL_KEYS, TRAIN_PRESETS
+from mechint.errors import MechintError, nearest
+
+Preset = Literal["none", "mech-int", "mechint", "anthropic-2024-04", "anthropic-2025-01", "gao-2024", "batchtopk"]
+# Fields that only some architectures have; which ones, the architectures say themselves (`SAE.options`).
+ARCHITECTURE_OPTIONS = (
+    "k",
+    "widths",
+    "prefixes",
+    "penalty",
+    "target_l0",
+    "bandwidth",
+    "init_threshold",
+    "tanh_scale",
+    "ste_to_input",
+    "pre_act_coefficient",
+)
+
+
+def architecture_names() -> list[str]:
+    """The architectures there are: one file each in mechint/sae/architectures (read without importing torch)."""
+    folder = Path(__file__).parent.parent / "sae" / "architectures"
+    return sorted(path.stem for path in folder.glob("[!_]*.py"))
+
+
+@dataclass(frozen=True)
+class SAETrainConfig(Config):
+    """Train a sparse autoencoder; by default the canonical one: ReLU, L1, decoder rows renormalised after each step.
+
+    Numbers of steps may also be given as a share of all steps, with a decimal point: 0.05 is the first twentieth.
+    """
+
+    activations_path: str = "activations/activations_50000.pt"
+    """What to train on: a store folder, or a .pt tensor."""
+    activation_dim: Annotated[int, arg(aliases=["--d-in"])] = 512
+    """Width of the activations, d_in; taken from the activations if not given."""
+    expansion: int = 8
+    """Latents per input dimension: d_sae = expansion * d_in."""
+    architecture: str = "standard"
+    """standard (ReLU and L1), topk, batchtopk, matryoshka_batchtopk, jumprelu or gated; or a file that you added."""
+    k: float | None = None
+    """topk, batchtopk, matryoshka_batchtopk: active latents a vector (batchtopk: on average). 32 if not given."""
+    l1_lambda: Annotated[float, arg(aliases=["--lam", "--l1-coefficient", "--l0-coefficient"])] = 3.0
+    """Weight of the sparsity penalty beside the mean squared error per dimension; topk and batchtopk have none."""
+    l1_reduction: Literal["mean", "sum"] = "mean"
+    """mean: --lam weighs the mean of |f| over latents, as the original. sum: it weighs sum |f| against the sum of
+    squared errors, as in papers, and means the same at every width."""
+    epochs: Annotated[int, arg(aliases=["--steps"])] = 50_000
+    """Optimiser steps, one random batch each (called epochs for historical reasons)."""
+    learning_rate: Annotated[float, arg(aliases=["--lr"])] = 3e-4
+    """Peak learning rate of Adam."""
+    batch_size: int = 4096
+    """Activation vectors a step."""
+    warmup_steps: int | float = 2000
+    """Steps over which the learning rate rises linearly from 0."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up: a cosine to 0, or constant and then linear to 0 over the last --decay-share."""
+    decay_share: float = 0.2
+    """Share of the steps, at the end, over which a constant learning rate falls to 0."""
+    lambda_warmup_steps: int | float = 5000
+    """Steps over which the sparsity weight rises linearly from 0; 0 means constant."""
+    adam_beta1: float = 0.9
+    """Adam's decay of the mean of gradients."""
+    adam_beta2: float = 0.999
+    """Adam's decay of the mean of squared gradients."""
+    max_grad_norm: float = 1.0
+    """Total gradient norm is clipped to this before each step."""
+    decoder: Literal["unit", "free"] = "unit"
+    """unit: decoder rows are renormalised after each step. free: penalty and selection weigh latents by the norm of
+    their row instead, and the norms are folded into the encoder when the SAE is saved."""
+    project_gradient: bool = False
+    """Remove from each decoder row's gradient its part along the row."""
+    init: Literal["xavier", "tied"] = "xavier"
+    """xavier: encoder and decoder drawn independently. tied: the encoder starts as the decoder's transpose."""
+    init_decoder_norm: float = 1.0
+    """Norm of the decoder rows at the start, for --decoder free."""
+    init_l0: float | None = None
+    """Encoder biases start so that each latent is active on init_l0 / d_sae of the vectors; at 0 if not given."""
+    b_dec_init: Literal["zero", "mean", "median"] = "zero"
+    """Start of b_dec: 0, or the mean or geometric median of the training rows (of a sample of 65,536)."""
+    normalize_inputs: Literal["none", "mean-norm", "centred-norm"] = "none"
+    """Train on activations times one number that makes their mean norm sqrt(d_in), or that of their distance from
+    their mean; it is divided out again when the SAE is saved."""
+    revive: Literal["none", "auxk", "resample"] = "none"
+    """What becomes of dead latents: auxk gives them a loss of their own, resample sets them anew."""
+    dead_after: int = 1_000_000
+    """A latent counts as dead when it was silent for this many vectors."""
+    k_aux: int | None = None
+    """auxk: dead latents that reconstruct the residual of each vector; d_in / 2 if not given."""
+    aux_coefficient: float = 1 / 32
+    """auxk: weight of that term."""
+    resample_every: int | float = 0.1
+    """resample: steps between two rounds; the last one is at half of the training."""
+    widths: tuple[int, ...] | None = None
+    """matryoshka_batchtopk: nested prefixes of the dictionary; d_sae / 16, / 8, / 4, / 2 and d_sae if not given."""
+    prefixes: int | None = None
+    """matryoshka_batchtopk: draw this many prefixes anew for each step instead (Pareto-distributed lengths)."""
+    penalty: Literal["step", "tanh", "quadratic"] | None = None
+    """jumprelu: number of active latents, sum of tanh(c f), or squared distance of L0 from --target-l0."""
+    target_l0: float | None = None
+    """jumprelu with --penalty quadratic: the L0 to reach."""
+    bandwidth: float | None = None
+    """jumprelu: width around the threshold through which it learns. 0.05 if not given."""
+    init_threshold: float | None = None
+    """jumprelu: thresholds at the start. 0.01 if not given."""
+    tanh_scale: float | None = None
+    """jumprelu with --penalty tanh: c in tanh(c f). 4 if not given."""
+    ste_to_input: bool | None = None
+    """jumprelu: let the penalty's step push the pre-activations too, not only the threshold."""
+    pre_act_coefficient: float | None = None
+    """jumprelu: weight of the distance of dead latents' pre-activations below their thresholds. 0 if not given."""
+    option: tuple[str, ...] = ()
+    """NAME=VALUE settings of an architecture of your own that has no flag here."""
+    kernel: str = "auto"
+    """How steps are computed: auto takes the fastest that is exact here; dense is the reference."""
+    track: Literal["none", "trackio", "tensorboard", "wandb"] = "none"
+    """Also send the rows of metrics.csv there (needs the package of that name)."""
+    val_fraction: float = 0.05
+    """Share held out for validation."""
+    seed: int = 42
+    """Seed of initial weights, split and batches."""
+    eval_batch_size: int = 8192
+    """Vectors at once during evaluation."""
+    split_by: Literal["text", "row"] = "text"
+    """What is held out: whole texts, or single rows as the original did (rows of one text then land on both sides)."""
+    batch_order: Literal["counter", "torch"] = "counter"
+    """counter: the batch of step t depends on seed and t alone. torch: the original's sequential generator."""
+    preset: Preset = "none"
+    """Named settings (docs/training.md): mechint, ours; mech-int, the original's split and batches; published ones."""
+    save_every: int = 1000
+    """Steps between saved states; a killed run goes on from the last one. 0: only at Ctrl-C and at the end."""
+    log_every: int = 0
+    """Steps between rows of metrics.csv; 0 means ten rows a run, as the original wrote."""
+    runs_root: str = "runs"
+    """Folder that run directories are made in."""
+    run_name: str | None = None
+    """Name of the run directory; the date and time if not given. An existing name gets -1, -2, ... appended."""
+    device: str | None = None
+    """cuda, mps or cpu; the best that works if not given."""
+    legacy_layout: bool = False
+    """Write saved_models/ and training_metrics/ as the first version did, instead of a run directory."""
+    model_name: str = "pythia-70m"
+    """Recorded; taken from the activations when they say."""
+    model_source: str = "EleutherAI/pythia-70m"
+    """Recorded; taken from the activations when they say."""
+    layer: int = 3
+    """Recorded; follows from the hook."""
+    hook_name: Annotated[str, arg(aliases=["--hook"])] = DEFAULT_HOOK
+    """Recorded; taken from the activations when they say, and then a different value is an error."""
+    dataset_name: Annotated[str, arg(aliases=["--dataset"])] = "openwebtext"
+    """Recorded; taken from the activations when they say."""
+    dataset_split: str = "train"
+    """Recorded; taken from the activations when they say."""
+    num_texts: int = 50_000
+    """Recorded; taken from the activations when they say."""
+    max_chars: int = 512
+    """Recorded; taken from the activations when they say."""
+
+    @classmethod
+    def aliases(cls) -> dict[str, str]:
+        return {
+            "steps": "epochs",
+            "d_in": "activation_dim",
+            "lam": "l1_lambda",
+            "l1_coefficient": "l1_lambda",
+            "lr": "learning_rate",
+            "hook": "hook_name",
+            "model": "model_name",
+            "dataset": "dataset_name",
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], *, source: str = "config") -> "SAETrainConfig":
+        """As `Config.from_dict`; a JSON that has none of the newer keys was written by the original pipeline and gets
+        its settings (row split, sequential batches), so that its numbers can be reproduced."""
+        written_before = values.keys() >= ORIGINAL_KEYS and not values.keys() & {"split_by", "batch_order"}
+        preset = values.get("preset", "mech-int" if written_before else "none")
+        if not isinstance(preset, str) or preset not in TRAIN_PRESETS:
+            raise MechintError(f"{source}: unknown preset {preset!r}; {nearest(str(preset), TRAIN_PRESETS)}")
+        return super().from_dict({**TRAIN_PRESETS[preset], "preset": preset, **values}, source=source)
+
+    def __post_init__(self) -> None:
+        for name in ("activation_dim", "expansion", "epochs", "batch_size", "eval_batch_size", "dead_after"):
+            value = getattr(self, name)
+            require(value > 0, f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        for name in ("l1_lambda", "aux_coefficient", "save_every", "log_every"):
+            value = getattr(self, name)
+            require(value >= 0, f"--{name.replace('_', '-')} must not be negative, got {value}")
+        for name in ("warmup_steps", "lambda_warmup_steps", "resample_every"):
+            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
+            require(value >= 0, f"{flag} must not be negative, got {value}")
+            share = isinstance(value, float)
+            require(not share or value <= 1, f"{flag} with a decimal point is a share of the steps, 0 to 1, got {value}")
+        for name in ("l1_lambda", "learning_rate", "aux_coefficient"):
+            require(math.isfinite(getattr(self, name)), f"--{name.replace('_', '-')} must be a finite number")
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"--{name.replace('_', '-')} must be at least 0 and below 1, got {value}")
+        require(self.learning_rate > 0, f"--learning-rate must be above 0, got {self.learning_rate}")
+        require(0 <= self.decay_share <= 1, f"--decay-share is a share of the steps, 0 to 1, got {self.decay_share}")
+        require(0 <= self.seed < 2**63, f"--seed must be at least 0 and below 2**63, got {self.seed}")
+        require(self.max_grad_norm > 0, f"--max-grad-norm must be above 0, got {self.max_grad_norm}")
+        require(
+            0 <= self.val_fraction < 1,
+            f"--val-fraction is the share held out, 0 <= share < 1, got {self.val_fraction:g}: nothing would be left"
+            " to train on",
+        )
+        names = architecture_names()
+        if self.architecture not in names:
+            raise MechintError(f"unknown --architecture {self.architecture!r}; {nearest(self.architecture, names)}")
+        require(self.k is None or self.k > 0, f"--k must be above 0, got {self.k}")
+        require(self.k_aux is None or self.k_aux > 0, f"--k-aux must be at least 1, got {self.k_aux}")
+        require(self.init_l0 is None or self.init_l0 > 0, f"--init-l0 must be above 0, got {self.init_l0}")
+        require(self.init_decoder_norm > 0, f"--init-decoder-norm must be above 0, got {self.init_decoder_norm}")
+        require(
+            self.init_decoder_norm == 1.0 or self.decoder == "free",
+            "--init-decoder-norm needs --decoder free: the rows of a unit decoder have norm 1",
+        )
+        for word in self.option:
+            require("=" in word, f"--option takes NAME=VALUE, got {word!r}")
+        if self.run_name is not None:
+            check_run_name(self.run_name)
+
+    def steps_of(self, value: int | float) -> int:
+        """A number of steps: as it is, or as a share of all of them if it was given with a decimal point."""
+        return round(value * self.epochs) if isinstance(value, float) else value
+
+    @property
+    def architecture_options(self) -> dict[str, Any]:
+        """What the architecture's class is made with, beside the widths."""
+        given = {name: getattr(self, name) for name in ARCHITECTURE_OPTIONS if getattr(self, name) is not None}
+        return given | dict(word.split("=", 1) for word in self.option)
+
+    @property
+    def num_features(self) -> int:
+        """d_sae, under its old name."""
+        return self.activation_dim * self.expansion
+
+    @property
+    def d_sae(self) -> int:
+        return self.num_features
+
+    @property
+    def steps(self) -> int:
+        return self.epochs

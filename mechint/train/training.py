@@ -1,0 +1,281 @@
+"""One SAE in training: making it, one step of it, its log, its saved state, and the files that it leaves.
+
+`mechint.train.loop` drives one of these; a sweep drives several over the same batches.
+"""
+
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechint.config import SAETrainConfig
+from mechint.data.batches import CounterBatches, TorchBatches, make_batches
+from mechint.data.store import Activations
+from mechint.errors import MechintError
+from mechint.eval.reconstruction import Activity, evaluate_sae
+from mechint.kernels import Kernel, StepResult, StepSettings, make_kernel
+from mechint.provenance import get_git_commit, set_global_seed, write_json
+from mechint.runs import write_run_manifest
+from mechint.sae import SAE, Objective, build_sae, save_checkpoint, save_sae_folder
+from mechint.sae.architectures.matryoshka_batchtopk import draw_widths
+from mechint.sae.init import centre, input_scale, set_density, tie_encoder
+from mechint.train.dead import dead_latents, resample
+from mechint.train.layout import Layout
+from mechint.train.log import MetricsLog
+from mechint.train.schedule import learning_rate_at, penalty_weight, sparsity_at
+from mechint.train.state import TrainState, load_state, save_state
+
+# Training rows, evenly spaced, that decide where training starts and how inputs are scaled.
+SAMPLE_ROWS = 65_536
+# What is copied from the record of the activations into the SAE's own: an SAE is only valid on activations like these.
+ACTIVATION_KEYS = (
+    "model_name",
+    "model_source",
+    "model_revision",
+    "model_sha256",
+    "hook_name",
+    "processing",
+    "prepend_bos",
+    "keep_bos",
+    "context_size",
+    "dataset_name",
+)
+
+
+@dataclass
+class Training:
+    """A training between two steps. Everything that changes is in `state` (and on disk)."""
+
+    config: SAETrainConfig
+    layout: Layout
+    activations: Activations
+    train_indices: Int[Tensor, " n_train"]
+    val_indices: Int[Tensor, " n_val"]
+    state: TrainState
+    kernel: Kernel
+    batches: CounterBatches | TorchBatches
+    log: MetricsLog
+    started: float = field(default_factory=time.perf_counter)
+    seconds_before: float = 0.0  # of training, before this process took it up
+
+    @property
+    def is_done(self) -> bool:
+        return self.state.step >= self.config.steps
+
+
+def prepare(
+    config: SAETrainConfig,
+    activations: Activations,
+    splits: tuple[Int[Tensor, " n_train"], Int[Tensor, " n_val"]],
+    layout: Layout,
+    *,
+    resumed: bool,
+) -> Training:
+    """A training at its first step, or where its saved state left it; config.json is written."""
+    assert config.device is not None, "resolve() fills the device"
+    sae = make_sae(config, activations)
+    optimizer = make_optimizer(sae, config)
+    state = TrainState(sae, optimizer, torch.full((sae.d_sae,), -1, device=config.device))
+    sample = _sample(activations, splits[0], 8192 if resumed else SAMPLE_ROWS)
+    if resumed:
+        load_state(state, layout.state, config=config.to_dict(), activations_sha256=activations.sha256)
+        if layout.metrics.is_file() and layout.metrics.stat().st_size > state.metrics_size:
+            os.truncate(layout.metrics, state.metrics_size)  # rows of steps that will be done again
+    else:
+        state.input_scale = initialise(sae, config, sample)
+    variance = sample[:: max(1, len(sample) // 8192)][:8192].var(dim=0, correction=0).mean().item()
+    write_json(layout.config, config.to_dict())
+    return Training(
+        config,
+        layout,
+        activations,
+        *splits,
+        state,
+        make_kernel(sae, optimizer, kernel=config.kernel, project_gradient=config.project_gradient),
+        make_batches(config.batch_order, splits[0], config.batch_size, config.seed),
+        MetricsLog(config, layout.metrics, variance=max(variance, 1e-30)),
+        seconds_before=state.training_seconds,
+    )
+
+
+def make_sae(config: SAETrainConfig, activations: Activations) -> SAE:
+    """The SAE that the config asks for, with initial weights drawn on the CPU, whatever device it goes to."""
+    set_global_seed(config.seed)
+    sae = build_sae(
+        config.architecture, config.activation_dim, config.d_sae, options=config.architecture_options
+    ).to(config.device)
+    sae.unit_decoder = config.decoder == "unit"
+    sae.metadata = {
+        "hook_name": config.hook_name,
+        "model_name": config.model_name,
+        "model_source": config.model_source,
+        **{key: activations.info[key] for key in ACTIVATION_KEYS if activations.info.get(key) is not None},
+        "activations_sha256": activations.sha256,
+    }
+    return sae
+
+
+def make_optimizer(sae: SAE, config: SAETrainConfig) -> torch.optim.Adam:
+    """Adam, fused where torch has it."""
+    return torch.optim.Adam(
+        sae.parameters(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        fused=str(config.device).split(":")[0] in ("cpu", "cuda"),
+    )
+
+
+def initialise(sae: SAE, config: SAETrainConfig, sample: Float[Tensor, "n d_in"]) -> float:
+    """Set the start that the config asks for from a sample of the training rows; returns the input scale."""
+    scale = input_scale(sample, config.normalize_inputs)
+    sample = (sample * scale).to(sae.W_enc.device)
+    if config.init == "tied":
+        tie_encoder(sae, config.init_decoder_norm)
+    elif config.init_decoder_norm != 1.0:
+        sae.W_dec.data.mul_(config.init_decoder_norm)
+    sae.b_dec.data.copy_(centre(sample, config.b_dec_init))
+    if config.init_l0 is not None:
+        set_density(sae, sample, config.init_l0)
+    return scale
+
+
+def advance(training: Training, x: Float[Tensor, "batch d_in"]) -> StepResult:
+    """One step on the batch `x` (as stored, not yet scaled), and its row in the log if one is due.
+
+    Raises:
+        MechintError: the loss is not finite; the weights are then as they were before the step.
+    """
+    config, state = training.config, training.state
+    step = state.step
+    if state.input_scale != 1.0:
+        x = x * state.input_scale
+    lr, lam = learning_rate_at(config, step), sparsity_at(config, step)
+    objective = make_objective(training, lam)
+    resampling_due = config.revive == "resample" and _resampling_due(config, step)
+    result = training.kernel.step(x, StepSettings(lr, config.max_grad_norm, objective))
+    if not torch.isfinite(result.terms["loss"]):
+        raise MechintError(
+            f"the loss is {result.terms['loss'].item()} at step {step}: lower --learning-rate or --lam;"
+            f" the last good state is in {training.layout.state.parent}"
+        )
+    state.last_fired[result.fire_counts > 0] = step
+    if resampling_due:
+        resample(state.sae, state.optimizer, _dead(training, step + 1), x, seed=config.seed, step=step)
+    state.step += 1
+    training.log.add(step, result, state, lr=lr, lam=lam)
+    return result
+
+
+def make_objective(training: Training, lam: float) -> Objective:
+    """What the current step minimises."""
+    config, state = training.config, training.state
+    sae, step = state.sae, state.step
+    wants_dead = config.revive == "auxk" or getattr(sae, "pre_act_coefficient", 0)
+    prefixes = getattr(sae, "prefixes", 0)
+    return Objective(
+        sparsity=penalty_weight(config, lam, has_l1=sae.has_l1),
+        dead=_dead(training, step) if wants_dead else None,
+        k_aux=config.k_aux or max(1, sae.d_in // 2),
+        aux_coefficient=config.aux_coefficient if config.revive == "auxk" else 0.0,
+        widths=draw_widths(sae.d_sae, prefixes, config.seed, step) if prefixes else None,
+    )
+
+
+def _dead(training: Training, step: int) -> Tensor:
+    config = training.config
+    return dead_latents(
+        training.state.last_fired, step, batch_size=config.batch_size, dead_after=config.dead_after
+    )
+
+
+def _resampling_due(config: SAETrainConfig, step: int) -> bool:
+    every = max(1, config.steps_of(config.resample_every))
+    return (step + 1) % every == 0 and step + 1 <= config.steps // 2
+
+
+def save(training: Training) -> None:
+    """Write the state that a stopped run goes on from."""
+    state, layout = training.state, training.layout
+    state.training_seconds = training.seconds_before + time.perf_counter() - training.started
+    state.metrics_size = layout.metrics.stat().st_size if layout.metrics.is_file() else 0
+    save_state(state, layout.state, config=training.config.to_dict(), activations_sha256=training.activations.sha256)
+
+
+def finish(training: Training) -> dict[str, Any]:
+    """Evaluate, and write what docs/run.md says a finished run holds; the manifest is last. Returns the summary."""
+    config, state, layout = training.config, training.state, training.layout
+    # From here on a kill costs only the evaluation: the last state is that of the last step.
+    save(training)
+    training.log.close()
+    sae = state.sae.saved_form(state.input_scale)
+    save_checkpoint(sae, layout.checkpoint)
+    if layout.sae_dir is not None:
+        save_sae_folder(sae, layout.sae_dir)
+    if layout.metadata is not None:
+        write_json(layout.metadata, {"sae_metadata": sae.metadata})
+    summary = _summary(training, sae)
+    write_json(layout.summary, summary)
+    if layout.manifest is not None:
+        write_run_manifest(
+            layout.root,
+            config,
+            summary,
+            inputs={"activations": _describe(training.activations, layout)},
+            device=config.device,
+            kernel=training.kernel.name,
+            resumed_at=state.resumed_at,
+        )
+    layout.remove_state()
+    return summary
+
+
+def _sample(activations: Activations, indices: Int[Tensor, " n"], count: int) -> Float[Tensor, "rows d_in"]:
+    """Evenly spaced training rows."""
+    return activations.rows(indices[torch.linspace(0, len(indices) - 1, min(count, len(indices))).long()]).float()
+
+
+def _summary(training: Training, sae: SAE) -> dict[str, Any]:
+    """summary.json: the original's keys, and the newer metrics. Paths are relative to the run directory."""
+    config, state, layout = training.config, training.state, training.layout
+    fired = state.last_fired >= 0
+    n_dead = int((~fired).sum())
+    in_run = layout.manifest is not None
+    summary: dict[str, Any] = {
+        "val_mse": None,
+        "val_l0": None,
+        "checkpoint_path": layout.checkpoint.name if in_run else str(layout.checkpoint),
+        "config_path": layout.config.name if in_run else str(layout.config),
+        "run_dir": "." if in_run else layout.label,
+        "git_commit": get_git_commit(),
+        "architecture": config.architecture,
+        "num_features": sae.d_sae,
+        "num_params": sae.num_params,
+        "training_seconds": state.training_seconds,
+        "n_train": len(training.train_indices),
+        "n_val": len(training.val_indices),
+    }
+    if len(training.val_indices):
+        # "dead" in a summary means: in no batch of the training (docs/metrics.md)
+        seen = Activity(fired.long().cpu(), torch.zeros(sae.d_in, dtype=torch.float64), len(training.train_indices))
+        summary |= evaluate_sae(
+            sae, training.activations, training.val_indices, batch_size=config.eval_batch_size, activity=seen
+        )
+    summary |= {"dead_features": n_dead, "dead_fraction": n_dead / sae.d_sae}
+    summary["total_seconds"] = training.seconds_before + time.perf_counter() - training.started
+    return summary
+
+
+def _describe(activations: Activations, layout: Layout) -> dict[str, Any]:
+    """The activations' place and hashes, for the manifest: text -> activations -> weights, by hash."""
+    info = activations.info
+    return {
+        "path": os.path.relpath(activations.path, layout.root),
+        "sha256": activations.sha256,
+        "n_rows": activations.n_rows,
+        **{key: info.get(key) for key in ("dataset_name", "dataset_revision", "texts_sha256")},
+        **{key: info.get(key) for key in ("model_source", "model_revision", "model_sha256")},
+    }
