@@ -6,8 +6,8 @@
 
 At each of the L0 (16, 32, 64): the coefficient is searched on a logarithmic scale until two trainings bracket the L0
 closely, and FVU, ce_recovered and the rest are read off between them, linearly in log L0 (FVU in log FVU). For the topk
-family k is the L0. Peers are tuned over --lrs and their own input scalings at L0 --tune-at with the first seed; warm-ups
-of 5 % (learning rate) and 10 % (sparsity), decay over the last fifth, dead after 10 % of the steps.
+family k is the L0. Peers are tuned over --lrs and their own input scalings at L0 --tune-at with the first seed;
+warm-ups of 5 % (learning rate) and 10 % (sparsity), decay over the last fifth, dead after 10 % of the steps.
 
 Every training ("member") is single-threaded and leaves one JSON under build/quality/members: a stopped search goes on
 where it was. Two run side by side. Runs itself in the environment of benchmarks/peers.py.
@@ -159,8 +159,9 @@ def run_all(jobs: Sequence[tuple[Spec, tuple[float, ...], tuple[float, ...]]], w
 
 
 def setting(spec: Spec) -> str:
-    """A curve's name: the spec without seed and sparsity."""
-    return json.dumps({name: value for name, value in spec.items() if name not in ("seed", "sparsity")}, sort_keys=True)
+    """A curve's name: the spec (or member) without seed, sparsity and result."""
+    own = {name: value for name, value in spec.items() if name not in ("seed", "sparsity", "result")}
+    return json.dumps(own, sort_keys=True)
 
 
 def base_spec(args: argparse.Namespace) -> Spec:
@@ -221,8 +222,8 @@ def around(members: Sequence[dict[str, Any]], target: float) -> list[float]:
 
 
 def run_ours(args: argparse.Namespace) -> None:
-    flags = [word for word in args.flags if word != "--"]
-    spec = base_spec(args) | {"family": "mechint", "architecture": args.architecture, "name": args.name, "flags": flags}
+    spec = base_spec(args) | {"family": "mechint", "architecture": args.architecture}
+    spec |= {"name": args.name, "flags": args.flags}
     if args.sparsity_flag:
         spec["sparsity_flag"] = args.sparsity_flag
     targets = tuple(args.targets)
@@ -312,8 +313,11 @@ def main() -> None:
     parser.add_argument("--architecture", default="standard", help="ours")
     parser.add_argument("--sparsity-flag", default="", help="ours: the flag to search over, if not --lam or --k")
     parser.add_argument("--first", nargs="*", type=float, default=[], help="ours: coefficients to begin with")
-    parser.add_argument("flags", nargs="*", help="ours, after --: flags of mechint train")
-    args = parser.parse_args()
+    parser.epilog = "After --: flags of mechint train, for ours."
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
+    args = parser.parse_args(words[:cut])
+    args.flags = words[cut + 1 :]
     # For the workers; this process computes nothing. The allocator's settings spare them page faults, no more.
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}

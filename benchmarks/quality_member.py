@@ -12,7 +12,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -182,9 +181,12 @@ def train_ours(spec: dict[str, Any], world: World) -> Applied:
     run = FOLDER / "runs" / name
     if run.exists():  # of a member that was stopped; a finished one is never asked again
         run.rename(run.with_name(f"{name}-stopped-{time.time_ns()}"))
-    with contextlib.redirect_stdout(sys.stderr):
-        if main(words):
-            raise SystemExit(f"training failed: {' '.join(words)}")
+    log = FOLDER / "logs" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        failed = main(words)
+    if failed:
+        raise SystemExit(f"training failed ({log}): {' '.join(words)}")
     sae = load_sae(run / "sae")
     return Applied(sae.encode, sae.decode, sae.W_dec)
 
