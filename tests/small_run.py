@@ -44,3 +44,10 @@ def make_small_run(root: Path) -> Run:
     texts = [" ".join(tale(index, "heldout", 0).text.split()) for index in range(2)]
     (run.path / "eval_texts.txt").write_text("".join(text + "\n" for text in texts), encoding="utf-8")
     return run
+
+
+def rows_without_rate(metrics: Path) -> list[str]:
+    """The lines of a metrics.csv without `vectors_per_second`, the one column that the clock writes."""
+    lines = [line.split(",") for line in metrics.read_text(encoding="utf-8").splitlines()]
+    drop = lines[0].index("vectors_per_second") if "vectors_per_second" in lines[0] else len(lines[0])
+    return [",".join(cells[:drop] + cells[drop + 1 :]) for cells in lines]

@@ -237,7 +237,16 @@ TRAIN = "--activations-path acts.pt --epochs 5 --batch-size 8"
         ("--resume bad", "bad has no config.json: not a run directory"),
         ("--resume runs/a", "runs/a is finished: there is nothing to resume"),
         ("--resume bad/unfinished", "state.pt cannot be read"),
-        ("--resume runs/a --epochs 9", "--resume takes its settings from the run: give no other flags"),
+        (f"{TRAIN} --batch-size 100000", r"--batch-size 100000 is more than the \d+ rows there are to train on"),
+        (f"{TRAIN} --architecture topk --k 4000", "--k must be a whole number from 1 to d_sae"),
+        (f"{TRAIN} --k 4", "--k does not apply to architecture 'standard', only to batchtopk, matryoshka"),
+        (f"{TRAIN} --architecture top", "unknown --architecture 'top'; nearest: topk"),
+        (f"{TRAIN} --expansion -2", "--expansion must be at least 1, got -2"),
+        (f"{TRAIN} --architecture jumprelu --target-l0 9", "--penalty quadratic and --target-l0 belong together"),
+        (f"{TRAIN} --warmup-steps 1.5", "with a decimal point is a share of the steps"),
+        (f"{TRAIN} --kernel fast", "unknown --kernel 'fast'"),
+        (f"{TRAIN} --option depth=3", "--depth does not apply to architecture 'standard'"),
+        ("--resume runs/a --epochs 9", r"runs/a is being trained with epochs \d+, not 9: --resume takes its settings from the run"),
     ],
 )  # fmt: skip
 def test_train(place: Path, capsys: pytest.CaptureFixture[str], flags: str | list[str], message: str):

@@ -28,8 +28,9 @@ def parse(
     presets: dict[str, dict[str, Any]] | None = None,
     config_file: bool = False,
     description: str | None = None,
+    defaults: dict[str, Any] | None = None,
 ) -> ConfigT:
-    """Flags over preset over `--config` JSON over defaults. `--help` prints and ends the process.
+    """Flags over preset over `--config` JSON over `defaults` over the class's own. `--help` prints and ends the process.
 
     `config_file` adds a `--config` flag that names a JSON file of settings.
 
@@ -46,9 +47,9 @@ def parse(
             known, rest = early.parse_known_args(argv)
         except argparse.ArgumentError as error:
             raise MechintError(f"{one_line(error)}; `{prog} --help` explains the flags") from None
-        base: dict[str, Any] = {}
+        base: dict[str, Any] = dict(defaults or {})
         if config_file and known.config is not None:
-            base = _read_settings(Path(known.config))
+            base |= _read_settings(Path(known.config))
             argv = [word for word in rest] + (["--preset", known.preset] if known.preset is not None else [])
         if presets and known.preset in presets:
             base = {**base, "preset": known.preset, **presets[known.preset]}

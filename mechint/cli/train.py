@@ -15,15 +15,15 @@ class TrainFlags(SAETrainConfig):
     __doc__ = SAETrainConfig.__doc__
 
     resume: Path | None = None
-    """Go on with a stopped run: its directory. Takes no other settings."""
+    """Go on with a stopped run: its directory. Settings come from the run; another value for one is an error."""
 
 
 @command
 def main(argv: Sequence[str]) -> int:
     flags = parse(TrainFlags, argv, prog="train_sae.py", presets=TRAIN_PRESETS, config_file=True)
     settings = {name: value for name, value in flags.to_dict().items() if name != "resume"}
-    if flags.resume is not None and len(argv) > (1 if "=" in argv[0] else 2):
-        raise MechintError("--resume takes its settings from the run: give no other flags")
+    if flags.resume is not None:
+        check_same_settings(flags.resume, argv)
     from mechint.eval import print_eval_summary
     from mechint.provenance import read_json
     from mechint.train import Stopped, resume, train
@@ -46,3 +46,20 @@ def main(argv: Sequence[str]) -> int:
         summary |= {name: str(path) for name, path in paths.items()}
     print_eval_summary(summary)
     return 0
+
+
+def check_same_settings(run_dir: Path, argv: Sequence[str]) -> None:
+    """Raise `MechintError` if the command line gives a setting another value than the run has."""
+    from mechint.runs import Run
+
+    config = Run(run_dir).config
+    asked = parse(
+        TrainFlags, argv, prog="train_sae.py", presets=TRAIN_PRESETS, config_file=True, defaults=config.to_dict()
+    )
+    for name in SAETrainConfig.field_names():
+        was, now = getattr(config, name), getattr(asked, name)
+        if was != now:
+            raise MechintError(
+                f"{run_dir} is being trained with {name} {was!r}, not {now!r}: --resume takes its settings from the"
+                " run; leave the flag out, or start a new run"
+            )

@@ -45,9 +45,10 @@ def centre(sample: Float[Tensor, "n d_in"], how: Literal["zero", "mean", "median
     point = rows.mean(dim=0)
     if how == "mean":
         return point.to(sample.dtype)
-    spread = (rows - point).norm(dim=1).mean().clamp_min(1e-300)
     for _ in range(MEDIAN_MAX_ITERATIONS):
-        weights = 1.0 / (rows - point).norm(dim=1).clamp_min(1e-12 * spread)
+        distances = (rows - point).norm(dim=1)
+        spread = distances.median().clamp_min(1e-300)  # the mean would be an outlier's
+        weights = 1.0 / distances.clamp_min(1e-12 * spread)
         moved = (weights[:, None] * rows).sum(dim=0) / weights.sum()
         step, point = (moved - point).norm(), moved
         if step < MEDIAN_TOLERANCE * spread:

@@ -13,9 +13,11 @@ from tqdm import tqdm
 
 from mechint.config import SAETrainConfig
 from mechint.data.store import open_activations
-from mechint.errors import MechintError
+from mechint.errors import MechintError, nearest
 from mechint.kernels import StepResult
+from mechint.kernels.choose import KERNELS
 from mechint.runs import Run
+from mechint.sae import build_sae
 from mechint.train.layout import Layout, layout_of, make_layout
 from mechint.train.resolve import resolve, split
 from mechint.train.signals import Stopped, stop_signals
@@ -38,7 +40,7 @@ def train(config: SAETrainConfig, *, progress: bool = True) -> Layout:
     config = resolve(config, activations)
     activations.check_finite()
     splits = split(config, activations)
-    _check_architecture(config)
+    check_architecture(config)
     layout = make_layout(config)
     # The legacy layout has no directory to name with --resume: the same command goes on with what it left behind.
     resumed = config.legacy_layout and has_state(layout.state)
@@ -61,10 +63,10 @@ def resume(run_dir: str | Path, *, progress: bool = True) -> Layout:
         return run(training, progress=progress)
 
 
-def _check_architecture(config: SAETrainConfig) -> None:
-    """Raise `MechintError` for options that the architecture refuses, before a directory is made."""
-    from mechint.sae import build_sae
-
+def check_architecture(config: SAETrainConfig) -> None:
+    """Raise `MechintError` for what the architecture or the kernels refuse, before a directory is made."""
+    if config.kernel not in KERNELS:
+        raise MechintError(f"unknown --kernel {config.kernel!r}; {nearest(config.kernel, KERNELS)}")
     with torch.device("meta"):
         build_sae(config.architecture, config.activation_dim, config.d_sae, options=config.architecture_options)
 

@@ -29,7 +29,7 @@ class BatchSelecting(SAE):
     cut_mean: Tensor
     cut_weight: Tensor
 
-    def __init__(self, d_in: int, d_sae: int, *, k: float, generator: torch.Generator | None = None):
+    def __init__(self, d_in: int, d_sae: int, *, k: int | float, generator: torch.Generator | None = None):
         super().__init__(d_in, d_sae, generator=generator)
         if not 0 < k <= d_sae:
             raise MechintError(f"--k must be above 0 and at most d_sae = {d_sae} for {self.architecture}, got {k:g}")
@@ -95,7 +95,7 @@ class BatchTopKSAE(BatchSelecting):
     architecture = "batchtopk"
     options = {"k": 32}
 
-    def __init__(self, d_in: int, d_sae: int, *, k: float = 32, generator: torch.Generator | None = None):
+    def __init__(self, d_in: int, d_sae: int, *, k: int | float = 32, generator: torch.Generator | None = None):
         super().__init__(d_in, d_sae, k=k, generator=generator)
 
     def loss(self, x: Float[Tensor, "batch d_in"], objective: Objective) -> Loss:

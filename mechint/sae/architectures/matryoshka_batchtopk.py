@@ -31,7 +31,7 @@ class MatryoshkaBatchTopKSAE(BatchSelecting):
         d_in: int,
         d_sae: int,
         *,
-        k: float = 32,
+        k: int | float = 32,
         widths: tuple[int, ...] | None = None,
         prefixes: int = 0,
         generator: torch.Generator | None = None,

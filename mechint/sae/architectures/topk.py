@@ -24,7 +24,7 @@ class TopKSAE(SAE):
     options = {"k": 32}
     aux_relu = True
 
-    def __init__(self, d_in: int, d_sae: int, *, k: float = 32, generator: torch.Generator | None = None):
+    def __init__(self, d_in: int, d_sae: int, *, k: int | float = 32, generator: torch.Generator | None = None):
         super().__init__(d_in, d_sae, generator=generator)
         if not (k == int(k) and 1 <= k <= d_sae):
             raise MechintError(f"--k must be a whole number from 1 to d_sae = {d_sae} for topk, got {k:g}")
