@@ -1,5 +1,8 @@
 """Which kernel trains an SAE on this machine."""
 
+import logging
+from types import ModuleType
+
 import torch
 
 from mechint.errors import MechintError, nearest
@@ -7,7 +10,9 @@ from mechint.kernels.contract import Kernel
 from mechint.kernels.dense import DenseKernel
 from mechint.sae import SAE
 
-KERNELS = ("auto", "dense")
+KERNELS = ("auto", "dense", "sparse")
+
+log = logging.getLogger(__name__)
 
 
 def make_kernel(
@@ -20,4 +25,23 @@ def make_kernel(
     """
     if kernel not in KERNELS:
         raise MechintError(f"unknown --kernel {kernel!r}; {nearest(kernel, KERNELS)}")
+    if kernel == "sparse" or (kernel == "auto" and sae.W_enc.device.type == "cpu"):
+        module, reason = _sparse()
+        if module is not None:
+            reason = module.misfit(sae, optimizer)
+            if reason is None:
+                return module.SparseKernel(sae, optimizer, project_gradient=project_gradient)
+        if kernel == "sparse":
+            raise MechintError(f"--kernel sparse cannot train this SAE: {reason}; use --kernel auto or dense")
+        # said once a run, and only where a user could expect otherwise
+        log.warning("training densely, several times slower than with the sparse kernel: %s", reason)
     return DenseKernel(sae, optimizer, project_gradient=project_gradient)
+
+
+def _sparse() -> tuple[ModuleType | None, str]:
+    """The sparse kernel, or why it cannot be loaded: it needs numba, which not every platform has."""
+    try:
+        from mechint.kernels import sparse
+    except ImportError as error:
+        return None, f"its compiler cannot be loaded ({error})"
+    return sparse, ""

@@ -1,0 +1,352 @@
+"""The compiled loops of the sparse kernel.
+
+Layouts. Rows are padded with zeros to `width`, a multiple of 64 floats. What the weight gradients read (the centred
+activations and the gradient of the reconstruction) lies in slices of 64 columns, `[slice, row, 64]`: one slice of a
+batch fits the second-level cache, so that the gather per latent reads it from there.
+
+Entries of a chunk of rows, row by row and by ascending column, are `cols`, `pre` and `grad`; `ends[r]` is where row r's
+end. Entries by latent are records `[row, feature_acts, gradient of pre]` of 16 bytes: one cache line each to scatter.
+
+Every sum has a fixed order, and no two threads write the same number: results do not depend on the threads.
+"""
+
+from typing import no_type_check
+
+import numpy as np
+from numba import njit
+
+from mechint.kernels.sparse_vector import (
+    add_records_64,
+    add_rows_64,
+    add_rows_256,
+    dots_1,
+    dots_4,
+    from_bfloat16,
+    lowest_bit,
+    to_bfloat16,
+    upper_above_bfloat16,
+    upper_above_float32,
+)
+
+# Sums may be regrouped and products fused; NaN and infinity keep their meaning.
+_SUMS = {"reassoc", "contract"}
+_OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": _SUMS}
+# Rounding to bfloat16: at most 2^-8 of the value, and a little more relative to the rounded value.
+BFLOAT16_STEP = np.float32(2.0**-8 * (1 + 2.0**-6))
+_SLACK = 1.0001  # for the rounding of the bounds themselves
+
+
+@njit(**_OPTIONS)
+@no_type_check
+def measure_latents(W_enc, narrow, first, last, W_narrow, norms, biases, b_enc, bound):
+    """Per latent: encoder column in bfloat16, its norm, and bias less bound. Returns the largest relative rounding
+    error of a column, NaN if any number is not finite."""
+    worst = np.float32(0.0)
+    d_in = W_enc.shape[1]
+    finite = True
+    for j in range(first, last):
+        total, error = np.float32(0.0), np.float32(0.0)
+        if narrow:
+            for k in range(d_in):
+                value = W_enc[j, k]
+                bits = to_bfloat16(value)
+                W_narrow[j, k] = bits
+                rest = value - from_bfloat16(bits)
+                total += value * value
+                error += rest * rest
+        else:
+            for k in range(d_in):
+                total += W_enc[j, k] * W_enc[j, k]
+        finite = finite and np.isfinite(total) and np.isfinite(b_enc[j])
+        norms[j] = np.sqrt(total)
+        biases[j] = b_enc[j] - bound[j] + np.float32(1e-6) * (abs(b_enc[j]) + abs(bound[j]))
+        if total > 0:
+            worst = max(worst, np.sqrt(error / total))
+    return worst if finite else np.float32(np.nan)
+
+
+@njit(**_OPTIONS)
+@no_type_check
+def prepare_rows(x, b_dec, narrow, first, last, x_narrow, x_wide, slices, errors, worst_latent):
+    """Centre rows `first:last`: into slices, and for the encoder product as bfloat16 or float32. `errors[r]` times the
+    norm of a latent's column bounds how far the bfloat16 product is from the float32 one. False if not all finite."""
+    d_in = x.shape[1]
+    # sums of d_in products in float32, in whatever order, of both the product and its float32 check
+    rounding = worst_latent + np.float32(3 * d_in * 2.0**-23)
+    finite = True
+    for r in range(first, last):
+        total, error = np.float32(0.0), np.float32(0.0)
+        for s in range(slices.shape[0]):
+            start = 64 * s
+            n = min(64, d_in - start)
+            for k in range(n):
+                slices[s, r, k] = x[r, start + k] - b_dec[start + k]
+            if narrow:
+                for k in range(n):
+                    value = slices[s, r, k]
+                    bits = to_bfloat16(value)
+                    x_narrow[r - first, start + k] = bits
+                    rest = value - from_bfloat16(bits)
+                    total += value * value
+                    error += rest * rest
+            else:
+                for k in range(n):
+                    value = slices[s, r, k]
+                    x_wide[r - first, start + k] = value
+                    total += value * value
+        finite = finite and np.isfinite(total)
+        size, rest = np.sqrt(total), np.sqrt(error)
+        errors[r] = (rest + (size + rest) * rounding) * np.float32(_SLACK)
+    return finite
+
+
+@njit(**_OPTIONS)
+@no_type_check
+def _centred(slices, r, row):
+    """Row r of the slices, in one piece."""
+    for s in range(slices.shape[0]):
+        for k in range(64):
+            row[64 * s + k] = slices[s, r, k]
+
+
+@njit(**_OPTIONS)
+@no_type_check
+def _dots(row, rows, cols, out, first, last):
+    """out[e] = <row, rows[cols[e]]>."""
+    row_at, rows_at, bytes_a_row = row.ctypes.data, rows.ctypes.data, 4 * rows.shape[1]
+    cols_at, out_at, n_blocks = cols.ctypes.data, out.ctypes.data, rows.shape[1] // 64
+    e = first
+    while e + 4 <= last:
+        dots_4(row_at, rows_at, bytes_a_row, cols_at + 4 * e, out_at + 4 * e, n_blocks)
+        e += 4
+    while e < last:
+        dots_1(row_at, rows_at, bytes_a_row, cols_at + 4 * e, out_at + 4 * e, n_blocks)
+        e += 1
+
+
+@njit(**_OPTIONS)
+@no_type_check
+def _candidates(values, narrow, biases, norms, error, cut, cols, position):
+    """Columns of a row whose pre-activation may be above their bound by more than `cut`; NaN counts as above."""
+    n_latents = biases.shape[0]
+    values_at, biases_at, norms_at = values.ctypes.data, biases.ctypes.data, norms.ctypes.data
+    relative = BFLOAT16_STEP if narrow else np.float32(1e-6)
+    size = 2 if narrow else 4
+    done = 0
+    while done < n_latents:
+        start = min(done, n_latents - 16)  # the last 16 overlap those before them
+        if narrow:
+            mask = upper_above_bfloat16(
+                values_at + size * start, biases_at + 4 * start, norms_at + 4 * start, relative, error, cut
+            )
+        else:
+            mask = upper_above_float32(
+                values_at + size * start, biases_at + 4 * start, norms_at + 4 * start, relative, error, cut
+            )
+        mask &= -1 << (done - start)
+        while mask != 0:
+            cols[position] = start + lowest_bit(mask)
+            position += 1
+            mask &= mask - 1
+        done = start + 16
+    return position
+
+
+@njit(**_OPTIONS)
+@no_type_check
+def find_above(
+    values, narrow, first, last, slices, W_enc, b_enc, bound, biases, norms, errors, base, limit, cols, pre, ends
+):
+    """Entries with pre > bound, from the encoder product `values [rows, d_sae]` (bfloat16 bits or float32).
+
+    bfloat16 only proposes: a candidate's pre-activation is computed again in float32, and the bound on the rounding
+    error leaves none out. Returns the number of entries, or -1 where they do not fit before `limit`.
+    """
+    row = np.empty(W_enc.shape[1], np.float32)
+    position = base
+    n_latents = b_enc.shape[0]
+    for r in range(first, last):
+        if position + n_latents > limit:
+            return -1
+        start = position
+        line = values[r - first]
+        stop = _candidates(line, narrow, biases, norms, errors[r], np.float32(0.0), cols, start)
+        if narrow:
+            _centred(slices, r, row)
+            _dots(row, W_enc, cols, pre, start, stop)
+        else:
+            for e in range(start, stop):
+                pre[e] = line[cols[e]]
+        for e in range(start, stop):
+            j = cols[e]
+            value = pre[e] + b_enc[j]
+            cols[position] = j
+            pre[position] = value
+            position += not value <= bound[j]
+        ends[r] = position
+    return position - base
+
+
+@njit(**_OPTIONS)
+@no_type_check
+def decode_rows(x, b_dec, W_dec, first, last, base, cols, acts, ends, slices, grad):
+    """Reconstruct rows from their entries, write d mse / d x_hat into slices and d mse / d acts into `grad`. Returns
+    the sum of squared errors."""
+    d_in, width = x.shape[1], W_dec.shape[1]
+    scale = np.float32(2.0 / (np.float64(x.shape[0]) * d_in))
+    row = np.zeros(width, np.float32)
+    row_at, W_at, bytes_a_row = row.ctypes.data, W_dec.ctypes.data, 4 * width
+    cols_at, acts_at = cols.ctypes.data, acts.ctypes.data
+    total = 0.0
+    start = base
+    for r in range(first, last):
+        stop = ends[r]
+        for k in range(d_in):
+            row[k] = b_dec[k] - x[r, k]
+        k = 0
+        while k + 256 <= width:
+            add_rows_256(
+                row_at + 4 * k, W_at + 4 * k, bytes_a_row, cols_at + 4 * start, acts_at + 4 * start, stop - start
+            )
+            k += 256
+        while k < width:
+            add_rows_64(
+                row_at + 4 * k, W_at + 4 * k, bytes_a_row, cols_at + 4 * start, acts_at + 4 * start, stop - start
+            )
+            k += 64
+        squares = np.float32(0.0)
+        for k in range(width):
+            value = row[k]
+            squares += value * value
+            row[k] = value * scale
+        total += squares
+        _dots(row, W_dec, cols, grad, start, stop)
+        for s in range(slices.shape[0]):
+            for k in range(64):
+                slices[s, r, k] = row[64 * s + k]
+        start = stop
+    return total
+
+
+@njit(**_OPTIONS)
+@no_type_check
+def column_sums(slices, first, last, out):
+    """out[slice, k] = sum over rows, for d loss / d b_dec."""
+    for s in range(slices.shape[0]):
+        for k in range(64):
+            out[s, k] = 0.0
+        for r in range(first, last):
+            for k in range(64):
+                out[s, k] += slices[s, r, k]
+
+
+@njit(**_OPTIONS)
+@no_type_check
+def finish_relu(base, n, cols, acts, grad, l1, counts):
+    """d loss / d pre of ReLU latents with an L1 penalty of weight `l1` an entry; counts per latent; sum of acts."""
+    counts[:] = 0
+    total = 0.0
+    for e in range(base, base + n):
+        counts[cols[e]] += 1
+        grad[e] += l1
+        total += acts[e]
+    return total
+
+
+@njit(**_OPTIONS)
+@no_type_check
+def place_entries(counts, starts):
+    """`counts [chunk, latent]` to where each chunk's entries of a latent begin, by latent and then by chunk;
+    `starts [latent + 1]` where each latent's do."""
+    position = 0
+    for j in range(counts.shape[1]):
+        starts[j] = position
+        for c in range(counts.shape[0]):
+            n = counts[c, j]
+            counts[c, j] = position
+            position += n
+    starts[counts.shape[1]] = position
+
+
+@njit(**_OPTIONS)
+@no_type_check
+def scatter_entries(first, last, base, cols, acts, grad, ends, places, rows, coefs):
+    """A chunk's entries to their places by latent; `rows` and `coefs` are the records as int32 and as float32."""
+    start = base
+    for r in range(first, last):
+        for e in range(start, ends[r]):
+            j = cols[e]
+            p = places[j]
+            places[j] = p + 1
+            rows[p, 0] = r
+            coefs[p, 1] = acts[e]
+            coefs[p, 2] = grad[e]
+        start = ends[r]
+
+
+@njit(**_OPTIONS)
+@no_type_check
+def weight_gradient(slices, s, first, last, starts, rows, which, out):
+    """Columns of slice s of the gradient rows `first:last`: sum over a latent's records of coefficient `which` times
+    the slice's row. Returns the sum of squares."""
+    d_in = out.shape[1]
+    n = min(64, d_in - 64 * s)
+    part = np.empty(64, np.float32)
+    total = 0.0
+    part_at, records_at = part.ctypes.data, rows.ctypes.data
+    slice_at = slices.ctypes.data + s * slices.strides[0]
+    for j in range(first, last):
+        for k in range(64):
+            part[k] = 0.0
+        at = records_at + 16 * starts[j]
+        add_records_64(part_at, slice_at, 256, at, at + 4 * which, starts[j + 1] - starts[j])
+        squares = np.float32(0.0)
+        for k in range(n):
+            squares += part[k] * part[k]
+            out[j, 64 * s + k] = part[k]
+        total += squares
+    return total
+
+
+@njit(**_OPTIONS)
+@no_type_check
+def bias_gradient(W_enc, first, last, starts, coefs, grad, partial):
+    """d loss / d b_enc of latents `first:last`, and what they take from d loss / d b_dec: `W_enc @ grad`."""
+    partial[:] = 0.0
+    d_in = partial.shape[0]
+    squares = 0.0
+    for j in range(first, last):
+        total = np.float32(0.0)
+        for p in range(starts[j], starts[j + 1]):
+            total += coefs[p, 2]
+        grad[j] = total
+        squares += np.float64(total) * np.float64(total)
+        if starts[j + 1] > starts[j]:
+            for k in range(d_in):
+                partial[k] += total * W_enc[j, k]
+    return squares
+
+
+@njit(**_OPTIONS)
+@no_type_check
+def adam_rows(weight, grad, mean, square, first, last, clip, beta1, beta2, eps, step_size, root, unit, least):
+    """torch.optim.Adam on rows `first:last`, the gradient times `clip`; rows back to unit norm where `unit`.
+
+    step_size = lr / (1 - beta1^t), root = sqrt(1 - beta2^t): weight -= step_size * mean / (sqrt(square) / root + eps).
+    """
+    rest1, rest2 = np.float32(1.0) - beta1, np.float32(1.0) - beta2
+    for j in range(first, last):
+        total = np.float32(0.0)
+        for k in range(weight.shape[1]):
+            g = grad[j, k] * clip
+            m = beta1 * mean[j, k] + rest1 * g
+            v = beta2 * square[j, k] + rest2 * g * g
+            mean[j, k] = m
+            square[j, k] = v
+            value = weight[j, k] - step_size * m / (np.sqrt(v) / root + eps)
+            weight[j, k] = value
+            total += value * value
+        if unit:
+            norm = max(np.sqrt(total), least)
+            for k in range(weight.shape[1]):
+                weight[j, k] /= norm

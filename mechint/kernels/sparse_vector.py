@@ -1,0 +1,246 @@
+"""Vector instructions for the sparse kernel's inner loops, written as LLVM code for numba.
+
+Left to itself the compiler keeps the running sums of a gather in memory; these hold them in registers, which is what
+decides the speed. Vectors have 16 float32 lanes: one AVX512 register, or what the processor has instead (LLVM splits
+them). Products and sums may be fused; nothing is assumed about NaN or infinity.
+
+Arguments named `*_at` are addresses in bytes. Nothing is checked here: the callers in `sparse_loops` own the bounds.
+"""
+
+from typing import no_type_check
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+LANES = 16
+BLOCK = 64  # floats that rows are padded to: four vectors
+_BYTES = 4 * LANES
+_F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_VECTOR = ir.VectorType(_F32, LANES)
+_FUSE = ("contract",)
+
+
+@no_type_check
+def _at(builder, address, offset, kind):
+    if offset:
+        address = builder.add(address, ir.Constant(_I64, offset))
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+@no_type_check
+def _load(builder, address, offset, kind, align):
+    value = builder.load(_at(builder, address, offset, kind))
+    value.align = align
+    return value
+
+
+@no_type_check
+def _store(builder, value, address, offset, align=4):
+    builder.store(value, _at(builder, address, offset, value.type)).align = align
+
+
+@no_type_check
+def _splat(builder, scalar):
+    kind = ir.VectorType(scalar.type, LANES)
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(_I32, 0))
+    zeros = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
+    return builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), zeros)
+
+
+@no_type_check
+def _fma(builder, a, b, c):
+    return builder.fadd(builder.fmul(a, b, flags=_FUSE), c, flags=_FUSE)
+
+
+@no_type_check
+def _lane_sum(builder, vector):
+    width = LANES
+    while width > 1:
+        half, kind = width // 2, ir.VectorType(_I32, width // 2)
+        nothing = ir.Constant(ir.VectorType(_F32, width), ir.Undefined)
+        low = builder.shuffle_vector(vector, nothing, ir.Constant(kind, list(range(half))))
+        high = builder.shuffle_vector(vector, nothing, ir.Constant(kind, list(range(half, width))))
+        vector, width = builder.fadd(low, high), half
+    return builder.extract_element(vector, ir.Constant(_I32, 0))
+
+
+@no_type_check
+def _make_add_rows(n_vectors, entry_bytes, coef_offset):
+    """out[:16 n_vectors] += sum over entries of coef * row[index], the sums held in registers."""
+
+    @intrinsic
+    def add_rows(typing_context, out_at, rows_at, row_bytes, entries_at, coefs_at, n):
+        signature = types.void(*[types.int64] * 6)
+
+        def generate(context, builder, signature, args):
+            out_at, rows_at, row_bytes, entries_at, coefs_at, n = args
+            start = [_load(builder, out_at, _BYTES * k, _VECTOR, 4) for k in range(n_vectors)]
+            before = builder.block
+            loop, done = builder.append_basic_block(), builder.append_basic_block()
+            builder.cbranch(builder.icmp_signed(">", n, ir.Constant(_I64, 0)), loop, done)
+            builder.position_at_end(loop)
+            entry = builder.phi(_I64)
+            entry.add_incoming(ir.Constant(_I64, 0), before)
+            sums = [builder.phi(_VECTOR) for _ in range(n_vectors)]
+            offset = builder.mul(entry, ir.Constant(_I64, entry_bytes))
+            index = builder.zext(_load(builder, builder.add(entries_at, offset), 0, _I32, 4), _I64)
+            coef = _splat(builder, _load(builder, builder.add(coefs_at, offset), coef_offset, _F32, 4))
+            row_at = builder.add(rows_at, builder.mul(index, row_bytes))
+            added = [
+                _fma(builder, _load(builder, row_at, _BYTES * k, _VECTOR, 4), coef, sums[k]) for k in range(n_vectors)
+            ]
+            following = builder.add(entry, ir.Constant(_I64, 1))
+            entry.add_incoming(following, loop)
+            for k in range(n_vectors):
+                sums[k].add_incoming(start[k], before)
+                sums[k].add_incoming(added[k], loop)
+            builder.cbranch(builder.icmp_signed("<", following, n), loop, done)
+            builder.position_at_end(done)
+            results = [builder.phi(_VECTOR) for _ in range(n_vectors)]
+            for k, result in enumerate(results):
+                result.add_incoming(start[k], before)
+                result.add_incoming(added[k], loop)
+            for k, result in enumerate(results):
+                _store(builder, result, out_at, _BYTES * k)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return add_rows
+
+
+@no_type_check
+def _make_dots(n_rows):
+    """out[i] = <vector, rows[index[i]]> over `n_blocks` blocks of 64 floats, for i < n_rows."""
+
+    @intrinsic
+    def dots(typing_context, vector_at, rows_at, row_bytes, indices_at, out_at, n_blocks):
+        signature = types.void(*[types.int64] * 6)
+
+        def generate(context, builder, signature, args):
+            vector_at, rows_at, row_bytes, indices_at, out_at, n_blocks = args
+            starts = []
+            for i in range(n_rows):
+                index = builder.zext(_load(builder, indices_at, 4 * i, _I32, 4), _I64)
+                starts.append(builder.add(rows_at, builder.mul(index, row_bytes)))
+            n_sums = 4 // n_rows  # enough independent sums to hide the latency of an addition
+            before = builder.block
+            loop, done = builder.append_basic_block(), builder.append_basic_block()
+            builder.branch(loop)
+            builder.position_at_end(loop)
+            block = builder.phi(_I64)
+            block.add_incoming(ir.Constant(_I64, 0), before)
+            sums = [[builder.phi(_VECTOR) for _ in range(n_sums)] for _ in range(n_rows)]
+            offset = builder.mul(block, ir.Constant(_I64, 4 * BLOCK))
+            new = [list(row) for row in sums]
+            for k in range(BLOCK // LANES):
+                part = _load(builder, builder.add(vector_at, offset), _BYTES * k, _VECTOR, 4)
+                for i in range(n_rows):
+                    weight = _load(builder, builder.add(starts[i], offset), _BYTES * k, _VECTOR, 4)
+                    new[i][k % n_sums] = _fma(builder, weight, part, new[i][k % n_sums])
+            following = builder.add(block, ir.Constant(_I64, 1))
+            block.add_incoming(following, loop)
+            for i in range(n_rows):
+                for k in range(n_sums):
+                    sums[i][k].add_incoming(ir.Constant(_VECTOR, [0.0] * LANES), before)
+                    sums[i][k].add_incoming(new[i][k], loop)
+            builder.cbranch(builder.icmp_signed("<", following, n_blocks), loop, done)
+            builder.position_at_end(done)
+            for i in range(n_rows):
+                total = new[i][0]
+                for k in range(1, n_sums):
+                    total = builder.fadd(total, new[i][k])
+                _store(builder, _lane_sum(builder, total), out_at, 4 * i)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return dots
+
+
+@no_type_check
+def _mask(builder, condition):
+    return builder.zext(builder.bitcast(condition, _I16), _I64)
+
+
+@no_type_check
+def _bfloat16_lanes(builder, address):
+    bits = builder.zext(_load(builder, address, 0, ir.VectorType(_I16, LANES), 2), ir.VectorType(_I32, LANES))
+    shift = ir.Constant(ir.VectorType(_I32, LANES), [16] * LANES)
+    return builder.bitcast(builder.shl(bits, shift), _VECTOR)
+
+
+@no_type_check
+def _make_upper_above(lanes):
+    """Bits of the 16 lanes whose upper bound `v + relative |v| + bias + error * scale` is above `cut`, or NaN."""
+
+    @intrinsic
+    def upper_above(typing_context, values_at, biases_at, scales_at, relative, error, cut):
+        signature = types.int64(types.int64, types.int64, types.int64, types.float32, types.float32, types.float32)
+
+        def generate(context, builder, signature, args):
+            values_at, biases_at, scales_at, relative, error, cut = args
+            value = lanes(builder, values_at)
+            bits = builder.bitcast(value, ir.VectorType(_I32, LANES))
+            positive = ir.Constant(ir.VectorType(_I32, LANES), [0x7FFFFFFF] * LANES)
+            size = builder.bitcast(builder.and_(bits, positive), _VECTOR)
+            bound = builder.fadd(value, _load(builder, biases_at, 0, _VECTOR, 4))
+            bound = _fma(builder, size, _splat(builder, relative), bound)
+            bound = _fma(builder, _load(builder, scales_at, 0, _VECTOR, 4), _splat(builder, error), bound)
+            return _mask(builder, builder.fcmp_unordered(">", bound, _splat(builder, cut)))
+
+        return signature, generate
+
+    return upper_above
+
+
+@intrinsic
+@no_type_check
+def lowest_bit(typing_context, mask):
+    """Index of the lowest set bit; the mask is not 0."""
+
+    def generate(context, builder, signature, args):
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+@no_type_check
+def from_bfloat16(typing_context, bits):
+    """The float32 of a bfloat16 given as uint16."""
+
+    def generate(context, builder, signature, args):
+        return builder.bitcast(builder.shl(builder.zext(args[0], _I32), ir.Constant(_I32, 16)), _F32)
+
+    return types.float32(types.uint16), generate
+
+
+@intrinsic
+@no_type_check
+def to_bfloat16(typing_context, value):
+    """The nearest bfloat16 (ties to even) as uint16. Not for NaN."""
+
+    def generate(context, builder, signature, args):
+        bits = builder.bitcast(args[0], _I32)
+        odd = builder.and_(builder.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
+        rounded = builder.add(bits, builder.add(odd, ir.Constant(_I32, 0x7FFF)))
+        return builder.trunc(builder.lshr(rounded, ir.Constant(_I32, 16)), _I16)
+
+    return types.uint16(types.float32), generate
+
+
+@no_type_check
+def _float32_lanes(builder, address):
+    return _load(builder, address, 0, _VECTOR, 4)
+
+
+# Entries as two arrays (index int32, coefficient float32), and as records (int32 row, float32, float32, unused).
+add_rows_256 = _make_add_rows(16, 4, 0)
+add_rows_64 = _make_add_rows(4, 4, 0)
+add_records_64 = _make_add_rows(4, 16, 0)
+dots_4 = _make_dots(4)
+dots_1 = _make_dots(1)
+upper_above_bfloat16 = _make_upper_above(_bfloat16_lanes)
+upper_above_float32 = _make_upper_above(_float32_lanes)
