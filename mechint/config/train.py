@@ -200,7 +200,9 @@ class SAETrainConfig(Config):
             value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
             require(value >= 0, f"{flag} must not be negative, got {value}")
             share = isinstance(value, float)
-            require(not share or value <= 1, f"{flag} with a decimal point is a share of the steps, 0 to 1, got {value}")
+            require(
+                not share or value <= 1, f"{flag} with a decimal point is a share of the steps, 0 to 1, got {value}"
+            )
         for name in ("l1_lambda", "learning_rate", "aux_coefficient"):
             require(math.isfinite(getattr(self, name)), f"--{name.replace('_', '-')} must be a finite number")
         for name in ("adam_beta1", "adam_beta2"):

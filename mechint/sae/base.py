@@ -70,6 +70,9 @@ class SAE(nn.Module, ABC):
     architecture: ClassVar[str]
     # Settings of the architecture beside d_in and d_sae, with their defaults; keyword arguments of the class.
     options: ClassVar[dict[str, Any]] = {}
+    # What its file holds, parameters and options; it must differ from every other architecture's, so that a checkpoint.pt
+    # alone says what it is. Empty: never saved as such (its `saved_form` is another architecture).
+    saved_tensors: ClassVar[tuple[str, ...]] = ()
     # Whether AuxK takes only positive pre-activations: where selection, not a bias, keeps latents off (Gao et al. 2024).
     aux_relu: ClassVar[bool] = False
     # Whether the decoder's row norms scale the penalty, so that decoder rows need not have unit norm.
@@ -176,11 +179,13 @@ class SAE(nn.Module, ABC):
 
     def tensors(self) -> dict[str, Tensor]:
         """What is written to disk, under the names of the field."""
-        return {name: tensor.detach().cpu().float().contiguous() for name, tensor in self.named_parameters()}
+        tensors = {name: tensor.detach().cpu().float().contiguous() for name, tensor in self.named_parameters()}
+        options = {name: torch.tensor(getattr(self, name)) for name in self.saved_tensors if name in self.options}
+        return tensors | options
 
     def extra_cfg(self) -> dict[str, Any]:
-        """Keys of `cfg.json` that only this architecture has."""
-        return {}
+        """Keys of `cfg.json` that only this architecture has: its options that are in its file."""
+        return {name: getattr(self, name) for name in self.saved_tensors if name in self.options}
 
     @property
     def b_pre(self) -> nn.Parameter:

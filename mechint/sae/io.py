@@ -21,14 +21,6 @@ from mechint.sae.base import ARCHITECTURES, MIN_DECODER_NORM, SAE
 
 CFG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
-# What tells the architectures apart in a file: their tensors. `k` is a number that a topk checkpoint carries along.
-TENSORS = {
-    "standard": ("W_enc", "b_enc", "W_dec", "b_dec"),
-    "topk": ("W_enc", "b_enc", "W_dec", "b_dec", "k"),
-    "jumprelu": ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"),
-    "gated": ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"),
-}
-
 # How the original pipeline collected (compare TransformerLens's old default): residual minus its mean, BOS prepended.
 LEGACY_SETTING = {"processing": "centred", "prepend_bos": True, "legacy": True}
 
@@ -49,7 +41,9 @@ def save_sae_folder(sae: SAE, folder: str | Path) -> None:
     """Write `cfg.json` and `sae_weights.safetensors` as SAELens 6 lays them out."""
     folder = Path(folder)
     make_dir(folder)
-    tensors = {name: tensor for name, tensor in sae.tensors().items() if name != "k"}  # k is in cfg.json
+    tensors = {
+        name: tensor for name, tensor in sae.tensors().items() if name not in sae.options
+    }  # those are in cfg.json
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
         save_file(tensors, temporary)
     cfg = {
@@ -153,15 +147,15 @@ def sae_from_tensors(tensors: dict[str, Any], *, source: str) -> SAE:
     tensors = dict(tensors)
     if "b_pre" in tensors and "b_dec" not in tensors:
         tensors["b_dec"] = tensors.pop("b_pre")
-    architecture = next((name for name, names in TENSORS.items() if set(names) == set(tensors)), None)
-    if architecture is None or not all(isinstance(value, Tensor) for value in tensors.values()):
+    cls = next((kind for kind in ARCHITECTURES.values() if set(kind.saved_tensors) == set(tensors)), None)
+    if cls is None or not all(isinstance(value, Tensor) for value in tensors.values()):
         found = ", ".join(sorted(map(str, tensors))[:8]) or "nothing"
         raise MechintError(f"{source} is not an SAE: expected W_enc, b_enc, W_dec and b_pre (or b_dec), found {found}")
     W_dec = tensors["W_dec"]
     if W_dec.ndim != 2:
         raise MechintError(f"{source}: W_dec should be [d_sae, d_in], found shape {list(W_dec.shape)}")
     d_sae, d_in = W_dec.shape
-    k = tensors.pop("k", None)
+    options = {name: tensors.pop(name).item() for name in list(tensors) if name in cls.options}
     for name, tensor in tensors.items():
         expected = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}.get(name, (d_sae,))
         if tuple(tensor.shape) != expected:
@@ -171,10 +165,9 @@ def sae_from_tensors(tensors: dict[str, Any], *, source: str) -> SAE:
             )
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
             raise MechintError(f"{source}: {name} holds values that are not finite floating-point numbers")
-    options = {} if k is None else {"k": int(k)}
     # Shapes only: the drawn initial values are replaced at once.
     with torch.device("meta"):
-        sae = ARCHITECTURES[architecture].make(d_in, d_sae, **options)
+        sae = cls.make(d_in, d_sae, **options)
     sae.load_state_dict({name: tensor.float().contiguous() for name, tensor in tensors.items()}, assign=True)
     return sae.requires_grad_(True)
 
@@ -182,10 +175,12 @@ def sae_from_tensors(tensors: dict[str, Any], *, source: str) -> SAE:
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     cfg = read_json(folder / CFG_FILE, "SAE configuration")
     architecture = cfg.get("architecture", "standard")
-    plain = architecture in TENSORS and cfg.get("apply_b_dec_to_input", True)
-    if not plain or cfg.get("normalize_activations", "none") not in ("none", False):
+    cls = ARCHITECTURES.get(architecture)
+    plain = cls is not None and cls.saved_tensors and cfg.get("apply_b_dec_to_input", True)
+    if cls is None or not plain or cfg.get("normalize_activations", "none") not in ("none", False):
+        known = ", ".join(sorted(name for name, kind in ARCHITECTURES.items() if kind.saved_tensors))
         raise MechintError(
-            f"{folder}: only {', '.join(TENSORS)} with apply_b_dec_to_input and without input normalisation open"
+            f"{folder}: only {known} with apply_b_dec_to_input and without input normalisation open"
             f" here; this one is {architecture!r}, apply_b_dec_to_input {cfg.get('apply_b_dec_to_input', True)},"
             f" normalize_activations {cfg.get('normalize_activations', 'none')!r}"
         )
@@ -195,16 +190,16 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise MechintError(f"{folder} has {CFG_FILE} but no {WEIGHTS_FILE}") from None
     except (SafetensorError, OSError) as error:
         raise MechintError(f"{folder / WEIGHTS_FILE} cannot be read: {one_line(error, 120)}") from error
-    if architecture == "topk":
-        if not isinstance(cfg.get("k"), int):
-            raise MechintError(f"{folder / CFG_FILE}: a topk SAE needs a whole number k, found {cfg.get('k')!r}")
-        tensors["k"] = torch.tensor(cfg["k"])
-        if cfg.get("rescale_acts_by_decoder_norm", False):
-            # selected by activation times norm: the same SAE with unit rows and the norms in the encoder
-            norms = tensors["W_dec"].norm(dim=1).clamp_min(MIN_DECODER_NORM)
-            tensors["W_enc"] = tensors["W_enc"] * norms
-            tensors["b_enc"] = tensors["b_enc"] * norms
-            tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
+    for name in set(cls.saved_tensors) & set(cls.options):
+        if not isinstance(cfg.get(name), (int, float)):
+            raise MechintError(f"{folder / CFG_FILE}: {architecture} needs a number {name}, found {cfg.get(name)!r}")
+        tensors[name] = torch.tensor(cfg[name])
+    if cfg.get("rescale_acts_by_decoder_norm", False) and tensors.keys() >= {"W_enc", "b_enc", "W_dec"}:
+        # selected by activation times norm: the same SAE with unit rows and the norms in the encoder
+        norms = tensors["W_dec"].norm(dim=1).clamp_min(MIN_DECODER_NORM)
+        tensors["W_enc"] = tensors["W_enc"] * norms
+        tensors["b_enc"] = tensors["b_enc"] * norms
+        tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
     return tensors, dict(cfg.get("metadata") or {})
 
 

@@ -43,16 +43,12 @@ class MetricsLog:
         if self.write is not None:
             self.write(line(row))
 
-    def row(
-        self, step: int, result: StepResult, state: TrainState, *, lr: float, lam: float
-    ) -> dict[str, int | float]:
+    def row(self, step: int, result: StepResult, state: TrainState, *, lr: float, lam: float) -> dict[str, int | float]:
         """The original's columns (`l0` a fraction), then ours. Terms are those of the scaled inputs trained on."""
         sae, config = state.sae, self.config
         terms = {name: term.item() for name, term in result.terms.items()}
         l0 = result.n_active.item() / config.batch_size
-        silent = dead_latents(
-            state.last_fired, step + 1, batch_size=config.batch_size, dead_after=config.dead_after
-        )
+        silent = dead_latents(state.last_fired, step + 1, batch_size=config.batch_size, dead_after=config.dead_after)
         norms = sae.W_dec.detach().norm(dim=1)
         return {
             "step": step,

@@ -121,7 +121,11 @@ def out_of_memory(config: SAETrainConfig) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
             words = str(error).lower()
-            if "out of memory" not in words and "can't allocate memory" not in words and "not enough memory" not in words:
+            if (
+                "out of memory" not in words
+                and "can't allocate memory" not in words
+                and "not enough memory" not in words
+            ):
                 raise
         raise MechintError(
             f"out of memory with {config.batch_size} vectors a step and {config.d_sae} latents: lower --batch-size"

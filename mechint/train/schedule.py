@@ -42,9 +42,7 @@ def learning_rate_at(config: SAETrainConfig, step: int) -> float:
 
 def sparsity_at(config: SAETrainConfig, step: int) -> float:
     """The penalty's weight at a step, as --lam counts it (`penalty_weight` turns it into that of the loss)."""
-    return l1_weight(
-        step, l1_lambda=config.l1_lambda, lambda_warmup_steps=config.steps_of(config.lambda_warmup_steps)
-    )
+    return l1_weight(step, l1_lambda=config.l1_lambda, lambda_warmup_steps=config.steps_of(config.lambda_warmup_steps))
 
 
 def penalty_weight(config: SAETrainConfig, lam: float, *, has_l1: bool) -> float:

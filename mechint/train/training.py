@@ -105,9 +105,9 @@ def prepare(
 def make_sae(config: SAETrainConfig, activations: Activations) -> SAE:
     """The SAE that the config asks for, with initial weights drawn on the CPU, whatever device it goes to."""
     set_global_seed(config.seed)
-    sae = build_sae(
-        config.architecture, config.activation_dim, config.d_sae, options=config.architecture_options
-    ).to(config.device)
+    sae = build_sae(config.architecture, config.activation_dim, config.d_sae, options=config.architecture_options).to(
+        config.device
+    )
     sae.unit_decoder = config.decoder == "unit"
     sae.metadata = {
         "hook_name": config.hook_name,
@@ -187,9 +187,7 @@ def make_objective(training: Training, lam: float) -> Objective:
 
 def _dead(training: Training, step: int) -> Tensor:
     config = training.config
-    return dead_latents(
-        training.state.last_fired, step, batch_size=config.batch_size, dead_after=config.dead_after
-    )
+    return dead_latents(training.state.last_fired, step, batch_size=config.batch_size, dead_after=config.dead_after)
 
 
 def _resampling_due(config: SAETrainConfig, step: int) -> bool:

@@ -8,7 +8,7 @@ a threshold, and the SAE is saved as the JumpReLU SAE that it then is. Bussmann 
 Autoencoders", section 3.
 """
 
-from typing import Any, final
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -103,6 +103,3 @@ class BatchTopKSAE(BatchSelecting):
         x_hat = self.decode(feature_acts)
         loss = Loss({"mse": mean_squared_error(x, x_hat)}, {"mse": 1.0}, feature_acts)
         return add_auxk(loss, self, x, x_hat, objective)
-
-    def extra_cfg(self) -> dict[str, Any]:
-        return {"k": self.k}

@@ -24,6 +24,7 @@ class GatedSAE(SAE):
     """Has `b_gate`, `b_mag` and `r_mag` (all `[d_sae]`, starting at 0) and no `b_enc`."""
 
     architecture = "gated"
+    saved_tensors = ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag")
     has_l1 = True
 
     def __init__(self, d_in: int, d_sae: int, *, generator: torch.Generator | None = None):

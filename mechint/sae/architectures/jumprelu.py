@@ -67,6 +67,7 @@ class JumpReLUSAE(SAE):
     """Also what BatchTopK SAEs are saved as. `threshold [d_sae]` is a parameter, never below 0."""
 
     architecture = "jumprelu"
+    saved_tensors = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
     options = {
         "penalty": "step",
         "bandwidth": 0.05,

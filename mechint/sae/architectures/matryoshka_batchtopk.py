@@ -7,7 +7,7 @@ Bussmann et al. 2025, "Learning Multi-Level Features with Matryoshka Sparse Auto
 lengths are drawn for each step from a Pareto distribution instead of being fixed, as saev does: `draw_widths`.
 """
 
-from typing import Any, final
+from typing import final
 
 import numpy as np
 import torch
@@ -56,9 +56,6 @@ class MatryoshkaBatchTopKSAE(BatchSelecting):
         if narrow:
             terms["prefix_mse"], weights["prefix_mse"] = torch.stack(narrow).mean(), (n - 1) / n
         return add_auxk(Loss(terms, weights, feature_acts), self, x, x_hat, objective)
-
-    def extra_cfg(self) -> dict[str, Any]:
-        return {"k": self.k, "matryoshka_widths": list(self.widths)}
 
 
 def default_widths(d_sae: int) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ class SparseAutoEncoder(SAE):
     """ReLU SAE with `d_sae = expansion * activation_dim` latents (or any `d_sae` given by keyword)."""
 
     architecture = "standard"
+    saved_tensors = ("W_enc", "b_enc", "W_dec", "b_dec")
     has_l1 = True
 
     def __init__(

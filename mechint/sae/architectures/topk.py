@@ -22,6 +22,7 @@ class TopKSAE(SAE):
 
     architecture = "topk"
     options = {"k": 32}
+    saved_tensors = ("W_enc", "b_enc", "W_dec", "b_dec", "k")
     aux_relu = True
 
     def __init__(self, d_in: int, d_sae: int, *, k: int | float = 32, generator: torch.Generator | None = None):
@@ -45,9 +46,5 @@ class TopKSAE(SAE):
         loss = Loss({"mse": mean_squared_error(x, x_hat)}, {"mse": 1.0}, feature_acts)
         return add_auxk(loss, self, x, x_hat, objective)
 
-    def tensors(self) -> dict[str, Tensor]:
-        # k travels with the weights, so that a checkpoint.pt on its own is not taken for a ReLU SAE
-        return {**super().tensors(), "k": torch.tensor(self.k)}
-
     def extra_cfg(self) -> dict[str, Any]:
-        return {"k": self.k, "rescale_acts_by_decoder_norm": False}
+        return {**super().extra_cfg(), "rescale_acts_by_decoder_norm": False}
