@@ -1,4 +1,4 @@
-"""The services that rows can be sent to: each one for real, without a network, and what becomes of a run when one fails.
+"""The services that rows can be sent to: each for real, without a network, and what becomes of a run when one fails.
 
 A service whose package is missing is skipped; the failures are tested with stand-ins for a package, so always.
 """
@@ -100,8 +100,8 @@ def test_trackio_database_holds_the_rows(config: SAETrainConfig, tmp_path: Path,
 
 
 def wandb_records(data: bytes) -> list[bytes]:
-    """The records of a .wandb file: LevelDB's log format (blocks of 32 KiB; a record is checksum, length, kind and bytes,
-    kind 1 for a whole one and 2, 3, 4 for the parts of one that crosses blocks) after a header of 7 bytes."""
+    """The records of a .wandb file: LevelDB's log format (blocks of 32 KiB; a record is checksum, length, kind and
+    bytes, kind 1 for a whole one and 2, 3, 4 for the parts of one that crosses blocks) after a header of 7 bytes."""
     records, place, whole = [], 7, b""
     while place + 7 <= len(data):
         if (left := 32768 - place % 32768) < 7:

@@ -1,7 +1,7 @@
 """Optional services that rows of metrics.csv are also sent to. The file is always written; a service is never needed.
 
-Nothing that a service does may cost a training: what fails at its start or later is one warning, and the training goes on
-with metrics.csv alone.
+Nothing that a service does may cost a training: what fails at its start or later is one warning, and the training goes
+on with metrics.csv alone.
 """
 
 import atexit
