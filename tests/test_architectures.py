@@ -1,4 +1,4 @@
-"""What holds for every architecture, found by its file: a new one is tested by being there. Then each one's own maths."""
+"""What holds for every architecture, found by its file: a new one is tested by being there. Then each one's maths."""
 
 import copy
 from pathlib import Path
@@ -92,7 +92,7 @@ def test_loss_is_the_weighted_sum_of_its_named_terms(architecture: str):
 @pytest.mark.parametrize("scale", [1.0, 0.37])
 @pytest.mark.parametrize("architecture", NAMES)
 def test_saved_form_reconstructs_what_was_trained(architecture: str, scale: float, decoder: str):
-    """Folding moves factors between tensors and leaves every reconstruction where it was, and the original untouched."""
+    """Folding moves factors between tensors; every reconstruction stays where it was, and the original as it was."""
     sae = make(architecture)
     sae.unit_decoder = decoder == "unit"
     if decoder == "free":

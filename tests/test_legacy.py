@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import HOOK
+from small_run import rows_without_rate
 
 from mechint.cli import ablate, compare, evaluate
 from mechint.cli import train as train_command
@@ -22,7 +23,6 @@ from mechint.data import open_activations
 from mechint.eval import read_metrics_csv
 from mechint.kernels import DenseKernel
 from mechint.sae import SAEloss, SparseAutoEncoder, load_sae, load_sae_checkpoint
-from small_run import rows_without_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 D_IN, N_ROWS = 32, 1500

@@ -30,7 +30,7 @@ def parse(
     description: str | None = None,
     defaults: dict[str, Any] | None = None,
 ) -> ConfigT:
-    """Flags over preset over `--config` JSON over `defaults` over the class's own. `--help` prints and ends the process.
+    """Flags over preset over `--config` JSON over `defaults` over the class's own. `--help` prints and ends all.
 
     `config_file` adds a `--config` flag that names a JSON file of settings.
 

@@ -1,8 +1,8 @@
 """What every sparse autoencoder has: its tensors, decoding, the terms of its loss, and the form it is saved in.
 
-An architecture is one final class in one file of `mechint/sae/architectures/`; defining it registers it (docs/extend.md).
-A subclass says how activations become `feature_acts` (`encode`), what training minimises (`loss`, in plain autograd: the
-reference for every faster path), and what it is saved as.
+An architecture is one final class in one file of `mechint/sae/architectures/`; defining it registers it (see
+docs/extend.md). A subclass says how activations become `feature_acts` (`encode`), what training minimises (`loss`, in
+plain autograd: the reference for every faster path), and what it is saved as.
 """
 
 import copy
@@ -70,10 +70,10 @@ class SAE(nn.Module, ABC):
     architecture: ClassVar[str]
     # Settings of the architecture beside d_in and d_sae, with their defaults; keyword arguments of the class.
     options: ClassVar[dict[str, Any]] = {}
-    # What its file holds, parameters and options; it must differ from every other architecture's, so that a checkpoint.pt
-    # alone says what it is. Empty: never saved as such (its `saved_form` is another architecture).
+    # What its file holds, parameters and options; no two architectures hold the same, so that a checkpoint.pt alone says
+    # what it is. Empty: never saved as such (its `saved_form` is another architecture).
     saved_tensors: ClassVar[tuple[str, ...]] = ()
-    # Whether AuxK takes only positive pre-activations: where selection, not a bias, keeps latents off (Gao et al. 2024).
+    # Whether AuxK takes only positive pre-activations: where selection, not a bias, keeps latents off (Gao et al.).
     aux_relu: ClassVar[bool] = False
     # Whether the decoder's row norms scale the penalty, so that decoder rows need not have unit norm.
     has_l1: ClassVar[bool] = False

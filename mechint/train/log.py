@@ -1,4 +1,4 @@
-"""metrics.csv while a run goes on: one row each `log_every` steps, to the file, the terminal and an optional service."""
+"""metrics.csv while a run goes on: a row each `log_every` steps, to the file, the terminal and an optional service."""
 
 import time
 from collections.abc import Callable
