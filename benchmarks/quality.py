@@ -152,7 +152,7 @@ def at_targets(members: Sequence[dict[str, Any]], targets: Sequence[float]) -> d
 
 
 def run_all(jobs: Sequence[tuple[Spec, tuple[float, ...], tuple[float, ...]]], workers: int) -> list[list[dict]]:
-    if workers == 1 or len(jobs) == 1:
+    if workers == 1 or len(jobs) <= 1:
         return [run_curve(job) for job in jobs]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         return list(pool.imap(run_curve, jobs))
@@ -169,21 +169,37 @@ def base_spec(args: argparse.Namespace) -> Spec:
 
 
 def variants(family: str, architecture: str, args: argparse.Namespace) -> list[Spec]:
-    """The settings over which a peer is tuned: learning rates and its own ways of scaling the input."""
+    """What a peer is tuned over before its learning rate: its own ways of scaling the input, and for
+    dictionary_learning's standard SAE also its other trainer of it. Scaling changes nothing in topk training."""
     scales = {"saelens": ("none", "sqrt_d"), "dictionary_learning": ("none", "unit")}[family]
     names = [architecture]
     if (family, architecture) == ("dictionary_learning", "standard"):
         names.append("standard_april")
+    own = {"family": family, "lr": args.lrs[0], "seed": args.seeds[0]}
     return [
-        base_spec(args) | {"family": family, "architecture": name, "lr": lr, "scale": scale, "seed": args.seeds[0]}
+        base_spec(args) | own | {"architecture": name, "scale": scale}
         for name in names
-        for scale in scales
-        for lr in args.lrs
+        for scale in (scales[:1] if architecture in TOPK_FAMILY else scales)
     ]
 
 
+Curve = tuple[float, Spec, list[dict[str, Any]]]
+
+
+def best_curves(specs: Sequence[Spec], curves: Sequence[list[dict[str, Any]]], at: float) -> dict[tuple, Curve]:
+    """(FVU at this L0, spec, members) of the best setting, by family and architecture."""
+    best: dict[tuple, Curve] = {}
+    for spec, members in zip(specs, curves, strict=True):
+        found = at_targets(members, (at,)).get(at)
+        name = (spec["family"], spec["architecture"].removesuffix("_april"))
+        if found is not None and (name not in best or found["fvu"] < best[name][0]):
+            best[name] = (found["fvu"], spec, members)
+    return best
+
+
 def tune_peers(args: argparse.Namespace) -> None:
-    """The best variant of each family at --tune-at with the first seed, then that one at all L0 with all seeds."""
+    """One change at a time, at L0 --tune-at with the first seed: the scale, then the learning rate. The best is then
+    trained at all L0 with all seeds."""
     targets = tuple(args.targets)
     specs = [
         spec
@@ -192,12 +208,12 @@ def tune_peers(args: argparse.Namespace) -> None:
         for spec in variants(family, architecture, args)
     ]
     curves = run_all([(spec, (args.tune_at,), ()) for spec in specs], args.workers)
-    best: dict[tuple[str, str], tuple[float, Spec, list[dict[str, Any]]]] = {}
-    for spec, members in zip(specs, curves, strict=True):
-        found = at_targets(members, (args.tune_at,)).get(args.tune_at)
-        name = (spec["family"], spec["architecture"].removesuffix("_april"))
-        if found is not None and (name not in best or found["fvu"] < best[name][0]):
-            best[name] = (found["fvu"], spec, members)
+    rates = []
+    for _, spec, members in best_curves(specs, curves, args.tune_at).values():
+        tried = tuple(around(members, args.tune_at)[:1])
+        rates += [(spec | {"lr": lr}, (args.tune_at,), tried) for lr in args.lrs[1:]]
+    curves += run_all(rates, args.workers)
+    best = best_curves([*specs, *(spec for spec, _, _ in rates)], curves, args.tune_at)
     # The coefficients that the tuning tried give the search its slope; they are read back, not trained again.
     jobs = [(spec, targets, tuple(m["sparsity"] for m in members)) for _, spec, members in best.values()]
     first = run_all(jobs, args.workers)
@@ -302,7 +318,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", default=["saelens", "dictionary_learning"])
     parser.add_argument("--targets", nargs="+", type=float, default=list(TARGETS), help="L0")
     parser.add_argument("--tune-at", type=float, default=32.0, help="peers: the L0 at which settings are chosen")
-    parser.add_argument("--lrs", nargs="+", type=float, default=[1e-3, 3e-3])
+    parser.add_argument("--lrs", nargs="+", type=float, default=[3e-3, 1e-3, 1e-2])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--d-sae", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=1024)
