@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mechint.errors import MechintError, nearest
+from mechint.sae.peers import ALONE, Peers
 
 # A row shorter than this is divided by this instead, so that an all-zero row stays finite.
 MIN_DECODER_NORM = 1e-12
@@ -77,6 +78,12 @@ class SAE(nn.Module, ABC):
     aux_relu: ClassVar[bool] = False
     # Whether the decoder's row norms scale the penalty, so that decoder rows need not have unit norm.
     has_l1: ClassVar[bool] = False
+    # Whether loss and encode ask `peers` wherever they sum over latents or choose between them, so that processes can
+    # have a share of the latents each.
+    shardable: ClassVar[bool] = False
+
+    # The processes that share a training step; while they share the latents, parameters hold this process's only.
+    peers: Peers = ALONE
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -120,11 +127,11 @@ class SAE(nn.Module, ABC):
 
     def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """`(x - b_dec) @ W_enc + b_enc`."""
-        return (x - self.b_dec) @ self.W_enc + self.b_enc
+        return (x - self.peers.shared(self.b_dec)) @ self.W_enc + self.b_enc
 
     def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
         """`feature_acts` to reconstructed activations."""
-        return feature_acts @ self.W_dec + self.b_dec
+        return self.peers.sum_latents(feature_acts @ self.W_dec) + self.b_dec
 
     def forward(
         self, x: Float[Tensor, "*batch d_in"]
@@ -246,12 +253,21 @@ def add_auxk(
     """
     if objective.dead is None or not objective.aux_coefficient or not objective.k_aux:
         return loss
-    dead = objective.dead.nonzero().squeeze(1)
-    if len(dead) == 0:
+    n_dead = int(objective.dead.sum())
+    if n_dead == 0:
         return loss
+    dead = sae.peers.mine(objective.dead).nonzero().squeeze(1)
     bias = sae.get_parameter(sae.latent_offsets()[0])
     term = auxk(
-        x, x_hat.detach(), sae.b_dec, sae.W_enc[:, dead], bias[dead], sae.W_dec[dead], objective.k_aux, sae.aux_relu
+        x,
+        x_hat.detach(),
+        sae.b_dec,
+        sae.W_enc[:, dead],
+        bias[dead],
+        sae.W_dec[dead],
+        min(objective.k_aux, n_dead),
+        sae.aux_relu,
+        sae.peers,
     )
     terms, weights = {**loss.terms, "auxk": term}, {**loss.weights, "auxk": objective.aux_coefficient}
     return Loss(terms, weights, loss.feature_acts)
@@ -266,15 +282,15 @@ def auxk(
     W_dec: Float[Tensor, "dead d_in"],
     k_aux: int,
     relu: bool,
+    peers: Peers = ALONE,
 ) -> Float[Tensor, ""]:
     """The AuxK term from the weights of the dead latents alone."""
-    pre = (x - b_dec) @ W_enc + b_enc
-    if k_aux < pre.shape[1]:
-        top = pre.topk(k_aux, dim=1)
-        pre = torch.zeros_like(pre).scatter(1, top.indices, top.values)
+    pre = (x - peers.shared(b_dec)) @ W_enc + b_enc
+    if peers.several_shares or k_aux < pre.shape[1]:
+        pre = peers.top(pre.detach(), k_aux).place(pre)
     if relu:
         pre = pre.relu()
-    return ((x - x_hat) - pre @ W_dec).pow(2).mean()
+    return ((x - x_hat) - peers.sum_latents(pre @ W_dec)).pow(2).mean()
 
 
 def build_sae(

@@ -26,6 +26,8 @@ class BatchSelecting(SAE):
     """What BatchTopK SAEs share: the choice over a batch, the running mean of its cut, and their saved form."""
 
     aux_relu = True
+    has_penalty = False
+    shardable = True
     cut_mean: Tensor
     cut_weight: Tensor
 
@@ -44,10 +46,10 @@ class BatchSelecting(SAE):
         acts = pre.relu()
         with torch.no_grad():
             scores = weighted_acts(self, acts).flatten()
-            top = scores.topk(self.n_kept(len(pre)))
+            top = self.peers.top_of_batch(scores, self.n_kept(self.peers.n_rows(len(pre))))
             positive = top.values[top.values > 0]
             self.last_cut = positive[-1] if len(positive) else None
-        return torch.zeros_like(pre).flatten().scatter(0, top.indices, acts.flatten()[top.indices]).view_as(pre)
+        return top.place(acts.flatten()).view_as(pre)
 
     def n_kept(self, batch: int) -> int:
         """Entries that stay of a batch: k * batch, rounded to the nearest (halves up)."""

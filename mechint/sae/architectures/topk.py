@@ -24,6 +24,8 @@ class TopKSAE(SAE):
     options = {"k": 32}
     saved_tensors = ("W_enc", "b_enc", "W_dec", "b_dec", "k")
     aux_relu = True
+    has_penalty = False
+    shardable = True
 
     def __init__(self, d_in: int, d_sae: int, *, k: int | float = 32, generator: torch.Generator | None = None):
         super().__init__(d_in, d_sae, generator=generator)
@@ -38,8 +40,8 @@ class TopKSAE(SAE):
         """ReLU of the `k` largest entries of each row; with free decoder rows, largest times the row's norm. Between
         equal entries torch.topk decides."""
         scale = self.penalty_scale()
-        top = (pre if scale is None else pre * scale.detach()).topk(self.k, dim=-1).indices
-        return torch.zeros_like(pre).scatter(-1, top, pre.gather(-1, top).relu())
+        scores = (pre if scale is None else pre * scale).detach()
+        return self.peers.top(scores, self.k).place(pre, relu=True)
 
     def loss(self, x: Float[Tensor, "batch d_in"], objective: Objective) -> Loss:
         x_hat, feature_acts = self(x)
