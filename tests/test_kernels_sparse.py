@@ -5,13 +5,20 @@ import copy
 import pytest
 import torch
 
-from mechint.kernels import DenseKernel, StepSettings
+from mechint.kernels import DenseKernel
 from mechint.kernels.sparse import SparseKernel
 from mechint.sae import Objective, build_sae
 
 # architecture and options; each is held against the reference in every test below
 CASES = {
     "standard": ("standard", {}),
+    "topk": ("topk", {"k": 8}),
+    "batchtopk": ("batchtopk", {"k": 7.3}),
+    "matryoshka": ("matryoshka_batchtopk", {"k": 9}),
+    "jumprelu": ("jumprelu", {}),
+    "jumprelu-tanh": ("jumprelu", {"penalty": "tanh", "bandwidth": 2.0, "init_threshold": 0.3}),
+    "jumprelu-quadratic": ("jumprelu", {"penalty": "quadratic", "target_l0": 9.0, "ste_to_input": True}),
+    "gated": ("gated", {}),
 }
 NARROW = pytest.mark.parametrize("narrow", [True, False], ids=["bfloat16", "float32"])
 CASE = pytest.mark.parametrize("case", CASES)
@@ -66,7 +73,9 @@ def assert_same(sparse, got, dense, expected, *, tolerance=2e-5):
     assert got.n_active == expected.n_active
     for (name, p), q in zip(sparse.sae.named_parameters(), dense.sae.parameters(), strict=True):
         size = q.grad.abs().max()
-        torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=float(tolerance * size) + 1e-9, msg=lambda m, n=name: n + m)
+        torch.testing.assert_close(
+            p.grad, q.grad, rtol=0, atol=float(tolerance * size) + 1e-9, msg=lambda m, n=name: n + m
+        )
 
 
 @CASE

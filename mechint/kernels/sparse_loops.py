@@ -5,7 +5,8 @@ activations and the gradient of the reconstruction) lies in slices of 64 columns
 batch fits the second-level cache, so that the gather per latent reads it from there.
 
 Entries of a chunk of rows, row by row and by ascending column, are `cols`, `pre` and `grad`; `ends[r]` is where row r's
-end. Entries by latent are records `[row, feature_acts, gradient of pre]` of 16 bytes: one cache line each to scatter.
+end. Entries by latent are records `[row, feature_acts, gradient of pre, one more]` of 16 bytes: one cache
+line each to scatter.
 
 Every sum has a fixed order, and no two threads write the same number: results do not depend on the threads.
 """
@@ -30,17 +31,17 @@ from mechint.kernels.sparse_vector import (
 
 # Sums may be regrouped and products fused; NaN and infinity keep their meaning.
 _SUMS = {"reassoc", "contract"}
-_OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": _SUMS}
+OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": _SUMS}
 # Rounding to bfloat16: at most 2^-8 of the value, and a little more relative to the rounded value.
 BFLOAT16_STEP = np.float32(2.0**-8 * (1 + 2.0**-6))
 _SLACK = 1.0001  # for the rounding of the bounds themselves
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 @no_type_check
-def measure_latents(W_enc, narrow, first, last, W_narrow, norms, biases, b_enc, bound):
-    """Per latent: encoder column in bfloat16, its norm, and bias less bound. Returns the largest relative rounding
-    error of a column, NaN if any number is not finite."""
+def measure_latents(W_enc, b_enc, narrow, first, last, W_narrow, norms):
+    """Per latent: encoder column in bfloat16, and its norm. Returns the largest relative rounding error of a column,
+    NaN if any number is not finite."""
     worst = np.float32(0.0)
     d_in = W_enc.shape[1]
     finite = True
@@ -59,13 +60,12 @@ def measure_latents(W_enc, narrow, first, last, W_narrow, norms, biases, b_enc, 
                 total += W_enc[j, k] * W_enc[j, k]
         finite = finite and np.isfinite(total) and np.isfinite(b_enc[j])
         norms[j] = np.sqrt(total)
-        biases[j] = b_enc[j] - bound[j] + np.float32(1e-6) * (abs(b_enc[j]) + abs(bound[j]))
         if total > 0:
             worst = max(worst, np.sqrt(error / total))
     return worst if finite else np.float32(np.nan)
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 @no_type_check
 def prepare_rows(x, b_dec, narrow, first, last, x_narrow, x_wide, slices, errors, worst_latent):
     """Centre rows `first:last`: into slices, and for the encoder product as bfloat16 or float32. `errors[r]` times the
@@ -100,18 +100,18 @@ def prepare_rows(x, b_dec, narrow, first, last, x_narrow, x_wide, slices, errors
     return finite
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 @no_type_check
-def _centred(slices, r, row):
+def centred(slices, r, row):
     """Row r of the slices, in one piece."""
     for s in range(slices.shape[0]):
         for k in range(64):
             row[64 * s + k] = slices[s, r, k]
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 @no_type_check
-def _dots(row, rows, cols, out, first, last):
+def dots(row, rows, cols, out, first, last):
     """out[e] = <row, rows[cols[e]]>."""
     row_at, rows_at, bytes_a_row = row.ctypes.data, rows.ctypes.data, 4 * rows.shape[1]
     cols_at, out_at, n_blocks = cols.ctypes.data, out.ctypes.data, rows.shape[1] // 64
@@ -124,9 +124,9 @@ def _dots(row, rows, cols, out, first, last):
         e += 1
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 @no_type_check
-def _candidates(values, narrow, biases, norms, error, cut, cols, position):
+def candidates(values, narrow, biases, norms, error, cut, cols, position):
     """Columns of a row whose pre-activation may be above their bound by more than `cut`; NaN counts as above."""
     n_latents = biases.shape[0]
     values_at, biases_at, norms_at = values.ctypes.data, biases.ctypes.data, norms.ctypes.data
@@ -152,7 +152,7 @@ def _candidates(values, narrow, biases, norms, error, cut, cols, position):
     return position
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 @no_type_check
 def find_above(
     values, narrow, first, last, slices, W_enc, b_enc, bound, biases, norms, errors, base, limit, cols, pre, ends
@@ -170,10 +170,10 @@ def find_above(
             return -1
         start = position
         line = values[r - first]
-        stop = _candidates(line, narrow, biases, norms, errors[r], np.float32(0.0), cols, start)
+        stop = candidates(line, narrow, biases, norms, errors[r], np.float32(0.0), cols, start)
         if narrow:
-            _centred(slices, r, row)
-            _dots(row, W_enc, cols, pre, start, stop)
+            centred(slices, r, row)
+            dots(row, W_enc, cols, pre, start, stop)
         else:
             for e in range(start, stop):
                 pre[e] = line[cols[e]]
@@ -187,7 +187,7 @@ def find_above(
     return position - base
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 @no_type_check
 def decode_rows(x, b_dec, W_dec, first, last, base, cols, acts, ends, slices, grad):
     """Reconstruct rows from their entries, write d mse / d x_hat into slices and d mse / d acts into `grad`. Returns
@@ -220,7 +220,7 @@ def decode_rows(x, b_dec, W_dec, first, last, base, cols, acts, ends, slices, gr
             squares += value * value
             row[k] = value * scale
         total += squares
-        _dots(row, W_dec, cols, grad, start, stop)
+        dots(row, W_dec, cols, grad, start, stop)
         for s in range(slices.shape[0]):
             for k in range(64):
                 slices[s, r, k] = row[64 * s + k]
@@ -228,7 +228,7 @@ def decode_rows(x, b_dec, W_dec, first, last, base, cols, acts, ends, slices, gr
     return total
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 @no_type_check
 def column_sums(slices, first, last, out):
     """out[slice, k] = sum over rows, for d loss / d b_dec."""
@@ -240,20 +240,7 @@ def column_sums(slices, first, last, out):
                 out[s, k] += slices[s, r, k]
 
 
-@njit(**_OPTIONS)
-@no_type_check
-def finish_relu(base, n, cols, acts, grad, l1, counts):
-    """d loss / d pre of ReLU latents with an L1 penalty of weight `l1` an entry; counts per latent; sum of acts."""
-    counts[:] = 0
-    total = 0.0
-    for e in range(base, base + n):
-        counts[cols[e]] += 1
-        grad[e] += l1
-        total += acts[e]
-    return total
-
-
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 @no_type_check
 def place_entries(counts, starts):
     """`counts [chunk, latent]` to where each chunk's entries of a latent begin, by latent and then by chunk;
@@ -268,9 +255,9 @@ def place_entries(counts, starts):
     starts[counts.shape[1]] = position
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 @no_type_check
-def scatter_entries(first, last, base, cols, acts, grad, ends, places, rows, coefs):
+def scatter_entries(first, last, base, cols, acts, grad, other, ends, places, rows, coefs):
     """A chunk's entries to their places by latent; `rows` and `coefs` are the records as int32 and as float32."""
     start = base
     for r in range(first, last):
@@ -281,10 +268,12 @@ def scatter_entries(first, last, base, cols, acts, grad, ends, places, rows, coe
             rows[p, 0] = r
             coefs[p, 1] = acts[e]
             coefs[p, 2] = grad[e]
+            if other.shape[0] > 0:
+                coefs[p, 3] = other[e]
         start = ends[r]
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 @no_type_check
 def weight_gradient(slices, s, first, last, starts, rows, which, out):
     """Columns of slice s of the gradient rows `first:last`: sum over a latent's records of coefficient `which` times
@@ -308,7 +297,7 @@ def weight_gradient(slices, s, first, last, starts, rows, which, out):
     return total
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 @no_type_check
 def bias_gradient(W_enc, first, last, starts, coefs, grad, partial):
     """d loss / d b_enc of latents `first:last`, and what they take from d loss / d b_dec: `W_enc @ grad`."""
@@ -327,14 +316,15 @@ def bias_gradient(W_enc, first, last, starts, coefs, grad, partial):
     return squares
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 @no_type_check
-def adam_rows(weight, grad, mean, square, first, last, clip, beta1, beta2, eps, step_size, root, unit, least):
+def adam_rows(weight, grad, mean, square, first, last, clip, betas, eps, step_size, root, unit, least):
     """torch.optim.Adam on rows `first:last`, the gradient times `clip`; rows back to unit norm where `unit`.
 
     step_size = lr / (1 - beta1^t), root = sqrt(1 - beta2^t): weight -= step_size * mean / (sqrt(square) / root + eps).
+    `betas` are beta1, 1 - beta1, beta2, 1 - beta2, each rounded on its own: 1 - float32(0.999) is off by 1e-5.
     """
-    rest1, rest2 = np.float32(1.0) - beta1, np.float32(1.0) - beta2
+    beta1, rest1, beta2, rest2 = betas
     for j in range(first, last):
         total = np.float32(0.0)
         for k in range(weight.shape[1]):
