@@ -38,7 +38,8 @@ class DenseKernel:
             with torch.no_grad():
                 unit = torch.nn.functional.normalize(W_dec, dim=1)
                 W_dec.grad.sub_((W_dec.grad * unit).sum(dim=1, keepdim=True) * unit)
-        norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), max_grad_norm)
+        norm = self.sae.peers.grad_norm(self.sae)
+        torch.nn.utils.clip_grads_with_norm_(self.sae.parameters(), max_grad_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()

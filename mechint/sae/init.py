@@ -68,7 +68,7 @@ def set_density(sae: SAE, sample: Float[Tensor, "n d_in"], l0: float) -> None:
     bias.zero_()
     rank = max(1, round(share * len(sample)))
     threshold = getattr(sae, "threshold", None)
-    for block in torch.arange(sae.d_sae, device=sample.device).split(1024):
+    for block in torch.arange(len(bias), device=sample.device).split(1024):
         pre = (sample - sae.b_dec) @ sae.W_enc[:, block]
         cut = pre.topk(rank, dim=0).values[-1]
         bias[block] = -cut if not isinstance(threshold, Tensor) else threshold[block] - cut

@@ -26,6 +26,7 @@ class GatedSAE(SAE):
     architecture = "gated"
     saved_tensors = ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag")
     has_l1 = True
+    shardable = True
 
     def __init__(self, d_in: int, d_sae: int, *, generator: torch.Generator | None = None):
         super().__init__(d_in, d_sae, generator=generator)
@@ -36,21 +37,24 @@ class GatedSAE(SAE):
 
     def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Those of the gate: what decides whether a latent is active."""
-        return (x - self.b_dec) @ self.W_enc + self.b_gate
+        return self._unbiased(x) + self.b_gate
+
+    def _unbiased(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        return (x - self.peers.shared(self.b_dec)) @ self.W_enc
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        u = (x - self.b_dec) @ self.W_enc
+        u = self._unbiased(x)
         return (u + self.b_gate > 0) * torch.relu(u * self.r_mag.exp() + self.b_mag)
 
     def loss(self, x: Float[Tensor, "batch d_in"], objective: Objective) -> Loss:
-        u = (x - self.b_dec) @ self.W_enc
+        u = self._unbiased(x)
         gate = torch.relu(u + self.b_gate)
         feature_acts = (gate > 0) * torch.relu(u * self.r_mag.exp() + self.b_mag)
         x_hat = self.decode(feature_acts)
-        by_gate = gate @ self.W_dec.detach() + self.b_dec.detach()
+        by_gate = self.peers.sum_latents(gate @ self.W_dec.detach()) + self.b_dec.detach()
         terms = {
             "mse": mean_squared_error(x, x_hat),
-            "l1": weighted_acts(self, gate).mean(),
+            "l1": self.peers.mean_latents(weighted_acts(self, gate)),
             "gate_mse": mean_squared_error(x, by_gate),
         }
         loss = Loss(terms, {"mse": 1.0, "l1": objective.sparsity, "gate_mse": 1.0}, feature_acts)

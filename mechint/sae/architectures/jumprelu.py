@@ -67,6 +67,7 @@ class JumpReLUSAE(SAE):
     """Also what BatchTopK SAEs are saved as. `threshold [d_sae]` is a parameter, never below 0."""
 
     architecture = "jumprelu"
+    shardable = True
     saved_tensors = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
     options = {
         "penalty": "step",
@@ -121,17 +122,18 @@ class JumpReLUSAE(SAE):
         terms = {"mse": mean_squared_error(x, x_hat), "l0_penalty": self._penalty(pre, feature_acts) / self.d_in}
         weights = {"mse": 1.0, "l0_penalty": objective.sparsity}
         if self.pre_act_coefficient and objective.dead is not None:
-            below = weighted_acts(self, (self.threshold - pre).relu() * objective.dead)
-            terms["pre_act"] = below.sum(dim=1).mean() / self.d_in
+            below = weighted_acts(self, (self.threshold - pre).relu() * self.peers.mine(objective.dead))
+            terms["pre_act"] = self.peers.sum_latents(below.sum(dim=1).mean()) / self.d_in
             weights["pre_act"] = self.pre_act_coefficient
         return add_auxk(Loss(terms, weights, feature_acts), self, x, x_hat, objective)
 
     def _penalty(self, pre: Float[Tensor, "batch d_sae"], feature_acts: Float[Tensor, "batch d_sae"]) -> Tensor:
         if self.penalty == "tanh":
-            return torch.tanh(self.tanh_scale * weighted_acts(self, feature_acts)).sum(dim=1).mean()
+            bounded = torch.tanh(self.tanh_scale * weighted_acts(self, feature_acts))
+            return self.peers.sum_latents(bounded.sum(dim=1).mean())
         active: Tensor = _Step.apply(pre, self.threshold, self.bandwidth, self.ste_to_input)  # type: ignore[assignment]
-        l0 = active.sum(dim=1).mean()
-        return l0 if self.target_l0 is None else (l0 / self.target_l0 - 1.0).square()
+        l0 = self.peers.sum_latents(active.sum(dim=1).mean())
+        return l0 if self.target_l0 is None else (self.peers.mean_rows(l0) / self.target_l0 - 1.0).square()
 
     @torch.no_grad()
     def constrain(self) -> None:

@@ -47,7 +47,8 @@ class MatryoshkaBatchTopKSAE(BatchSelecting):
         widths = check_widths(objective.widths or self.widths, self.d_sae)
         x_hat, narrow, start = self.b_dec, [], 0
         for width in widths:
-            x_hat = x_hat + feature_acts[:, start:width] @ self.W_dec[start:width]
+            block = self.peers.here(start, width)
+            x_hat = x_hat + self.peers.sum_latents(feature_acts[:, block] @ self.W_dec[block])
             start = width
             narrow.append(mean_squared_error(x, x_hat))
         # the full width by its own name, as everywhere; the narrower ones together

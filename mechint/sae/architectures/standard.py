@@ -25,6 +25,7 @@ class SparseAutoEncoder(SAE):
     architecture = "standard"
     saved_tensors = ("W_enc", "b_enc", "W_dec", "b_dec")
     has_l1 = True
+    shardable = True
 
     def __init__(
         self,
@@ -45,7 +46,7 @@ class SparseAutoEncoder(SAE):
 
     def loss(self, x: Float[Tensor, "batch d_in"], objective: Objective) -> Loss:
         x_hat, feature_acts = self(x)
-        terms = {"mse": mean_squared_error(x, x_hat), "l1": weighted_acts(self, feature_acts).mean()}
+        terms = {"mse": mean_squared_error(x, x_hat), "l1": self.peers.mean_latents(weighted_acts(self, feature_acts))}
         loss = Loss(terms, {"mse": 1.0, "l1": objective.sparsity}, feature_acts)
         return add_auxk(loss, self, x, x_hat, objective)
 
