@@ -17,24 +17,20 @@ Runs itself in the environment of benchmarks/peers.py. All rounds go to build/be
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from peers import ROOT, run_inside
 
-FOLDER = ROOT / "build" / "bench"
 TURN_SECONDS = 0.25
 ARCHITECTURES = ("standard", "topk", "batchtopk", "jumprelu", "gated", "matryoshka_batchtopk")
-L0S = {"standard": (200.0, 60.0), "jumprelu": (60.0,), "gated": (60.0,)}  # the others: k
 
 
 def contenders(args: argparse.Namespace, rows: Any, weights: Any) -> list[Any]:
-    from train_rows import original, ours, peer
+    from train_rows import L0S, original, ours, peer
 
     found = []
     for architecture in args.architectures:
@@ -71,7 +67,7 @@ def take_turn(contender: Any, number: int) -> float:
 def run_rounds(args: argparse.Namespace) -> dict[str, Any]:
     import torch
     from train_limit import Probe, limit_ms
-    from train_rows import make_rows, plant
+    from train_rows import FOLDER, L0S, machine, make_rows, plant
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -111,21 +107,6 @@ def run_rounds(args: argparse.Namespace) -> dict[str, Any]:
 
 def key(contender: Any) -> str:
     return f"{contender.name} at L0 {contender.l0}"
-
-
-def machine() -> dict[str, Any]:
-    import torch
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
-    return {
-        "cpu": model or platform.processor(),
-        "vector": [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if flag in flags],
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def ratio(slow: list[float], fast: list[float]) -> str:
@@ -177,6 +158,8 @@ def tables(report: dict[str, Any]) -> str:
 
 
 def save(report: dict[str, Any], name: str) -> None:
+    from train_rows import FOLDER
+
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / f"{name}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")

@@ -4,18 +4,22 @@ Data: 500,000 rows of width 512 by default, each the sum of 20 of 2000 random di
 (0.03 a dimension) and a mean offset.
 
 Weights ("planted"): the first 2000 decoder rows are the true directions, the others random; the encoder is the
-transpose; one bias common to all latents puts L0 where it is wanted, and a learning rate of 1e-6 leaves it there. The cost of a
-dense step does not depend on any of this; that of a step which skips zeros depends on L0 alone, which is printed.
+transpose; one bias common to all latents puts L0 where it is wanted, and a learning rate of 1e-6 leaves it there. The
+cost of a dense step does not depend on any of this; that of a step which skips zeros depends on L0, which is printed.
 """
 
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peer_trainers import FAMILIES, Recipe, matryoshka_widths, set_weights
+from peers import ROOT
 from torch import Tensor, nn
 
+FOLDER = ROOT / "build" / "bench"
+L0S = {"standard": (200.0, 60.0), "jumprelu": (60.0,), "gated": (60.0,)}  # the others: k
 N_DIRECTIONS, PER_ROW, NOISE = 2000, 20, 0.03
 STILL = 1e-6  # learning rate of the timed steps
 
@@ -34,6 +38,19 @@ class Weights(NamedTuple):
     W_dec: Tensor
     b_dec: Tensor
     cut: dict[float, float]  # pre-activation above which that many latents a row lie, by L0
+
+
+def machine() -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    return {
+        "cpu": model or platform.processor(),
+        "vector": [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if flag in flags],
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def make_rows(path: Path, n: int, d_in: int, seed: int = 0) -> tuple[Tensor, Tensor]:
