@@ -96,11 +96,11 @@ def ensure(folder: Path = FOLDER) -> Path:
 
 def run_inside() -> None:
     """Go on in the peers' environment: returns there, and re-executes the running script otherwise."""
+    # As the commands run: a thread that waits for work must not take a core from a neighbour. Read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if Path(sys.prefix).resolve() == FOLDER.resolve():
         return
     python = ensure()
-    # As the commands run: a thread that waits for work must not take a core from a neighbour.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.execv(python, [str(python), *sys.argv])
 
 

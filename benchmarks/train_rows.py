@@ -112,16 +112,18 @@ class OriginalSAE(nn.Module):
 class OriginalLoop:
     """Its loop: random rows of a mapped tensor, autograd, clipping, torch's Adam as it comes, renormalising."""
 
-    def __init__(self, rows: Tensor, sae: OriginalSAE, batch_size: int, seed: int = 0):
+    def __init__(self, rows: Tensor, sae: OriginalSAE, batch_size: int, seed: int = 0, *, among: Tensor | None = None):
+        """`among`: the row numbers to train on, all if None."""
         self.rows, self.sae, self.batch_size = rows, sae, batch_size
+        self.among = torch.arange(len(rows)) if among is None else among
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=STILL)
         self.ever_active = torch.zeros(len(sae.b_enc), dtype=torch.bool)
         self.generator = torch.Generator().manual_seed(seed)
         self.last: dict[str, Tensor] = {}
 
     def step(self, lr: float, lam: float) -> None:
-        picked = torch.randint(0, len(self.rows), (self.batch_size,), generator=self.generator)
-        x = self.rows[picked]
+        picked = torch.randint(0, len(self.among), (self.batch_size,), generator=self.generator)
+        x = self.rows[self.among[picked]]
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         x_hat, acts = self.sae(x)
