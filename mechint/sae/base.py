@@ -78,6 +78,8 @@ class SAE(nn.Module, ABC):
     aux_relu: ClassVar[bool] = False
     # Whether the decoder's row norms scale the penalty, so that decoder rows need not have unit norm.
     has_l1: ClassVar[bool] = False
+    # Whether `Objective.sparsity` weighs anything: not where a number of latents decides how sparse codes are.
+    has_penalty: ClassVar[bool] = True
     # Whether loss and encode ask `peers` wherever they sum over latents or choose between them, so that processes can
     # have a share of the latents each.
     shardable: ClassVar[bool] = False
