@@ -13,6 +13,7 @@ from mechint.config.base import (
 )
 from mechint.config.collect import COLLECT_PRESETS, CollectConfig
 from mechint.config.readers import AblateConfig, CompareConfig, EvalConfig
+from mechint.config.sweep import SweepConfig
 from mechint.config.train import TRAIN_PRESETS, SAETrainConfig
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "EvalConfig",
     "Processing",
     "SAETrainConfig",
+    "SweepConfig",
     "check_run_name",
     "layer_of_hook",
     "require",

@@ -63,7 +63,7 @@ def evaluate_checkpoint(config: EvalConfig, *, progress: bool = False) -> dict[s
     check_same_setting(sae, activations, target.checkpoint)
     train_indices, val_indices = _split(activations, target.config, config.rows)
     notes = [*target.notes, *(str(warning.message) for warning in caught if assumed)]
-    spliced, note = _prepare_language(config, target, sae, activations, val_indices, given_texts, device)
+    spliced, note = prepare_language(config, target, sae, activations, val_indices, given_texts, device)
     if note is not None:
         notes.append(note)
 
@@ -194,7 +194,7 @@ def _split(activations: Activations, settings: SAETrainConfig, rows: str) -> tup
 Spliced = tuple[LanguageModel, list[Text], str]
 
 
-def _prepare_language(
+def prepare_language(
     config: EvalConfig,
     target: Target,
     sae: SAE,

@@ -6,6 +6,7 @@ its own value in all of them. docs/metrics.md states the formulas.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -20,7 +21,6 @@ from mechint.sae import SAE
 MAX_LOGIT_ELEMENTS = 2**26
 # Positions whose log-probabilities are compared at once.
 POSITIONS_PER_BLOCK = 512
-VARIANTS = ("sae", "zero", "mean")
 
 
 @runtime_checkable
@@ -121,14 +121,26 @@ def language_metrics(
         ce_clean, ce_sae, ce_zero, ce_mean and kl_clean_sae in nats per predicted token; ce_recovered_zero and
         ce_recovered_mean (None where the ablation costs nothing); n_texts_ce, n_predicted.
     """
-    mean = mean.float().to(sae.W_enc.device)
-    edits: dict[str, Callable[[Tensor], Tensor]] = {
-        "sae": lambda x: sae(x.float())[0],
+    return language_metrics_of([sae], model, texts, mean, hook_name, batch_size=batch_size, progress=progress)[0]
+
+
+def language_metrics_of(
+    saes: Sequence[SAE],
+    model: Predictor,
+    texts: Sequence[Text],
+    mean: Float[Tensor, " d_in"],
+    hook_name: str,
+    *,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """`language_metrics` of several SAEs of one hook; what does not depend on the SAE is run once for all of them."""
+    baselines: dict[str, Callable[[Tensor], Tensor]] = {
         "zero": torch.zeros_like,
-        "mean": lambda x: mean.expand_as(x),
+        "mean": lambda x: mean.to(x).expand_as(x),
     }
-    nll = dict.fromkeys(("clean", *VARIANTS), 0.0)
-    kl = 0.0
+    nll = dict.fromkeys(("clean", *baselines), 0.0)
+    nll_sae, kl = [0.0] * len(saes), [0.0] * len(saes)
     n_predicted = 0
     with torch.inference_mode():
         for tokens, seen, lengths in _batches(texts, batch_size, model.d_vocab, progress):
@@ -138,21 +150,35 @@ def language_metrics(
             clean = model.logits(tokens)[predicts]
             nll["clean"] += _nll_sum(clean, targets)
             n_predicted += len(targets)
-            for name in VARIANTS:
-                edited = model.logits_with(tokens, hook_name, _only_where(seen, edits[name]))[predicts]
+            for index, sae in enumerate(saes):
+                edited = model.logits_with(tokens, hook_name, _only_where(seen, partial(_reconstruct, sae)))[predicts]
+                nll_sae[index] += _nll_sum(edited, targets)
+                kl[index] += _kl_sum(clean, edited)
+                del edited
+            for name, edit in baselines.items():
+                edited = model.logits_with(tokens, hook_name, _only_where(seen, edit))[predicts]
                 nll[name] += _nll_sum(edited, targets)
-                if name == "sae":
-                    kl += _kl_sum(clean, edited)
                 del edited
     ce = {f"ce_{name}": total / n_predicted for name, total in nll.items()}
-    return {
-        **ce,
-        "ce_recovered_zero": _recovered(ce["ce_clean"], ce["ce_sae"], ce["ce_zero"]),
-        "ce_recovered_mean": _recovered(ce["ce_clean"], ce["ce_sae"], ce["ce_mean"]),
-        "kl_clean_sae": kl / n_predicted,
-        "n_texts_ce": len(texts),
-        "n_predicted": n_predicted,
-    }
+    found = []
+    for nll_one, kl_one in zip(nll_sae, kl, strict=True):
+        ce_sae = nll_one / n_predicted
+        found.append(
+            {
+                **ce,
+                "ce_sae": ce_sae,
+                "ce_recovered_zero": _recovered(ce["ce_clean"], ce_sae, ce["ce_zero"]),
+                "ce_recovered_mean": _recovered(ce["ce_clean"], ce_sae, ce["ce_mean"]),
+                "kl_clean_sae": kl_one / n_predicted,
+                "n_texts_ce": len(texts),
+                "n_predicted": n_predicted,
+            }
+        )
+    return found
+
+
+def _reconstruct(sae: SAE, x: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos d_in"]:
+    return sae(x.float())[0]
 
 
 def _recovered(clean: float, sae: float, baseline: float) -> float | None:
