@@ -53,19 +53,19 @@ def batch(seed, d_in=64, rows=300):
     return x + 0.03 * torch.randn(rows, d_in, generator=generator) + 0.1
 
 
-def both(case, x, objective=None, *, narrow, **kwargs):
+def both(case, x, objective=None, *, narrow=True, dense_above=1.0, **kwargs):
     """One backward of each kernel from the same state."""
     sae = make(case, **kwargs)
     ours, reference = copy.deepcopy(sae), copy.deepcopy(sae)
     # 1.0: nothing is too dense, so that it is the sparse route that is tested
-    sparse = SparseKernel(ours, adam(ours), narrow=narrow, dense_above=1.0)
+    sparse = SparseKernel(ours, adam(ours), narrow=narrow, dense_above=dense_above)
     dense = DenseKernel(reference, adam(reference))
     objective = objective or Objective(sparsity=0.3)
     return sparse, sparse.backward(x, objective), dense, dense.backward(x, objective)
 
 
-def assert_same(sparse, got, dense, expected, *, tolerance=2e-5):
-    assert sparse.route == "sparse"
+def assert_same(sparse, got, dense, expected, *, tolerance=2e-5, route="sparse"):
+    assert sparse.route == route
     assert got.terms.keys() == expected.terms.keys()
     for name in expected.terms:
         torch.testing.assert_close(got.terms[name], expected.terms[name], rtol=tolerance, atol=1e-7)
@@ -87,3 +87,11 @@ def assert_same(sparse, got, dense, expected, *, tolerance=2e-5):
 def test_gradients_of_a_batch(case, narrow, rows, d_in, d_sae):
     x = batch(1, d_in, rows)
     assert_same(*both(case, x, narrow=narrow, d_in=d_in, d_sae=d_sae))
+
+
+@CASE
+@pytest.mark.parametrize("active", [0.1, 0.5])
+def test_a_dense_batch_goes_the_dense_route(case, active):
+    x = batch(1, rows=520)
+    results = both(case, x, dense_above=0.001, active=active, d_sae=600)
+    assert_same(*results, route="dense")

@@ -10,21 +10,41 @@ from mechint.kernels.contract import Kernel
 from mechint.kernels.dense import DenseKernel
 from mechint.sae import SAE
 
-KERNELS = ("auto", "dense", "sparse")
+KERNELS = ("auto", "dense", "sparse", "manual")
 
 log = logging.getLogger(__name__)
 
 
 def make_kernel(
-    sae: SAE, optimizer: torch.optim.Optimizer, *, kernel: str = "auto", project_gradient: bool = False
+    sae: SAE,
+    optimizer: torch.optim.Optimizer,
+    *,
+    kernel: str = "auto",
+    project_gradient: bool = False,
+    precision: str = "float32",
 ) -> Kernel:
     """The kernel of that name; `auto` takes the fastest that fits the SAE and its device.
+
+    Only `manual` knows a `precision` other than float32 (mechint/kernels/cuda_products.py).
 
     Raises:
         MechintError: an unknown name, or a kernel that cannot train this SAE here.
     """
     if kernel not in KERNELS:
         raise MechintError(f"unknown --kernel {kernel!r}; {nearest(kernel, KERNELS)}")
+    lossy, on_cuda = precision != "float32", sae.W_enc.device.type == "cuda"
+    if lossy and kernel not in ("auto", "manual"):
+        raise MechintError(f"--precision {precision} needs --kernel manual, not {kernel}, which is exact")
+    if lossy or kernel == "manual" or (kernel == "auto" and on_cuda):
+        from mechint.kernels import cuda
+
+        reason = cuda.misfit(sae, optimizer)
+        if reason is None:
+            return cuda.ManualKernel(sae, optimizer, project_gradient=project_gradient, precision=precision)
+        if lossy or kernel == "manual":
+            raise MechintError(
+                f"--kernel manual cannot train this SAE, {reason}: use --kernel dense and --precision float32"
+            )
     if kernel == "sparse" or (kernel == "auto" and sae.W_enc.device.type == "cpu"):
         module, reason = _sparse()
         if module is not None:

@@ -14,6 +14,7 @@ Sums have a fixed order: the same batch gives the same bits, for any number of t
 """
 
 import functools
+import math
 from pathlib import Path
 from typing import final
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from mechint.kernels.contract import Pass, StepResult, StepSettings
 from mechint.kernels.dense import DenseKernel
 from mechint.kernels.sparse_adam import adam_update, is_plain_adam
+from mechint.kernels.sparse_dense import KINDS, DenseRoute
 from mechint.kernels.sparse_plans import PLANS, widths_of
 from mechint.kernels.sparse_pool import Pool, pool
 from mechint.kernels.sparse_space import Space
@@ -77,6 +79,7 @@ class SparseKernel:
         self.dense = DenseKernel(sae, optimizer, project_gradient=project_gradient)
         self.route = ""  # of the last batch: "sparse" or "dense"
         self._space: Space | None = None
+        self._dense: DenseRoute | None = None
         self._memory: dict[str, float] = {}  # hints; results do not depend on them
         self._grads = {name: torch.zeros_like(p) for name, p in sae.named_parameters()}
         self._squares: float | None = None  # of all gradients, where the last backward knows it
@@ -84,12 +87,7 @@ class SparseKernel:
     def backward(self, x: Float[Tensor, "batch d_in"], objective: Objective) -> Pass:
         x = x.detach().contiguous()
         with torch.no_grad():
-            result = self._backward(x, objective, pool())
-        self.route = "dense" if result is None else "sparse"
-        if result is None:  # too dense, or not finite
-            self._squares = None
-            return self.dense.backward(x, objective)
-        return result
+            return self._backward(x, objective, pool())
 
     def update(self, lr: float, max_grad_norm: float) -> Float[Tensor, ""]:
         self._squares = None  # other processes' gradients may have come in
@@ -106,34 +104,40 @@ class SparseKernel:
             return self.dense.update(lr, max_grad_norm)
         return adam_update(self.sae, self.optimizer, lr, max_grad_norm, self._squares, pool())
 
-    def _backward(self, x: Tensor, objective: Objective, threads: Pool) -> Pass | None:
+    def _backward(self, x: Tensor, objective: Objective, threads: Pool) -> Pass:
         sae, batch = self.sae, len(x)
+        self.route, self._squares = "sparse", None
         widths = widths_of(sae, objective)
         space = self._space_for(batch, len(widths), threads)
-        if not space.start(sae, x, threads):
-            return None
-        terms = PLANS[sae.architecture](sae, objective, space, threads, self._memory)
-        if terms is None:
-            return None
-        space.sort(threads)
-        bias = sae.latent_offsets()[0]
-        self._squares = space.weights(self._grads, bias, widths, threads)
-        self._other_gradients(space)
+        finite = space.start(sae, x, threads)
+        terms = PLANS[sae.architecture](sae, objective, space, threads, self._memory) if finite else None
+        if terms is not None:
+            space.sort(threads)
+            self._squares = space.weights(self._grads, sae.latent_offsets()[0], widths, threads)
+            fired = torch.from_numpy(space.fired)
+            source = space
+        else:  # too dense, or not finite
+            self.route = "dense"
+            if sae.architecture not in KINDS:
+                with torch.enable_grad():
+                    return self.dense.backward(x, objective)
+            source = self._dense_route(batch, threads)
+            terms, fired = source.backward(sae, x, objective, self._grads, threads)
+        self._other_gradients(source)
         for name, parameter in sae.named_parameters():
             parameter.grad = self._grads[name]
         loss = sum(value * weight for value, weight in terms.values())
         values = {"loss": loss, **{name: value for name, (value, _) in terms.items()}}
-        extra = self._of_dead(x, objective, space)
+        extra = self._of_dead(x, objective, source) if math.isfinite(loss) else {}
         for name, (value, weight) in extra.items():
             values[name] = value
             values["loss"] += weight * value
-        fired = torch.from_numpy(space.fired)
         tensors = {name: torch.tensor(float(value), dtype=torch.float32) for name, value in values.items()}
         return Pass(tensors, fired.sum(), fired)
 
-    def _other_gradients(self, space: Space) -> None:
+    def _other_gradients(self, source: Space | DenseRoute) -> None:
         """Of the parameters that only some architectures have, from the sums over each latent's entries."""
-        own, moment = torch.from_numpy(space.other_sums), torch.from_numpy(space.moments)
+        own, moment = torch.from_numpy(source.other_sums), torch.from_numpy(source.moments)
         if self.sae.architecture == "jumprelu":
             self._grads["threshold"].copy_(own)
             self._add_squares("threshold")
@@ -148,10 +152,10 @@ class SparseKernel:
                 self._add_squares(name)
 
     def _add_squares(self, name: str, sign: int = 1) -> None:
-        assert self._squares is not None
-        self._squares += sign * self._grads[name].double().square().sum().item()
+        if self._squares is not None:
+            self._squares += sign * self._grads[name].double().square().sum().item()
 
-    def _of_dead(self, x: Tensor, objective: Objective, space: Space) -> dict[str, tuple[float, float]]:
+    def _of_dead(self, x: Tensor, objective: Objective, source: Space | DenseRoute) -> dict[str, tuple[float, float]]:
         """Terms over the dead latents alone, by autograd on their weights; adds to the gradients."""
         sae = self.sae
         if objective.dead is None:
@@ -179,7 +183,7 @@ class SparseKernel:
                 below = (picked["threshold"] - pre).relu().sum(dim=1).mean() / sae.d_in
                 terms["pre_act"] = (below, lift)
             if with_auxk:
-                x_hat = x - space.residual()
+                x_hat = x - source.residual()
                 weights = (picked["b_dec"], picked["W_enc"].t(), picked[bias], picked["W_dec"])
                 terms["auxk"] = (auxk(x, x_hat, *weights, objective.k_aux, sae.aux_relu), objective.aux_coefficient)
             total = sum(term * weight for term, weight in terms.values())
@@ -195,6 +199,12 @@ class SparseKernel:
                 grad.index_add_(0, dead, tensor.grad)
         self._squares = None
         return {name: (term.item(), weight) for name, (term, weight) in terms.items()}
+
+    def _dense_route(self, batch: int, threads: Pool) -> DenseRoute:
+        route = self._dense
+        if route is None or route.batch != batch or route.n_threads < threads.n_threads:
+            self._dense = route = DenseRoute(self.sae, batch, threads.n_threads)
+        return route
 
     def _space_for(self, batch: int, n_prefixes: int, threads: Pool) -> Space:
         space = self._space

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from mechint.kernels import sparse_choice as choice
+from mechint.kernels.sparse_dense import jump_penalty
 from mechint.kernels.sparse_pool import Pool
 from mechint.kernels.sparse_space import Space
 from mechint.sae import SAE, Objective
@@ -188,26 +189,15 @@ def _jumprelu(sae: Any, objective: Objective, space: Space, threads: Pool, memor
     threads.run(chunk, space.n_chunks)
     if not _going(space):
         return None
-    l0 = active.sum() / space.batch
-    weight = objective.sparsity / (space.d_in * space.batch)
-    step = tanh = 0.0
-    if sae.penalty == "tanh":
-        tanh = weight
-    elif sae.target_l0 is None:
-        step = weight
-    else:
-        step = weight * 2 * (l0 / sae.target_l0 - 1) / sae.target_l0
+    penalty, step, tanh = jump_penalty(sae, objective, int(active.sum()), space.batch)
 
     def finish(c: int, thread: int) -> None:
         base, n = space.span(c)[0], space.n_entries[c]
         entries = (base, n, space.cols, space.pre, space.acts, space.grad, space.other, threshold)
-        shape = (np.float32(sae.bandwidth), np.float32(step), sae.ste_to_input)
-        penalties[c] = choice.finish_jump(
-            *entries, *shape, np.float32(tanh), np.float32(sae.tanh_scale), space.counts[c]
-        )
+        shape = (np.float32(sae.bandwidth), step, sae.ste_to_input, tanh, np.float32(sae.tanh_scale))
+        penalties[c] = choice.finish_jump(*entries, *shape, space.counts[c])
 
     threads.run(finish, space.n_chunks)
-    penalty = l0 if sae.target_l0 is None else (l0 / sae.target_l0 - 1) ** 2
     if sae.penalty == "tanh":
         penalty = penalties.sum() / space.batch
     return {"mse": (_mse(space), 1.0), "l0_penalty": (penalty / space.d_in, objective.sparsity)}
