@@ -44,8 +44,8 @@ def is_topk(spec: Spec) -> bool:
 def next_coefficient(points: Sequence[tuple[float, float]], target: float, guess: float) -> float | None:
     """The coefficient to try next, from (coefficient, L0) so far; None if the target is bracketed or met.
 
-    Outside of what was tried: log L0 falls linearly in log coefficient, with the slope of the two nearest points (-1
-    with one point), by at most a factor of 8 a step. Inside: by interpolation, kept off the ends of the bracket.
+    Outside of what was tried: log L0 falls linearly in log coefficient, with the slope of the two nearest points
+    (-1.4 with one point), by at most a factor of 8 a step. Inside: by interpolation, kept off the ends of the bracket.
     """
     points = sorted((lam, l0) for lam, l0 in points if l0 > 0)
     if not points:
@@ -61,13 +61,15 @@ def next_coefficient(points: Sequence[tuple[float, float]], target: float, guess
         share = math.log(low[1] / target) / math.log(low[1] / high[1])
         return low[0] * (high[0] / low[0]) ** min(max(share, 0.15), 0.85)
     side = above or below
-    near = min(side, key=lambda point: abs(math.log(point[1] / target)))
+    # Of equally near ones (everything active, say) the outermost, so that the search goes on.
+    outward = -1 if above else 1
+    near = min(side, key=lambda point: (abs(math.log(point[1] / target)), outward * point[0]))
     others = [point for point in points if point is not near and point[0] != near[0]]
-    slope = -1.0
+    slope = -1.4
     if others:
         other = min(others, key=lambda point: abs(math.log(point[1] / near[1])))
         slope = math.log(other[1] / near[1]) / math.log(other[0] / near[0])
-        slope = min(max(slope, -3.0), -0.4) if slope < 0 or near[0] > 0 else slope
+        slope = min(max(slope, -3.0), -0.4)
     factor = (target / near[1]) ** (1 / slope)
     # A little past the target, so that the next two trainings bracket it.
     factor **= 1.15
@@ -115,9 +117,13 @@ def run_curve(job: tuple[Spec, tuple[float, ...], tuple[float, ...]]) -> list[di
             flush=True,
         )
 
-    for sparsity in targets if is_topk(spec) else first:
-        add(sparsity)
     if is_topk(spec):
+        first = targets
+    elif aims_at_l0(spec):
+        first = tuple(target * factor for target in targets for factor in (0.87, 1.15))
+    for sparsity in first:
+        add(sparsity)
+    if is_topk(spec) or aims_at_l0(spec):
         return done
     guess = first_guess(spec)
     for target in targets:
@@ -130,9 +136,12 @@ def run_curve(job: tuple[Spec, tuple[float, ...], tuple[float, ...]]) -> list[di
     return done
 
 
+def aims_at_l0(spec: Spec) -> bool:
+    """dictionary_learning's JumpReLU penalty is around a target L0, which it misses by some percent."""
+    return (spec["family"], spec["architecture"]) == ("dictionary_learning", "jumprelu")
+
+
 def first_guess(spec: Spec) -> float:
-    if (spec["family"], spec["architecture"]) == ("dictionary_learning", "jumprelu"):
-        return 32.0  # its penalty is around a target L0, which is what is searched
     world = open_world(spec["world"], spec["seed"])
     norm = float(world.rows[:: len(world.rows) // 10_000].float().norm(dim=1).mean())
     share = FIRST_GUESS.get(spec["architecture"], 0.1)
