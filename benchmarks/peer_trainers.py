@@ -36,6 +36,7 @@ class Recipe:
     decay: int = 0  # steps of linear decay to 0 at the end
     dead_after: int = 1000  # steps without firing after which the revival losses take a latent for dead
     seed: int = 0
+    device: str = "cpu"
     options: dict[str, Any] = field(default_factory=dict)  # passed on to the peer's own config
 
 
@@ -63,7 +64,12 @@ def saelens(recipe: Recipe) -> Trainee:
         from sae_lens.config import LoggingConfig, SAETrainerConfig
         from sae_lens.training.sae_trainer import SAETrainer
 
-    common: dict[str, Any] = {"d_in": recipe.d_in, "d_sae": recipe.d_sae, **recipe.options}
+    common: dict[str, Any] = {
+        "d_in": recipe.d_in,
+        "d_sae": recipe.d_sae,
+        "device": recipe.device,
+        **recipe.options,
+    }
     l1 = {"l1_coefficient": recipe.sparsity, "l1_warm_up_steps": recipe.sparsity_warmup}
     l0 = {"l0_coefficient": recipe.sparsity, "l0_warm_up_steps": recipe.sparsity_warmup}
     makers: dict[str, Callable[[], Any]] = {
@@ -90,6 +96,7 @@ def saelens(recipe: Recipe) -> Trainee:
         lr_warm_up_steps=recipe.lr_warmup,
         lr_decay_steps=recipe.decay,
         dead_feature_window=recipe.dead_after,
+        device=recipe.device,
         logger=LoggingConfig(log_to_wandb=False),
     )
     trainer = SAETrainer(config, sae, data_provider=iter(()))
@@ -127,7 +134,7 @@ def dictionary_learning(recipe: Recipe) -> Trainee:
         "warmup_steps": recipe.lr_warmup,
         "decay_start": recipe.steps - recipe.decay if recipe.decay else None,
         "seed": recipe.seed,
-        "device": "cpu",
+        "device": recipe.device,
     } | recipe.options
     widths = [0, *matryoshka_widths(recipe.d_sae)]
     fractions = [(b - a) / recipe.d_sae for a, b in zip(widths, widths[1:], strict=False)]
@@ -171,7 +178,8 @@ def sparsify(recipe: Recipe) -> Trainee:
 
     assert recipe.architecture == "topk", "sparsify trains topk"
     torch.manual_seed(recipe.seed)
-    coder = SparseCoder(recipe.d_in, SparseCoderConfig(num_latents=recipe.d_sae, k=int(recipe.sparsity)))
+    config = SparseCoderConfig(num_latents=recipe.d_sae, k=int(recipe.sparsity))
+    coder = SparseCoder(recipe.d_in, config, device=recipe.device)
     auxk_alpha = recipe.options.get("auxk_alpha", 0.0)
     scheduler = None
     optimizer: Any
@@ -181,7 +189,7 @@ def sparsify(recipe: Recipe) -> Trainee:
     else:
         optimizer = ScheduleFreeWrapper(SignSGD(coder.parameters(), lr=recipe.lr), momentum=0.95)
         optimizer.train()
-    since_fired = torch.zeros(recipe.d_sae, dtype=torch.long)
+    since_fired = torch.zeros(recipe.d_sae, dtype=torch.long, device=recipe.device)
     first = True
 
     def step(x: Tensor) -> None:
@@ -206,7 +214,7 @@ def sparsify(recipe: Recipe) -> Trainee:
 
     def encode(x: Tensor) -> Tensor:
         top = coder.encode(x)
-        return torch.zeros(len(x), recipe.d_sae).scatter_(1, top.top_indices, top.top_acts)
+        return torch.zeros(len(x), recipe.d_sae, device=x.device).scatter_(1, top.top_indices, top.top_acts)
 
     assert coder.W_dec is not None
     return Trainee(step, coder, encode, lambda f: f @ coder.W_dec + coder.b_dec)

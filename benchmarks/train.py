@@ -1,6 +1,6 @@
 """Speed of a training step against the peers, in interleaved rounds within one process. CPU.
 
-    python benchmarks/train.py                       all architectures, 15 rounds (about half an hour)
+    python benchmarks/train.py                       all architectures, 15 rounds (a quarter of an hour)
     python benchmarks/train.py --architectures standard --rounds 5
     python benchmarks/train.py --settings            the share that is mere library settings (processes of their own)
     python benchmarks/train.py --whole-run           3,000 steps from initialisation: same final loss and L0

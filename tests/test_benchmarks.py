@@ -209,7 +209,7 @@ def test_original_loop_is_the_dense_reference_step():
 
 
 def test_limit_adds_its_three_parts():
-    rates = {"mm_gflops": 100.0, "onednn_gflops": 400.0, "stream_gbs": 40.0, "gather_gbs": 150.0}
+    rates = {"mm_gflops": 100.0, "onednn_gflops": 400.0, "stream_gbs": 40.0, "gather_gbs": 90.0, "cache_gbs": 150.0}
     parts = train_limit.limit_ms(rates, 4096, 512, 4096, 32)
     assert parts["product"] == pytest.approx(17.18 / 0.4, rel=1e-3)
     assert parts["adam"] == pytest.approx(28 * (2 * 512 * 4096 + 512 + 4096) / 40e6)
@@ -222,7 +222,9 @@ def test_probe_measures_every_rate():
     probe.run()
     probe.run()
     rates = probe.rates()
-    assert rates.keys() >= {"mm_gflops", "stream_gbs", "gather_gbs"} and all(value > 0 for value in rates.values())
+    assert rates.keys() >= {"mm_gflops", "stream_gbs", "gather_gbs", "cache_gbs"} and all(
+        value > 0 for value in rates.values()
+    )
     assert all(len(values) == 2 for values in probe.seconds.values())
 
 
