@@ -6,9 +6,10 @@ import functools
 import io
 import itertools
 import json
+import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -94,6 +95,22 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return read_json(path, "config file")
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one of a `torchrun` that prints; true without it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def said_once() -> Iterator[None]:
+    """What is wrong with a command line is wrong in every process of a `torchrun`: the first one says it."""
+    try:
+        yield
+    except MechintError:
+        if is_first_process():
+            raise
+        raise SystemExit(2) from None
+
+
 def flag_given(argv: Sequence[str], *flags: str) -> bool:
     """Whether one of the flags stands on the command line, as `--flag value` or `--flag=value`."""
     return any(word.split("=", 1)[0].replace("_", "-") in flags for word in argv)
@@ -111,7 +128,8 @@ def command(main: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
             print(f"error: {one_line(error, limit=1000)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            print("stopped by Ctrl-C", file=sys.stderr)
+            if is_first_process():
+                print("stopped by Ctrl-C", file=sys.stderr)
             return 130
         except BrokenPipeError:
             sys.stderr.close()

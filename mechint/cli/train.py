@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mechint.cli.flags import command, flag_given, parse
+from mechint.cli.flags import command, flag_given, is_first_process, parse, said_once
 from mechint.config import TRAIN_PRESETS, SAETrainConfig
 from mechint.errors import MechintError
 
@@ -20,26 +20,27 @@ class TrainFlags(SAETrainConfig):
 
 @command
 def main(argv: Sequence[str]) -> int:
-    flags = parse(TrainFlags, argv, prog="train_sae.py", presets=TRAIN_PRESETS, config_file=True)
-    settings = {name: value for name, value in flags.to_dict().items() if name != "resume"}
-    if flags.resume is not None:
-        check_same_settings(flags.resume, argv)
+    with said_once():
+        flags = parse(TrainFlags, argv, prog="train_sae.py", presets=TRAIN_PRESETS, config_file=True)
+        settings = {name: value for name, value in flags.to_dict().items() if name != "resume"}
+        if flags.resume is not None:
+            check_same_settings(flags.resume, argv)
+        elif not flag_given(argv, "--activation-dim", "--d-in", "--config"):
+            from mechint.data import open_activations
+
+            settings["activation_dim"] = open_activations(flags.activations_path).d_in
     from mechint.eval import print_eval_summary
     from mechint.provenance import read_json
     from mechint.train import Stopped, resume, train
 
     try:
-        if flags.resume is not None:
-            layout = resume(flags.resume)
-        else:
-            if not flag_given(argv, "--activation-dim", "--d-in", "--config"):
-                from mechint.data import open_activations
-
-                settings["activation_dim"] = open_activations(flags.activations_path).d_in
-            layout = train(SAETrainConfig.from_dict(settings))
+        layout = train(SAETrainConfig.from_dict(settings)) if flags.resume is None else resume(flags.resume)
     except Stopped as stopped:
-        print(f"stopped; the state is saved. To go on: {stopped.command}", file=sys.stderr)
+        if is_first_process():
+            print(f"stopped; the state is saved. To go on: {stopped.command}", file=sys.stderr)
         return 130
+    if not is_first_process():
+        return 0
     summary = read_json(layout.summary)
     if layout.manifest is not None:  # files hold paths relative to the run; a person wants them from here
         paths = {"run_dir": layout.root, "checkpoint_path": layout.checkpoint, "config_path": layout.config}

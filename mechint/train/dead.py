@@ -36,19 +36,25 @@ def resample(
     proportional to its squared loss; the decoder row becomes its direction from b_dec, the encoder column the same with
     a fifth of the live columns' mean norm, the bias 0; Adam forgets the latent. Drawn by Philox from (seed, step).
     """
-    latents = dead.nonzero().squeeze(1)
-    if len(latents) == 0:
+    n_dead, n_live = int(dead.sum()), int((~dead).sum())
+    if n_dead == 0:
         return 0
-    error = (sae(x)[0] - x).pow(2).sum(dim=1).double().square().cpu().numpy()
+    peers = sae.peers
+    error = peers.gather_rows((sae(x)[0] - x).pow(2).sum(dim=1).double().square()).cpu().numpy()
     if not np.isfinite(error).all() or not error.sum() > 0:
         return 0
     generator = np.random.Generator(np.random.Philox(key=seed, counter=[2, 0, 0, step]))
-    rows = generator.choice(len(x), size=len(latents), p=error / error.sum())
-    directions = x[torch.from_numpy(rows).to(x.device)] - sae.b_dec
+    rows = torch.zeros_like(dead, dtype=torch.int64)
+    rows[dead] = torch.from_numpy(generator.choice(len(error), size=n_dead, p=error / error.sum())).to(rows.device)
+    own_dead = peers.mine(dead)
+    latents = own_dead.nonzero().squeeze(1)
+    directions = peers.gather_rows(x)[peers.mine(rows)[latents]] - sae.b_dec
     directions = directions / directions.norm(dim=1, keepdim=True).clamp_min(MIN_DECODER_NORM)
-    live = sae.W_enc[:, ~dead]
-    norm = live.norm(dim=0).mean() if live.shape[1] else torch.tensor(1.0, device=x.device)
-    decoder_norm = 1.0 if sae.unit_decoder else sae.W_dec[~dead].norm(dim=1).mean() if live.shape[1] else 1.0
+    one = torch.tensor(1.0, device=x.device)
+    norm = peers.sum_latents(sae.W_enc[:, ~own_dead].norm(dim=0).sum()) / n_live if n_live else one
+    decoder_norm = one
+    if n_live and not sae.unit_decoder:
+        decoder_norm = peers.sum_latents(sae.W_dec[~own_dead].norm(dim=1).sum()) / n_live
     sae.W_dec[latents] = directions * decoder_norm
     sae.W_enc[:, latents] = (directions * (ENCODER_SHARE * norm)).T
     for name in sae.latent_offsets():
@@ -63,4 +69,4 @@ def resample(
                 values[:, latents] = 0.0
             else:
                 values[latents] = 0.0
-    return len(latents)
+    return n_dead

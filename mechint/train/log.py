@@ -21,11 +21,11 @@ DENSE_SHARE = 0.1
 class MetricsLog:
     """Rows of one training's metrics.csv. A row describes the batch before that step's update."""
 
-    def __init__(self, config: SAETrainConfig, path: Path, *, variance: float):
-        self.config, self.path, self.variance = config, path, variance
+    def __init__(self, config: SAETrainConfig, path: Path, *, variance: float, writes: bool = True):
+        self.config, self.path, self.variance, self.writes = config, path, variance, writes
         self.every = config.log_every or max(config.steps // 10, 1)
         self.write: Callable[[str], Any] | None = print  # where the line of each row goes; None: nowhere
-        self._tracker = open_tracker(config, path.parent)
+        self._tracker = open_tracker(config, path.parent) if writes else None
         self._since, self._steps = time.perf_counter(), 0
 
     def add(self, step: int, result: StepResult, state: TrainState, *, lr: float, lam: float) -> None:
@@ -37,6 +37,8 @@ class MetricsLog:
         rate = self._steps * self.config.batch_size / max(now - self._since, 1e-9)
         self._since, self._steps = now, 0
         row = self.row(step, result, state, lr=lr, lam=lam) | {"vectors_per_second": round(rate, 1)}
+        if not self.writes:  # several processes make a row together, and one writes it
+            return
         append_metrics_row(self.path, row)
         if self._tracker is not None:
             self._tracker.log({name: value for name, value in row.items() if name != "step"}, step)
@@ -64,7 +66,7 @@ class MetricsLog:
             "dead": int(silent.sum()),
             "dense": int((result.fire_counts > DENSE_SHARE * config.batch_size).sum()),
             "grad_norm": result.grad_norm.item(),
-            "decoder_norm_drift": (norms - 1).abs().max().item(),
+            "decoder_norm_drift": sae.peers.max_latents((norms - 1).abs().max()).item(),
             # terms that not every step has keep their column
             **{name: terms.get(name, 0.0) for name in self._own_terms(sae, terms)},
         }

@@ -3,6 +3,7 @@
 What one step does is in `mechint.kernels`, what surrounds it for one SAE in `mechint.train.training`.
 """
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,55 +13,81 @@ import torch
 from tqdm import tqdm
 
 from mechint.config import SAETrainConfig
+from mechint.data.ranks import launcher
 from mechint.data.store import open_activations
+from mechint.data.watch import RankLost
 from mechint.errors import MechintError, nearest
 from mechint.kernels import StepResult
 from mechint.kernels.choose import KERNELS
 from mechint.runs import Run
 from mechint.sae import build_sae
-from mechint.train.layout import Layout, layout_of, make_layout
+from mechint.train.layout import Layout, layout_of, legacy_layout, make_layout, run_layout
+from mechint.train.parallel import Team, join, make_team
 from mechint.train.resolve import resolve, split
 from mechint.train.signals import Stopped, stop_signals
 from mechint.train.state import has_state
-from mechint.train.training import Training, advance, finish, prepare, save
+from mechint.train.training import Training, advance, finish, prepare, save, write_state
 
 # Seconds between refreshes of the progress bar: reading a loss off an accelerator makes it wait.
 REFRESH_SECONDS = 0.5
+# Seconds that saving may take when another process is gone.
+RESCUE_SECONDS = 300.0
 
 
 def train(config: SAETrainConfig, *, progress: bool = True) -> Layout:
     """Train into a new run directory and return its layout. Every file of docs/run.md is there when this returns.
 
+    Under `torchrun` all its processes call this and share the work; the first of them writes.
+
     Raises:
         MechintError: unusable settings or activations (before anything is written), a loss that is not finite, a
-            full disk, too little memory. After the latter three, `resume` goes on from the last saved state.
+            full disk, too little memory, another process that is gone. After the latter four, `resume` goes on from the
+            last saved state.
         Stopped: Ctrl-C or SIGTERM; the state is saved first.
     """
-    activations = open_activations(config.activations_path)
-    config = resolve(config, activations)
-    activations.check_finite()
-    splits = split(config, activations)
-    check_architecture(config)
-    layout = make_layout(config)
-    # The legacy layout has no directory to name with --resume: the same command goes on with what it left behind.
-    resumed = config.legacy_layout and has_state(layout.state)
-    with out_of_memory(config):
-        return run(prepare(config, activations, splits, layout, resumed=resumed), progress=progress)
+    with join() as ranks:
+        activations = open_activations(config.activations_path)
+        config = resolve(config, activations)
+        activations.check_finite()
+        splits = split(config, activations)
+        check_architecture(config)
+        team = make_team(ranks, config)
+        layout, resumed = _common_layout(team, config)
+        with out_of_memory(config):
+            return run(prepare(config, activations, splits, layout, resumed=resumed, team=team), progress=progress)
 
 
 def resume(run_dir: str | Path, *, progress: bool = True) -> Layout:
     """Go on with a stopped run; on a CPU the result is bit for bit that of a run that never stopped."""
-    stopped = Run(run_dir)
-    if stopped.is_done:
-        raise MechintError(f"{stopped.path} is finished: there is nothing to resume; start a new run for more steps")
-    if not has_state(stopped.state_path):
-        raise MechintError(f"{stopped.path} has no saved state to resume from: start the run again")
-    activations = open_activations(stopped.activations_path())
-    activations.verify()
-    config = stopped.config
-    with out_of_memory(config):
-        training = prepare(config, activations, split(config, activations), layout_of(stopped), resumed=True)
-        return run(training, progress=progress)
+    with join() as ranks:
+        stopped = Run(run_dir)
+        if stopped.is_done:
+            raise MechintError(
+                f"{stopped.path} is finished: there is nothing to resume; start a new run for more steps"
+            )
+        if not has_state(stopped.state_path):
+            raise MechintError(f"{stopped.path} has no saved state to resume from: start the run again")
+        activations = open_activations(stopped.activations_path())
+        activations.verify()
+        config = stopped.config
+        team = make_team(ranks, config)
+        with out_of_memory(config):
+            training = prepare(
+                config, activations, split(config, activations), layout_of(stopped), resumed=True, team=team
+            )
+            return run(training, progress=progress)
+
+
+def _common_layout(team: Team, config: SAETrainConfig) -> tuple[Layout, bool]:
+    """The layout that one process makes for all, and whether it holds a training to go on with."""
+    if team.writes:
+        layout = make_layout(config)
+        # The legacy layout has no directory to name with --resume: the same command goes on with what it left behind.
+        resumed = config.legacy_layout and has_state(layout.state)
+        team.ranks.tell(json.dumps([str(layout.root), resumed]))
+        return layout, resumed
+    root, resumed = json.loads(team.ranks.tell(None))
+    return legacy_layout(config) if config.legacy_layout else run_layout(Path(root)), resumed
 
 
 def check_architecture(config: SAETrainConfig) -> None:
@@ -73,16 +100,32 @@ def check_architecture(config: SAETrainConfig) -> None:
 
 def run(training: Training, *, progress: bool = True) -> Layout:
     """All steps that are left, then the files of a finished run."""
-    config, state = training.config, training.state
+    team = training.team
+    if team.ranks.watch is not None:
+        team.ranks.watch.advice = f"to go on from the last saved state: {resume_command(training)}"
+    try:
+        steps(training, progress=progress and team.writes)
+        finish(training)
+        team.ranks.barrier()  # the files are there when this returns, on every process
+    except RankLost as lost:
+        if training.is_done and team.writes:  # they are: who is gone is missed no more
+            return training.layout
+        raise RankLost(f"{lost}; {rescue(training)}: {resume_command(training)}") from lost
+    return training.layout
+
+
+def steps(training: Training, *, progress: bool) -> None:
+    """All steps that are left. Several processes stop after the same one, whichever of them was asked to."""
+    config, state, team = training.config, training.state, training.team
     assert config.device is not None
     if state.step == 0 and config.save_every:
         save(training)
     bar = tqdm(total=config.steps, initial=state.step, unit="step", desc="train", disable=not progress)
     training.log.write = tqdm.write if progress else print
     shown, shown_step = time.perf_counter(), state.step
-    with stop_signals() as stop, bar:
+    with stop_signals() as team.stop_asked, bar:
         while not training.is_done:
-            x = training.activations.rows(training.batches.indices(state.step)).to(config.device)
+            x = training.activations.rows(team.deal(training.batches.indices(state.step))).to(config.device)
             result = advance(training, x)
             bar.update()
             now = time.perf_counter()
@@ -90,20 +133,30 @@ def run(training: Training, *, progress: bool = True) -> Layout:
                 rate = (state.step - shown_step) * config.batch_size / (now - shown)
                 shown, shown_step = now, state.step
                 bar.set_postfix_str(status(result, training, rate))
-            if stop.is_set():
+            if team.stops:
                 save(training)
+                team.ranks.barrier()
                 raise Stopped(resume_command(training))
             if config.save_every and state.step % config.save_every == 0 and not training.is_done:
                 save(training)
-    finish(training)
-    return training.layout
+
+
+def rescue(training: Training) -> str:
+    """Save what can be saved when another process is gone; says what there is to go on from."""
+    team = training.team
+    if not team.can_rescue() or training.is_done:
+        return "to go on from the last saved state"
+    assert team.ranks.watch is not None
+    team.ranks.watch.grace = RESCUE_SECONDS
+    write_state(training, training.state)  # between two updates, all weights are here
+    return f"the state of step {training.state.step} is saved; to go on"
 
 
 def resume_command(training: Training) -> str:
     """What goes on with a stopped training."""
     if training.config.legacy_layout:
-        return "python train.py with the same flags"
-    return f"python scripts/train_sae.py --resume {training.layout.root}"
+        return f"{launcher('train.py')} with the same flags"
+    return f"{launcher('scripts/train_sae.py')} --resume {training.layout.root}"
 
 
 def status(result: StepResult, training: Training, rate: float) -> str:

@@ -26,6 +26,7 @@ from mechint.sae.init import centre, input_scale, set_density, tie_encoder
 from mechint.train.dead import dead_latents, resample
 from mechint.train.layout import Layout
 from mechint.train.log import MetricsLog
+from mechint.train.parallel import Team, describe
 from mechint.train.schedule import learning_rate_at, penalty_weight, sparsity_at
 from mechint.train.state import TrainState, load_state, save_state
 
@@ -59,6 +60,7 @@ class Training:
     kernel: Kernel
     batches: CounterBatches | TorchBatches
     log: MetricsLog
+    team: Team = field(default_factory=Team)
     started: float = field(default_factory=time.perf_counter)
     seconds_before: float = 0.0  # of training, before this process took it up
 
@@ -74,40 +76,52 @@ def prepare(
     layout: Layout,
     *,
     resumed: bool,
+    team: Team | None = None,
 ) -> Training:
-    """A training at its first step, or where its saved state left it; config.json is written."""
+    """A training at its first step, or where its saved state left it; config.json is written. `team`: the processes
+    that train this SAE together, all of which call this; one alone if not given."""
+    team = team or Team()
     assert config.device is not None, "resolve() fills the device"
-    sae = make_sae(config, activations)
+    sae = make_sae(config, activations, team)
     optimizer = make_optimizer(sae, config)
     state = TrainState(sae, optimizer, torch.full((sae.d_sae,), -1, device=config.device))
     sample = _sample(activations, splits[0], 8192 if resumed else SAMPLE_ROWS)
     if resumed:
-        load_state(state, layout.state, config=config.to_dict(), activations_sha256=activations.sha256)
-        if layout.metrics.is_file() and layout.metrics.stat().st_size > state.metrics_size:
+        known = {"config": config.to_dict(), "activations_sha256": activations.sha256}
+        team.load(state, lambda whole: load_state(whole, layout.state, **known))
+        if team.writes and layout.metrics.is_file() and layout.metrics.stat().st_size > state.metrics_size:
             os.truncate(layout.metrics, state.metrics_size)  # rows of steps that will be done again
     else:
         state.input_scale = initialise(sae, config, sample)
+    team.check(state)
     variance = sample[:: max(1, len(sample) // 8192)][:8192].var(dim=0, correction=0).mean().item()
-    write_json(layout.config, config.to_dict())
+    if team.writes:
+        write_json(layout.config, config.to_dict())
     return Training(
         config,
         layout,
         activations,
         *splits,
         state,
-        make_kernel(sae, optimizer, kernel=config.kernel, project_gradient=config.project_gradient),
+        team.kernel(
+            sae,
+            config.kernel,
+            lambda name: make_kernel(
+                sae, optimizer, kernel=name, project_gradient=config.project_gradient, precision=config.precision
+            ),
+        ),
         make_batches(config.batch_order, splits[0], config.batch_size, config.seed),
-        MetricsLog(config, layout.metrics, variance=max(variance, 1e-30)),
+        MetricsLog(config, layout.metrics, variance=max(variance, 1e-30), writes=team.writes),
+        team,
         seconds_before=state.training_seconds,
     )
 
 
-def make_sae(config: SAETrainConfig, activations: Activations) -> SAE:
+def make_sae(config: SAETrainConfig, activations: Activations, team: Team) -> SAE:
     """The SAE that the config asks for, with initial weights drawn on the CPU, whatever device it goes to."""
     set_global_seed(config.seed)
-    sae = build_sae(config.architecture, config.activation_dim, config.d_sae, options=config.architecture_options).to(
-        config.device
-    )
+    shape, options = (config.architecture, config.activation_dim, config.d_sae), config.architecture_options
+    sae = team.build(lambda: build_sae(*shape, options=options)).to(config.device)
     sae.unit_decoder = config.decoder == "unit"
     sae.metadata = {
         "hook_name": config.hook_name,
@@ -144,7 +158,8 @@ def initialise(sae: SAE, config: SAETrainConfig, sample: Float[Tensor, "n d_in"]
 
 
 def advance(training: Training, x: Float[Tensor, "batch d_in"]) -> StepResult:
-    """One step on the batch `x` (as stored, not yet scaled), and its row in the log if one is due.
+    """One step on the batch `x` (as stored, not yet scaled; of several processes, each gives the rows that are its),
+    and its row in the log if one is due.
 
     Raises:
         MechintError: the loss is not finite; the weights are then as they were before the step.
@@ -200,15 +215,28 @@ def save(training: Training) -> None:
     state, layout = training.state, training.layout
     state.training_seconds = training.seconds_before + time.perf_counter() - training.started
     state.metrics_size = layout.metrics.stat().st_size if layout.metrics.is_file() else 0
-    save_state(state, layout.state, config=training.config.to_dict(), activations_sha256=training.activations.sha256)
+    training.team.check(state)
+    write_state(training, training.team.whole(state))
+
+
+def write_state(training: Training, state: TrainState | None) -> None:
+    """Write a state that is whole; None where another process does."""
+    if state is not None:
+        known = {"config": training.config.to_dict(), "activations_sha256": training.activations.sha256}
+        save_state(state, training.layout.state, **known)
 
 
 def finish(training: Training) -> dict[str, Any]:
-    """Evaluate, and write what docs/run.md says a finished run holds; the manifest is last. Returns the summary."""
+    """Evaluate, and write what docs/run.md says a finished run holds; the manifest is last. Returns the summary,
+    which is empty on a process that is not the one that writes."""
     config, state, layout = training.config, training.state, training.layout
     # From here on a kill costs only the evaluation: the last state is that of the last step.
     save(training)
     training.log.close()
+    state = training.team.whole(state)
+    if state is None:
+        return {}
+    training.team.release()
     sae = state.sae.saved_form(state.input_scale)
     save_checkpoint(sae, layout.checkpoint)
     if layout.sae_dir is not None:
@@ -226,6 +254,7 @@ def finish(training: Training) -> dict[str, Any]:
             device=config.device,
             kernel=training.kernel.name,
             resumed_at=state.resumed_at,
+            **describe(training.team),
         )
     layout.remove_state()
     return summary
@@ -260,7 +289,12 @@ def _summary(training: Training, sae: SAE) -> dict[str, Any]:
         # "dead" in a summary means: in no batch of the training (docs/metrics.md)
         seen = Activity(fired.long().cpu(), torch.zeros(sae.d_in, dtype=torch.float64), len(training.train_indices))
         summary |= evaluate_sae(
-            sae, training.activations, training.val_indices, batch_size=config.eval_batch_size, activity=seen
+            sae,
+            training.activations,
+            training.val_indices,
+            batch_size=config.eval_batch_size,
+            device=training.team.evaluates_on(config.device, sae),
+            activity=seen,
         )
     summary |= {"dead_features": n_dead, "dead_fraction": n_dead / sae.d_sae}
     summary["total_seconds"] = training.seconds_before + time.perf_counter() - training.started
