@@ -5,7 +5,10 @@ What only a device can show (capture, TF32, bf16 sums) is tested where there is 
 
 import copy
 import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ ON_CUDA = torch.cuda.is_available()
 if not ON_CUDA:  # read when the kernels are imported, which is later
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from mechint.config import SAETrainConfig  # noqa: E402
 from mechint.errors import MechintError  # noqa: E402
 from mechint.kernels import DenseKernel, StepResult, StepSettings, cuda, cuda_sparse, make_kernel  # noqa: E402
 from mechint.kernels.cuda import ManualKernel  # noqa: E402
@@ -315,6 +319,19 @@ def test_what_the_kernel_refuses() -> None:
         make_kernel(sae, unfused, precision="bf16")
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"kernel": "dense"}, "--precision bf16 needs --kernel manual: dense is exact"),
+        ({"decoder": "free"}, "--precision bf16 needs --decoder unit"),
+        ({"shard_latents": True}, "--precision bf16 and --shard-latents do not go together"),
+    ],
+)
+def test_what_precision_does_not_go_with(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(MechintError, match=message):
+        SAETrainConfig(precision="bf16", **flags)
+
+
 def test_manual_is_a_kernel_by_name() -> None:
     sae, _ = make_case("gated")
     assert make_kernel(sae, adam_for(sae), kernel="manual").name == "manual"
@@ -344,3 +361,62 @@ def test_topk_from_blocks_is_topk_of_all(monkeypatch: pytest.MonkeyPatch) -> Non
         acts = torch.zeros(BATCH, D_SAE, device=DEVICE).scatter(1, latents, values.relu())
         torch.testing.assert_close(acts, sae.encode(x), rtol=0, atol=1e-5)
         assert torch.equal(acts > 0, sae.encode(x) > 0)
+
+
+COMPILE = """
+import sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from mechint.kernels import triton_kernels
+
+FLOATS = {"half_band", "scale", "bandwidth", "keep1", "add1", "keep2", "add2", "eps"}
+INTEGERS = {"M", "B", "D", "TOTAL"}
+HELD = {"starts", "slots", "fire_counts"}
+
+def build(kernel, warps, wide, **constants):
+    names = [parameter.name for parameter in kernel.params]
+    def kind(name):
+        if name in constants:
+            return "constexpr"
+        if name in FLOATS:
+            return "fp32"
+        if name in INTEGERS:
+            return "i32"
+        if name in ("latents", "rows", "counts", "n_active", "go"):
+            return "*i64" if wide and name in ("latents", "rows", "counts") else "*i32"
+        return "*i64" if name in HELD else "*fp32"
+    signature = {name: kind(name) for name in names}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values)
+    assert compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options={"num_warps": warps}).asm["cubin"]
+    print(kernel.__name__, constants)
+
+CAPABILITY = int(sys.argv[1])
+for jump in (False, True):
+    build(triton_kernels.list_rows, 4, False, JUMP=jump, BLOCK=1024)
+    build(triton_kernels.list_latents, 4, False, JUMP=jump, ROWS=32, LATENTS=32)
+for jump, dense in ((False, False), (False, True), (True, True)):
+    for width, warps in ((512, 4), (8192, 8)):
+        shape = {"JUMP": jump, "DENSE_SLOTS": dense, "ENTRIES": max(1, 4096 // width), "BLOCK_D": width}
+        build(triton_kernels.reconstruct, warps, not dense, **shape)
+        build(triton_kernels.latent_gradients, warps, not dense, STE_TO_INPUT=jump, **shape)
+for unit in (False, True):
+    build(triton_kernels.adam_rows, 8, False, UNIT=unit, MIN_NORM=1e-12, BLOCK_D=4096)
+"""
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_for_gpus(capability: int, tmp_path: Path) -> None:
+    """Triton compiles without a GPU: the interpreter takes programs that its compiler would refuse."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(capability)],
+        capture_output=True,
+        text=True,
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) == 18

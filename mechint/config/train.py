@@ -233,6 +233,11 @@ class SAETrainConfig(Config):
             self.init_decoder_norm == 1.0 or self.decoder == "free",
             "--init-decoder-norm needs --decoder free: the rows of a unit decoder have norm 1",
         )
+        if self.precision != "float32":
+            lossy = f"--precision {self.precision}"
+            require(self.kernel in ("auto", "manual"), f"{lossy} needs --kernel manual: {self.kernel} is exact")
+            require(self.decoder == "unit", f"{lossy} needs --decoder unit: free rows are trained in float32 only")
+            require(not self.shard_latents, f"{lossy} and --shard-latents do not go together: leave one out")
         for word in self.option:
             require("=" in word, f"--option takes NAME=VALUE, got {word!r}")
         if self.run_name is not None:

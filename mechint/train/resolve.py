@@ -18,6 +18,8 @@ def resolve(config: SAETrainConfig, activations: Activations) -> SAETrainConfig:
             f" {config.activation_dim}: pass --activation-dim {activations.d_in}, or other activations"
         )
     filled: dict[str, Any] = {"device": detect_device(config.device)}
+    if config.precision == "tf32" and not filled["device"].startswith("cuda"):
+        raise MechintError(f"--precision tf32 needs --device cuda, not {filled['device']}: use float32 or bf16")
     for key in ("hook_name", "model_name", "model_source", "dataset_name", "dataset_split", "num_texts", "max_chars"):
         recorded = info.get("n_texts" if key == "num_texts" else key)
         if recorded is None:
