@@ -7,13 +7,14 @@ EXTRAS ?= dev,notebooks
 # The newest TransformerLens that is supported beside the pinned one; the model tests run on both.
 TL4 = 4.3.0
 
-.PHONY: help setup pipeline test test-fast check fix bench test-tl4 readme clean
+.PHONY: help setup pipeline test test-fast check fix bench bench-train bench-quality test-tl4 readme clean
 
 help:
 	@echo "make pipeline   collect, train, evaluate, ablate and compare on the built-in model (minutes, no network)"
 	@echo "make test       all tests        make test-fast  the quick ones"
 	@echo "make check      format, lint, types, import layers"
 	@echo "make bench      measure speed and memory against the original's way"
+	@echo "make bench-train, bench-quality   speed and quality of training against the peers"
 	@echo "make readme     write the command reference in README.md anew from --help"
 	@echo "make test-tl4   the model tests with TransformerLens $(TL4), in an environment of their own"
 
@@ -53,6 +54,15 @@ fix: setup
 bench: setup
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/collection.py
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/ablation.py
+
+# The peers live in an environment of their own (build/peers-venv), which these make themselves.
+bench-train: setup
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/train.py
+
+bench-quality: setup
+	$(BIN)/python benchmarks/quality.py peers
+	$(BIN)/python benchmarks/quality.py ours --name mechint -- --preset mechint
+	$(BIN)/python benchmarks/quality.py table
 
 readme: setup
 	$(BIN)/python -m mechint.cli.reference README.md
