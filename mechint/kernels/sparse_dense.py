@@ -34,6 +34,7 @@ class DenseRoute:
         self.gate_g = torch.empty(batch if sae.architecture == "gated" else 0, d_in)
         self.grad = [torch.empty(ROWS, d_sae) for _ in range(n_threads)]
         self.gate_grad = [torch.empty(ROWS if len(self.gate) else 0, d_sae) for _ in range(n_threads)]
+        self.product = torch.empty(d_in, d_sae)
         self.n_chunks = -(-batch // ROWS)
         # per chunk and latent: times active, sum of d pre, sum of the architecture's own gradient and its product
         self.fired = np.zeros((self.n_chunks, d_sae), np.int64)
@@ -89,12 +90,11 @@ class DenseRoute:
         if kind == 1 and sae.penalty == "tanh":
             terms["l0_penalty"] = (self.totals.sum() / batch / d_in, objective.sparsity)
 
-        def latents(b: int, thread: int) -> None:
-            span = slice(LATENTS * b, min(LATENTS * (b + 1), d_sae))
-            product(self.acts[:, span].t(), self.g.t(), grads["W_dec"][span])
-            product(self.pre[:, span].t(), self.x.t(), grads["W_enc"].t()[span])
-
-        threads.run(latents, -(-d_sae // LATENTS))
+        # in this order neither factor has to be transposed first, only the small result; parallel inside
+        product(self.g.t().contiguous(), self.acts.t(), self.product)
+        grads["W_dec"].copy_(self.product.t())
+        product(self.x.t().contiguous(), self.pre.t(), self.product)
+        grads["W_enc"].copy_(self.product)
         db, self.other_sums, self.moments = (part.sum(axis=0, dtype=np.float64) for part in self.sums)
         grads[sae.latent_offsets()[0]].copy_(torch.from_numpy(db))
         db_dec = self.g.sum(dim=0, dtype=torch.float64) - W_enc.double().t() @ torch.from_numpy(db)
