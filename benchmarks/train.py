@@ -170,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time training steps against the peers.")
     parser.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--kernels", nargs="+", default=["auto", "dense"], help="of ours")
+    parser.add_argument("--kernels", nargs="+", help="of ours: auto and dense; for a whole run auto alone")
     parser.add_argument("--ours-only", action="store_true", help="no peers: a look at the kernels alone")
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--d-in", type=int, default=512)
@@ -184,6 +184,7 @@ def main() -> None:
     for what in ("settings", "whole-run", "sweep"):
         parser.add_argument(f"--{what}", action="store_true")
     args = parser.parse_args()
+    args.kernels = args.kernels or (["auto"] if args.whole_run else ["auto", "dense"])
     if args.settings:
         from train_settings import run
 
