@@ -15,6 +15,7 @@ COMMANDS = {
     "pipeline": ("mechint.cli.pipeline", "the whole path on the built-in world, in minutes", None),
     "collect": ("mechint.cli.collect", "run a model over texts and keep its activations", "collect_activations.py"),
     "train": ("mechint.cli.train", "train a sparse autoencoder into runs/", "train_sae.py"),
+    "plan": ("mechint.cli.plan", "memory, disk and time of a training before it starts", None),
     "sweep": ("mechint.cli.sweep", "train a grid of autoencoders side by side, and draw their frontier", "sweep.py"),
     "eval": ("mechint.cli.evaluate", "measure an SAE on held-out data", "eval_sae.py"),
     "ablate": ("mechint.cli.ablate", "rank latents by the effect of removing each", "batch_ablate.py"),
