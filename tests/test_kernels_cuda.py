@@ -20,18 +20,24 @@ if not ON_CUDA:  # read when the kernels are imported, which is later
 
 from mechint.config import SAETrainConfig  # noqa: E402
 from mechint.errors import MechintError  # noqa: E402
-from mechint.kernels import DenseKernel, StepResult, StepSettings, cuda, cuda_sparse, make_kernel  # noqa: E402
+from mechint.kernels import (  # noqa: E402
+    DenseKernel,
+    StepResult,
+    StepSettings,
+    cuda,
+    cuda_products,
+    cuda_sparse,
+    make_kernel,
+)
 from mechint.kernels.cuda import ManualKernel  # noqa: E402
-from mechint.kernels.cuda_products import Products  # noqa: E402
+from mechint.kernels.cuda_products import Products, triton_kernels  # noqa: E402
 from mechint.sae import SAE, Objective, build_sae  # noqa: E402
 from mechint.sae.architectures.topk import TopKSAE  # noqa: E402
 
 DEVICE = "cuda" if ON_CUDA else "cpu"
 D_IN, D_SAE, BATCH = 24, 96, 80
 needs_cuda = pytest.mark.skipif(not ON_CUDA, reason="needs a CUDA device")
-needs_triton = pytest.mark.skipif(
-    cuda_sparse.triton_kernels() is None, reason="Triton is not installed (pip install triton)"
-)
+needs_triton = pytest.mark.skipif(triton_kernels() is None, reason="Triton is not installed (pip install triton)")
 
 # name -> architecture, options, objective
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -363,6 +369,33 @@ def test_topk_from_blocks_is_topk_of_all(monkeypatch: pytest.MonkeyPatch) -> Non
         assert torch.equal(acts > 0, sae.encode(x) > 0)
 
 
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_one_pass_after_a_product_is_the_same(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles that stand out over the edges, several parts of the batch, and a NaN, which has to stay one."""
+    monkeypatch.setattr(cuda_products, "SHARE", 32)
+    generator = torch.Generator().manual_seed(3)
+    pre, d_acts = (torch.randn(75, 150, generator=generator).to(DEVICE) for _ in range(2))
+    bias, shift = torch.randn(150, generator=generator).to(DEVICE), torch.tensor(0.3, device=DEVICE)
+    plain, fused = (Products(precision, pre.device, fuse=fuse) for fuse in (False, True))
+    (code, counts, total), (fused_code, fused_counts, fused_total) = (
+        products.relu(pre.clone(), bias) for products in (plain, fused)
+    )
+    assert fused_code.dtype == code.dtype
+    # the interpreter cuts what a GPU rounds: the last of bfloat16's 8 bits
+    tolerance = {"rtol": 2**-7, "atol": 1e-6} if precision == "bf16" else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(fused_code, code, **tolerance)
+    assert torch.equal(fused_counts, counts)
+    torch.testing.assert_close(fused_total, total)
+    for expected, got in zip(*(products.mask(d_acts.clone(), code, shift) for products in (plain, fused)), strict=True):
+        assert got.dtype == expected.dtype
+        torch.testing.assert_close(got, expected, rtol=max(1e-5, tolerance["rtol"]), atol=1e-5)
+    pre[40, 100] = torch.nan
+    code, _, total = fused.relu(pre, bias)
+    assert code[40, 100].isnan() and total.isnan() and code.isnan().sum() == 1
+
+
 COMPILE = """
 import sys
 from triton.backends.compiler import GPUTarget
@@ -372,6 +405,7 @@ from mechint.kernels import triton_kernels
 FLOATS = {"half_band", "scale", "bandwidth", "keep1", "add1", "keep2", "add2", "eps"}
 INTEGERS = {"M", "B", "D", "TOTAL"}
 HELD = {"starts", "slots", "fire_counts"}
+CODES = {"code", "d_pre"}
 
 def build(kernel, warps, wide, **constants):
     names = [parameter.name for parameter in kernel.params]
@@ -382,8 +416,12 @@ def build(kernel, warps, wide, **constants):
             return "fp32"
         if name in INTEGERS:
             return "i32"
+        if name == "counts" and constants.get("SHARE"):
+            return "*i32"
         if name in ("latents", "rows", "counts", "n_active", "go"):
             return "*i64" if wide and name in ("latents", "rows", "counts") else "*i32"
+        if name in CODES and wide and constants.get("SHARE"):
+            return "*bf16"
         return "*i64" if name in HELD else "*fp32"
     signature = {name: kind(name) for name in names}
     values = {(names.index(name),): value for name, value in constants.items()}
@@ -400,6 +438,10 @@ for jump, dense in ((False, False), (False, True), (True, True)):
         shape = {"JUMP": jump, "DENSE_SLOTS": dense, "ENTRIES": max(1, 4096 // width), "BLOCK_D": width}
         build(triton_kernels.reconstruct, warps, not dense, **shape)
         build(triton_kernels.latent_gradients, warps, not dense, STE_TO_INPUT=jump, **shape)
+for lossy in (False, True):
+    tile = {"SHARE": 256, "ROWS": 16, "LATENTS": 128}
+    build(triton_kernels.relu_columns, 4, lossy, **tile)
+    build(triton_kernels.mask_columns, 4, lossy, **tile)
 for unit in (False, True):
     build(triton_kernels.adam_rows, 8, False, UNIT=unit, MIN_NORM=1e-12, BLOCK_D=4096)
 """
@@ -419,4 +461,4 @@ def test_kernels_compile_for_gpus(capability: int, tmp_path: Path) -> None:
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.splitlines()) == 18
+    assert len(done.stdout.splitlines()) == 22

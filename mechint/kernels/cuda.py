@@ -20,7 +20,7 @@ from mechint.errors import MechintError
 from mechint.kernels import cuda_sparse
 from mechint.kernels.contract import Pass, StepResult, StepSettings
 from mechint.kernels.cuda_pass import PASSES, Inputs, Outcome, Revive
-from mechint.kernels.cuda_products import Products
+from mechint.kernels.cuda_products import Products, has_triton
 from mechint.sae import SAE, Objective
 from mechint.sae.architectures.batchtopk import CUT_RATE, BatchSelecting
 from mechint.sae.architectures.jumprelu import JumpReLUSAE
@@ -73,10 +73,11 @@ class ManualKernel:
             raise MechintError(f"--kernel manual cannot train this SAE, {reason}: use --kernel dense")
         assert isinstance(optimizer, torch.optim.Adam), "misfit() checks"
         self.device = sae.W_dec.device
-        self.mm = Products(precision, self.device)
         self.sae, self.optimizer, self.project_gradient = sae, optimizer, project_gradient
         self.sparse = sparse if sparse is not None or cuda_sparse.fits(sae) else False
-        self.fuses_adam = cuda_sparse.has_triton(self.device) and (self.device.type == "cuda" or bool(sparse))
+        # by the interpreter only where a test asks for it
+        self.fuses = has_triton(self.device) and (self.device.type == "cuda" or bool(sparse))
+        self.mm = Products(precision, self.device, fuse=self.fuses)
         self.grads = {name: torch.zeros_like(parameter) for name, parameter in sae.named_parameters()}
         self.captures = self.device.type == "cuda"
         self.lr = torch.zeros((), device=self.device)
@@ -168,7 +169,7 @@ class ManualKernel:
         norm = torch.nn.utils.get_total_norm(list(self.grads.values()))
         # torch.nn.utils.clip_grad_norm_, with the division left to Adam
         too_long = ((norm + 1e-6) / max_grad_norm).clamp_min(1.0)
-        if self.fuses_adam:
+        if self.fuses:
             cuda_sparse.adam(self.sae, self.optimizer, self.lr, too_long, go)
         else:
             with self._device_scalars(too_long, (~go).float()):

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from mechint.kernels.contract import Pass
@@ -56,7 +56,7 @@ class Outcome(NamedTuple):
 
 
 class Dense:
-    """The products that every architecture needs, over one batch."""
+    """The products that every architecture needs, over one batch. A `code` is what `mm.cast` made of acts."""
 
     def __init__(self, sae: SAE, inputs: Inputs, mm: Products):
         self.sae, self.inputs, self.mm, self.x = sae, inputs, mm, inputs.x
@@ -67,32 +67,42 @@ class Dense:
         """`(x - b_dec) @ W_enc`, no bias."""
         return self.mm(self.centred, self.W_enc)
 
-    def error(self, acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_in"]:
+    def error(self, code: Shaped[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_in"]:
         """x_hat - x."""
-        return self.mm(self.mm.cast(acts), self.W_dec).add_(self.sae.b_dec).sub_(self.x)
+        return self.mm(code, self.W_dec).add_(self.sae.b_dec).sub_(self.x)
 
-    def to_acts(self, d_x_hat: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
-        return self.mm(self.mm.cast(d_x_hat), self.W_dec.t())
-
-    def decoder_gradient(self, acts: Float[Tensor, "batch d_sae"], d_x_hat: Float[Tensor, "batch d_in"]) -> None:
-        self.mm(self.mm.cast(acts).t(), self.mm.cast(d_x_hat), out=grad(self.sae, "W_dec"))
+    def decoder_gradient(
+        self, code: Shaped[Tensor, "batch d_sae"], error: Float[Tensor, "batch d_in"]
+    ) -> Float[Tensor, "batch d_sae"]:
+        """W_dec, b_dec, and what is returned: d_acts, all from the mean squared error."""
+        d_x_hat = error * (2 / error.numel())
         torch.sum(d_x_hat, dim=0, out=grad(self.sae, "b_dec"))
+        d_x_hat = self.mm.cast(d_x_hat)
+        self.mm(code.t(), d_x_hat, out=grad(self.sae, "W_dec"))
+        return self.mm(d_x_hat, self.W_dec.t())
 
-    def encoder_gradient(self, d_pre: Float[Tensor, "batch d_sae"], bias: str = "b_enc") -> None:
-        """W_enc, the bias that is added to its product, and the encoder's share of b_dec."""
+    def encoder_gradient(
+        self, d_code: Shaped[Tensor, "batch d_sae"], total: Float[Tensor, " d_sae"], bias: str = "b_enc"
+    ) -> None:
+        """W_enc, the bias that is added to its product, and the encoder's share of b_dec; `total` is the sum of d_pre
+        over the batch, `d_code` what `mm.cast` made of d_pre."""
         # W_enc lies column by column: its transpose is what a product can write into
-        self.mm(self.mm.cast(d_pre).t(), self.centred, out=grad(self.sae, "W_enc").t())
-        total = torch.sum(d_pre, dim=0, out=grad(self.sae, bias))
+        self.mm(d_code.t(), self.centred, out=grad(self.sae, "W_enc").t())
+        grad(self.sae, bias).copy_(total)
         grad(self.sae, "b_dec").sub_(self.sae.W_enc @ total)
 
     def finish(
-        self, terms: dict[str, Tensor], weights: dict[str, Tensor | float], acts: Tensor, error: Tensor, bias: str
+        self,
+        terms: dict[str, Tensor],
+        weights: dict[str, Tensor | float],
+        fire_counts: Int[Tensor, " d_sae"],
+        error: Float[Tensor, "batch d_in"],
+        bias: str = "b_enc",
     ) -> Pass:
         """AuxK if asked, the loss, and what fired."""
         if self.inputs.revive is not None:
             terms["auxk"] = add_auxk(self.sae, self.inputs, error, self.mm, bias)
             weights["auxk"] = self.inputs.revive.coefficient
-        fire_counts = (acts > 0).sum(dim=0)
         return Pass({"loss": total_loss(terms, weights), **terms}, fire_counts.sum(), fire_counts)
 
 
@@ -109,13 +119,12 @@ def total_loss(terms: dict[str, Tensor], weights: dict[str, Tensor | float]) -> 
 
 def standard(sae: SAE, inputs: Inputs, mm: Products) -> Outcome:
     dense = Dense(sae, inputs, mm)
-    acts = dense.encode().add_(sae.b_enc).relu_()
-    error = dense.error(acts)
-    terms = {"mse": error.square().mean(), "l1": acts.mean()}
-    d_x_hat = error * (2 / error.numel())
-    dense.decoder_gradient(acts, d_x_hat)
-    dense.encoder_gradient(dense.to_acts(d_x_hat).add_(inputs.sparsity / acts.numel()).mul_(acts > 0))
-    return Outcome(dense.finish(terms, {"mse": 1.0, "l1": inputs.sparsity}, acts, error, "b_enc"), None)
+    code, fire_counts, total = mm.relu(dense.encode(), sae.b_enc)
+    error = dense.error(code)
+    terms = {"mse": error.square().mean(), "l1": total / code.numel()}
+    d_acts = dense.decoder_gradient(code, error)
+    dense.encoder_gradient(*mm.mask(d_acts, code, inputs.sparsity / code.numel()))
+    return Outcome(dense.finish(terms, {"mse": 1.0, "l1": inputs.sparsity}, fire_counts, error), None)
 
 
 def topk(sae: SAE, inputs: Inputs, mm: Products) -> Outcome:
@@ -140,13 +149,13 @@ def select_batch(sae: SAE, pre: Float[Tensor, "batch d_sae"]) -> tuple[Tensor, T
     return torch.zeros_like(scores).scatter_(0, top.indices, top.values).view_as(pre), cut
 
 
-def _selected(dense: Dense, acts: Tensor) -> Pass:
+def _selected(dense: Dense, acts: Float[Tensor, "batch d_sae"]) -> Pass:
     """What follows a selection: no penalty, gradients at what is active."""
-    error = dense.error(acts)
-    d_x_hat = error * (2 / error.numel())
-    dense.decoder_gradient(acts, d_x_hat)
-    dense.encoder_gradient(dense.to_acts(d_x_hat).mul_(acts > 0))
-    return dense.finish({"mse": error.square().mean()}, {"mse": 1.0}, acts, error, "b_enc")
+    code = dense.mm.cast(acts)
+    error = dense.error(code)
+    d_acts = dense.decoder_gradient(code, error)
+    dense.encoder_gradient(*dense.mm.mask(d_acts, code, torch.zeros_like(dense.inputs.sparsity)))
+    return dense.finish({"mse": error.square().mean()}, {"mse": 1.0}, (acts > 0).sum(dim=0), error)
 
 
 def jumprelu(sae: SAE, inputs: Inputs, mm: Products) -> Outcome:
@@ -157,10 +166,9 @@ def jumprelu(sae: SAE, inputs: Inputs, mm: Products) -> Outcome:
     above = pre > sae.threshold
     acts = pre * above
     inside = (pre - sae.threshold).abs() < sae.bandwidth / 2
-    error = dense.error(acts)
-    d_x_hat = error * (2 / error.numel())
-    dense.decoder_gradient(acts, d_x_hat)
-    d_acts = dense.to_acts(d_x_hat)
+    code = mm.cast(acts)
+    error = dense.error(code)
+    d_acts = dense.decoder_gradient(code, error)
     to_step, penalty = penalty_gradient(sae, acts, above, inputs.sparsity)
     if sae.penalty == "tanh":
         d_acts += (1 - torch.tanh(acts * sae.tanh_scale).square()) * (inputs.sparsity * sae.tanh_scale / (batch * d_in))
@@ -179,8 +187,8 @@ def jumprelu(sae: SAE, inputs: Inputs, mm: Products) -> Outcome:
         d_pre -= push
         d_threshold += push.sum(dim=0)
     grad(sae, "threshold").copy_(d_threshold)
-    dense.encoder_gradient(d_pre)
-    return Outcome(dense.finish(terms, weights, acts, error, "b_enc"), None)
+    dense.encoder_gradient(mm.cast(d_pre), d_pre.sum(dim=0))
+    return Outcome(dense.finish(terms, weights, (acts > 0).sum(dim=0), error), None)
 
 
 def penalty_gradient(sae: JumpReLUSAE, acts: Tensor, above: Tensor, sparsity: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -201,20 +209,21 @@ def gated(sae: SAE, inputs: Inputs, mm: Products) -> Outcome:
     u = dense.encode()
     gate = (u + b_gate).relu_()
     acts = (u * scale).add_(b_mag).relu_().mul_(gate > 0)
-    error, gate_error = dense.error(acts), dense.error(gate)
+    code = mm.cast(acts)
+    error, gate_error = dense.error(code), dense.error(mm.cast(gate))
     terms = {"mse": error.square().mean(), "l1": gate.mean(), "gate_mse": gate_error.square().mean()}
-    d_x_hat = error * (2 / error.numel())
-    dense.decoder_gradient(acts, d_x_hat)
-    d_mag = dense.to_acts(d_x_hat).mul_(acts > 0)
+    d_mag = dense.decoder_gradient(code, error).mul_(acts > 0)
     # the decoder is a constant for the gate's own reconstruction
-    d_gate = dense.to_acts(gate_error.mul_(2 / error.numel())).add_(inputs.sparsity / gate.numel()).mul_(gate > 0)
+    d_gate = mm(mm.cast(gate_error * (2 / error.numel())), dense.W_dec.t())
+    d_gate.add_(inputs.sparsity / gate.numel()).mul_(gate > 0)
     torch.sum(d_mag, dim=0, out=grad(sae, "b_mag"))
     grad(sae, "r_mag").copy_((d_mag * u).sum(dim=0).mul_(scale))
-    dense.encoder_gradient(d_mag.mul_(scale).add_(d_gate), "b_gate")
+    d_u = d_mag.mul_(scale).add_(d_gate)
+    dense.encoder_gradient(mm.cast(d_u), d_u.sum(dim=0), "b_gate")
     # the magnitude reaches the product, not the gate's bias
     torch.sum(d_gate, dim=0, out=grad(sae, "b_gate"))
     weights: dict[str, Tensor | float] = {"mse": 1.0, "l1": inputs.sparsity, "gate_mse": 1.0}
-    return Outcome(dense.finish(terms, weights, acts, error, "b_gate"), None)
+    return Outcome(dense.finish(terms, weights, (acts > 0).sum(dim=0), error, "b_gate"), None)
 
 
 def matryoshka_batchtopk(sae: SAE, inputs: Inputs, mm: Products) -> Outcome:
@@ -240,8 +249,8 @@ def matryoshka_batchtopk(sae: SAE, inputs: Inputs, mm: Products) -> Outcome:
         mm(code[:, start:width].t(), d_code, out=grad(sae, "W_dec")[start:width])
         torch.mul(mm(d_code, dense.W_dec[start:width].t()), acts[:, start:width] > 0, out=d_pre[:, start:width])
     torch.sum(d_x_hat, dim=0, out=grad(sae, "b_dec"))
-    dense.encoder_gradient(d_pre)
-    return Outcome(dense.finish(terms, weights, acts, error, "b_enc"), cut)
+    dense.encoder_gradient(mm.cast(d_pre), d_pre.sum(dim=0))
+    return Outcome(dense.finish(terms, weights, (acts > 0).sum(dim=0), error), cut)
 
 
 def add_auxk(sae: SAE, inputs: Inputs, error: Float[Tensor, "batch d_in"], mm: Products, bias: str) -> Tensor:

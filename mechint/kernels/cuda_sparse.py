@@ -5,10 +5,7 @@ Entries are listed by row and by latent (see triton_kernels), decoded by gatheri
 gradients are summed over its own list. All of it after the encoder product is float32, whatever the precision.
 """
 
-import functools
 import math
-import os
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -17,7 +14,7 @@ from torch import Tensor
 
 from mechint.kernels.contract import Pass
 from mechint.kernels.cuda_pass import Inputs, Outcome, add_auxk, grad, total_loss
-from mechint.kernels.cuda_products import Products
+from mechint.kernels.cuda_products import Products, has_triton, kernels
 from mechint.sae import SAE
 from mechint.sae.architectures.batchtopk import BatchTopKSAE
 from mechint.sae.architectures.jumprelu import JumpReLUSAE
@@ -50,23 +47,6 @@ class Entries(NamedTuple):
     n_active: Int[Tensor, ""] | None  # JumpReLU's, where entries are listed that are not active
 
 
-@functools.cache
-def triton_kernels() -> ModuleType | None:
-    """The kernels, or None where there is no Triton."""
-    try:
-        from mechint.kernels import triton_kernels
-    except ImportError:
-        return None
-    return triton_kernels
-
-
-def has_triton(device: torch.device) -> bool:
-    """Whether the kernels run there: on CUDA, or anywhere by Triton's interpreter."""
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return False
-    return triton_kernels() is not None
-
-
 def fits(sae: SAE) -> bool:
     """Whether there is a sparse pass for this SAE, here."""
     if not has_triton(sae.W_dec.device) or sae.d_in > MAX_D_IN:
@@ -87,8 +67,6 @@ def pays(sae: SAE, precision: str, l0: float | None) -> bool:
 
 def sparse_pass(sae: SAE, inputs: Inputs, mm: Products) -> Outcome:
     """Loss and gradients as `cuda_pass` gives them."""
-    kernels = triton_kernels()
-    assert kernels is not None
     x, (batch, d_in) = inputs.x, inputs.x.shape
     entries, cut = _entries(sae, inputs, mm)
     jump = isinstance(sae, JumpReLUSAE)
@@ -97,7 +75,7 @@ def sparse_pass(sae: SAE, inputs: Inputs, mm: Products) -> Outcome:
     shape = {"ENTRIES": max(1, 4096 // _block(d_in)), "BLOCK_D": _block(d_in), "num_warps": 8 if d_in > 1024 else 4}
     error, d_acts, code_sums = torch.empty_like(x), torch.empty_like(entries.pre), torch.empty_like(x[:, 0])
     scale = 2 / x.numel()
-    kernels.reconstruct[(batch,)](
+    kernels().reconstruct[(batch,)](
         x, sae.W_dec, sae.b_dec, entries.pre, threshold, entries.starts, entries.counts, entries.latents,
         error, d_acts, code_sums, scale, sae.d_sae, d_in, JUMP=jump, DENSE_SLOTS=dense_slots, **shape,
     )  # fmt: skip
@@ -119,7 +97,7 @@ def sparse_pass(sae: SAE, inputs: Inputs, mm: Products) -> Outcome:
 
     fire_counts = torch.empty(sae.d_sae, dtype=torch.int64, device=x.device)
     grad_bias = grad(sae, "b_enc")
-    kernels.latent_gradients[(sae.d_sae,)](
+    kernels().latent_gradients[(sae.d_sae,)](
         x, sae.b_dec, error, entries.pre, d_acts, threshold, entries.latent_starts, entries.latent_counts,
         entries.rows, slots, shift, to_step, grad(sae, "W_dec"), grad(sae, "W_enc"), grad_bias,
         grad(sae, "threshold") if jump else grad_bias, fire_counts, scale,
@@ -209,18 +187,16 @@ def _by_latent(
 
 def list_unknown(pre: Float[Tensor, "batch d_sae"], sae: SAE) -> Entries:
     """Lists of as many entries as there are: each could hold everything, and only what is there is written."""
-    kernels = triton_kernels()
-    assert kernels is not None
     (batch, d_sae), device = pre.shape, pre.device
     jump = isinstance(sae, JumpReLUSAE)
     threshold, half_band = (sae.threshold, sae.bandwidth / 2) if jump else (sae.b_enc, 0.0)
     latents, rows = (torch.empty(batch * d_sae, dtype=torch.int32, device=device) for _ in range(2))
     counts, n_active = (torch.empty(batch, dtype=torch.int32, device=device) for _ in range(2))
     latent_counts = torch.empty(d_sae, dtype=torch.int32, device=device)
-    kernels.list_rows[(batch,)](
+    kernels().list_rows[(batch,)](
         pre, threshold, half_band, latents, counts, n_active, d_sae, JUMP=jump, BLOCK=min(1024, _block(d_sae))
     )
-    kernels.list_latents[(math.ceil(d_sae / 32),)](
+    kernels().list_latents[(math.ceil(d_sae / 32),)](
         pre, threshold, half_band, rows, latent_counts, batch, d_sae, JUMP=jump, ROWS=32, LATENTS=32
     )
     starts = torch.arange(0, batch * d_sae, d_sae, device=device)
@@ -231,8 +207,6 @@ def list_unknown(pre: Float[Tensor, "batch d_sae"], sae: SAE) -> Entries:
 @torch.no_grad()
 def adam(sae: SAE, optimizer: torch.optim.Adam, lr: Tensor, too_long: Tensor, go: Bool[Tensor, ""]) -> None:
     """One step of Adam on gradients divided by `too_long`, decoder rows back to unit norm; nothing where not `go`."""
-    kernels = triton_kernels()
-    assert kernels is not None
     moves = go.int()
     for group in optimizer.param_groups:
         beta1, beta2 = group["betas"]
@@ -249,7 +223,7 @@ def adam(sae: SAE, optimizer: torch.optim.Adam, lr: Tensor, too_long: Tensor, go
             assert all(tensor.is_contiguous() for tensor in tensors), "moments lie as their parameter does"
             n = parameter.numel()
             width = sae.d_in if parameter.ndim == 2 else min(n, 1024)
-            kernels.adam_rows[(math.ceil(n / width),)](
+            kernels().adam_rows[(math.ceil(n / width),)](
                 *tensors, scalars, moves, beta1, 1 - beta1, beta2, 1 - beta2, group["eps"], width, n,
                 UNIT=parameter is sae.W_dec, MIN_NORM=MIN_DECODER_NORM, BLOCK_D=_block(width),
                 num_warps=8 if width > 1024 else 4,

@@ -1,4 +1,6 @@
-"""Triton kernels for codes that are mostly zero: only listed entries are touched, and nothing is added atomically.
+"""Triton kernels: what follows a product of the dense step in one pass, and steps over codes that are mostly zero.
+
+For the latter only listed entries are touched. Nothing is added atomically anywhere.
 
 A code [batch, d_sae] is given twice, as lists of entries by row and by latent. List i starts at `starts[i]` and has
 `counts[i]` entries. What an entry holds (its pre-activation, its gradient) lies at its *slot*, which both lists name:
@@ -157,6 +159,49 @@ def latent_gradients(
     tl.store(fire_counts + latent, fired)
     if JUMP:
         tl.store(grad_threshold + latent, to_threshold)
+
+
+@triton.jit
+def relu_columns(pre, bias, code, counts, sums, B, M, SHARE: tl.constexpr, ROWS: tl.constexpr, LATENTS: tl.constexpr):
+    """code = ReLU(pre + bias), rounded to the type of `code`, which may be `pre` itself; and of each latent how often
+    it fired and the sum of its acts, in parts of `SHARE` rows: program (block of latents, part)."""
+    j = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
+    part = tl.program_id(1)
+    offset = tl.load(bias + j, mask=j < M, other=0.0)
+    count = tl.zeros([LATENTS], dtype=tl.int32)
+    total = tl.zeros([LATENTS], dtype=tl.float32)
+    for start in range(0, SHARE, ROWS):
+        b = part * SHARE + start + tl.arange(0, ROWS)
+        there = (b < B)[:, None] & (j < M)[None, :]
+        place = b[:, None].to(tl.int64) * M + j[None, :]
+        value = tl.load(pre + place, mask=there, other=0.0) + offset[None, :]
+        # a comparison with NaN is false: written so that NaN stays
+        acts = tl.where(there & ~(value <= 0), value, 0.0)
+        tl.store(code + place, acts.to(code.dtype.element_ty), mask=there)
+        count += tl.sum((acts > 0).to(tl.int32), axis=0)
+        total += tl.sum(acts, axis=0)
+    tl.store(counts + part * M + j, count, mask=j < M)
+    tl.store(sums + part * M + j, total, mask=j < M)
+
+
+@triton.jit
+def mask_columns(
+    d_acts, code, shift, d_pre, sums, B, M, SHARE: tl.constexpr, ROWS: tl.constexpr, LATENTS: tl.constexpr
+):
+    """d_pre = d_acts + shift where the code is positive, else 0 (`d_pre` may be `d_acts`); and each latent's sum."""
+    j = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
+    part = tl.program_id(1)
+    lift = tl.load(shift)
+    total = tl.zeros([LATENTS], dtype=tl.float32)
+    for start in range(0, SHARE, ROWS):
+        b = part * SHARE + start + tl.arange(0, ROWS)
+        there = (b < B)[:, None] & (j < M)[None, :]
+        place = b[:, None].to(tl.int64) * M + j[None, :]
+        active = tl.load(code + place, mask=there, other=0.0) > 0
+        gradient = tl.where(active, tl.load(d_acts + place, mask=there, other=0.0) + lift, 0.0)
+        tl.store(d_pre + place, gradient.to(d_pre.dtype.element_ty), mask=there)
+        total += tl.sum(gradient, axis=0)
+    tl.store(sums + part * M + j, total, mask=j < M)
 
 
 @triton.jit
