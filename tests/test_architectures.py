@@ -15,7 +15,7 @@ from mechint.errors import MechintError
 from mechint.kernels import DenseKernel, StepSettings
 from mechint.sae import ARCHITECTURES, SAE, Objective, build_sae, load_sae, save_checkpoint, save_sae_folder
 from mechint.sae.architectures.matryoshka_batchtopk import draw_widths
-from mechint.sae.init import centre, input_scale, set_density, tie_encoder
+from mechint.sae.init import centre, fit_encoder, input_scale, set_density, tie_encoder
 from mechint.train.dead import dead_latents, resample
 
 D_IN, D_SAE, BATCH = 12, 40, 64
@@ -346,6 +346,44 @@ def test_tied_encoder_and_scale_and_centre():
     torch.testing.assert_close(centre(x, "mean"), x.mean(dim=0))
     with pytest.raises(MechintError, match="all equal"):
         input_scale(torch.ones(9, D_IN), "centred-norm")
+
+
+def test_fitted_encoder_is_the_tied_one_at_the_best_length():
+    """No other length of the encoder reconstructs the sample better at the start, and a tied one overshoots."""
+    torch.manual_seed(0)
+    sae = build_sae("standard", 8, 64)
+    tie_encoder(sae)
+    sample = torch.randn(300, 8) + 1.0
+    sae.b_dec.data.copy_(sample.mean(dim=0))
+    direction = sae.W_dec[3].clone()
+    scale = fit_encoder(sae, sample)
+    assert scale < 0.5  # half of 64 latents are active, four times as many as there are dimensions
+    torch.testing.assert_close(sae.W_enc[:, 3], scale * direction)
+
+    def error(times: float) -> float:
+        other = copy.deepcopy(sae)
+        other.W_enc.data.mul_(times)
+        return (other(sample)[0] - sample).square().mean().item()
+
+    assert error(1.0) < min(error(0.97), error(1.03), error(1 / scale))
+
+
+def test_saturation_weighs_strong_activations_less():
+    """By hand: one latent, f = 3 and f = 1, penalties f / (1 + f / 2); their force on f is 1 / (1 + f / 2)^2."""
+    sae = build_sae("standard", 1, 1, options={"saturation": 0.5})
+    with torch.no_grad():
+        for name, value in {"W_enc": 1.0, "W_dec": 1.0, "b_enc": 0.0, "b_dec": 0.0}.items():
+            sae.get_parameter(name).fill_(value)
+    x = torch.tensor([[3.0], [1.0]])
+    loss = sae.loss(x, Objective(sparsity=2.0))
+    assert loss.terms["l1"].item() == pytest.approx((3 / 2.5 + 1 / 1.5) / 2)
+    loss.total.backward()
+    # x is reconstructed exactly, so that only the penalty moves anything
+    assert sae.b_enc.grad.item() == pytest.approx(2.0 * (1 / 2.5**2 + 1 / 1.5**2) / 2)
+    with pytest.raises(MechintError, match="saturation"):
+        build_sae("standard", 4, 8, options={"saturation": -1.0})
+    with pytest.raises(MechintError, match="only to standard"):
+        build_sae("topk", 4, 8, options={"saturation": 1.0})
 
 
 def test_geometric_median_is_where_unit_vectors_cancel_and_ignores_an_outlier():

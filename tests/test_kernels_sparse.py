@@ -12,6 +12,7 @@ from mechint.sae import Objective, build_sae
 # architecture and options; each is held against the reference in every test below
 CASES = {
     "standard": ("standard", {}),
+    "standard-saturated": ("standard", {"saturation": 0.7}),
     "topk": ("topk", {"k": 8}),
     "batchtopk": ("batchtopk", {"k": 7.3}),
     "matryoshka": ("matryoshka_batchtopk", {"k": 9}),

@@ -24,6 +24,7 @@ ARCHITECTURE_OPTIONS = (
     "tanh_scale",
     "ste_to_input",
     "pre_act_coefficient",
+    "saturation",
 )
 
 
@@ -80,8 +81,9 @@ class SAETrainConfig(Config):
     their row instead, and the norms are folded into the encoder when the SAE is saved."""
     project_gradient: bool = False
     """Remove from each decoder row's gradient its part along the row."""
-    init: Literal["xavier", "tied"] = "xavier"
-    """xavier: encoder and decoder drawn independently. tied: the encoder starts as the decoder's transpose."""
+    init: Literal["xavier", "tied", "fitted"] = "xavier"
+    """xavier: encoder and decoder drawn independently. tied: the encoder starts as the decoder's transpose. fitted:
+    tied, and then times the one number with which the first reconstructions fit best."""
     init_decoder_norm: float = 1.0
     """Norm of the decoder rows at the start, for --decoder free."""
     init_l0: float | None = None
@@ -119,6 +121,9 @@ class SAETrainConfig(Config):
     """jumprelu: let the penalty's step push the pre-activations too, not only the threshold."""
     pre_act_coefficient: float | None = None
     """jumprelu: weight of the distance of dead latents' pre-activations below their thresholds. 0 if not given."""
+    saturation: float | None = None
+    """standard: the penalty weighs f / (1 + saturation * f) instead of f, so that it shrinks strong activations less.
+    0 if not given: the L1."""
     option: tuple[str, ...] = ()
     """NAME=VALUE settings of an architecture of your own that has no flag here."""
     kernel: str = "auto"

@@ -171,14 +171,16 @@ def keep_from(first, last, base, cut, equal, cols, pre, ends):
 
 @njit(**OPTIONS)
 @no_type_check
-def finish_relu(base, n, cols, acts, grad, l1, counts):
-    """d loss / d pre of ReLU latents with an L1 penalty of weight `l1` an entry; counts per latent; sum of acts."""
+def finish_relu(base, n, cols, acts, grad, l1, saturation, counts):
+    """d loss / d pre of ReLU latents with a penalty f / (1 + saturation f) of weight `l1` an entry; counts per latent;
+    sum of the penalties."""
     counts[:] = 0
     total = 0.0
     for e in range(base, base + n):
         counts[cols[e]] += 1
-        grad[e] += l1
-        total += acts[e]
+        share = np.float32(1.0) / (np.float32(1.0) + saturation * acts[e])
+        grad[e] += l1 * share * share
+        total += acts[e] * share
     return total
 
 

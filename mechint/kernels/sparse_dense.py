@@ -50,7 +50,7 @@ class DenseRoute:
         After it, `other_sums`, `moments` and `residual` are as those of `Space`.
         """
         kind = KINDS[sae.architecture]
-        batch, d_in, d_sae = self.batch, sae.d_in, sae.d_sae
+        batch, d_in = self.batch, sae.d_in
         W_enc, W_dec = sae.W_enc.detach().t(), sae.W_dec.detach()
         W_dec_columns = W_dec.t().contiguous()
         b_dec, bias = sae.b_dec.detach(), sae.get_parameter(sae.latent_offsets()[0]).detach().numpy()
@@ -117,14 +117,14 @@ def _error(acts: Tensor, W_dec_columns: Tensor, x: Tensor, b_dec: Tensor, factor
 
 def _latent_constants(sae: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What the elementwise loops need beside the bias: (threshold, unused, [bandwidth, tanh scale, to input]) of
-    jumprelu; (b_mag, exp(r_mag), unused) of gated."""
+    jumprelu; (b_mag, exp(r_mag), unused) of gated; (unused, [saturation], unused) of standard."""
     nothing = np.zeros(0, np.float32)
     if sae.architecture == "jumprelu":
         shape = (sae.bandwidth, sae.tanh_scale, float(sae.ste_to_input))
         return sae.threshold.detach().numpy(), nothing, np.array(shape, np.float32)
     if sae.architecture == "gated":
         return sae.b_mag.detach().numpy(), sae.r_mag.detach().exp().numpy(), nothing
-    return nothing, nothing, nothing
+    return nothing, np.array([sae.saturation], np.float32), nothing
 
 
 def _terms(
@@ -158,7 +158,7 @@ def jump_penalty(sae: Any, objective: Objective, active: int, batch: int) -> tup
 def activate(kind, pre, acts, gate, bias, level, gain, fired):
     """Form feature_acts; `pre` becomes the pre-activation with its bias (gated: the open gate). Counts per latent;
     returns the sum of what the penalty weighs."""
-    zero = np.float32(0.0)
+    zero, one = np.float32(0.0), np.float32(1.0)
     fired[:] = 0
     total = 0.0
     counts = np.zeros(pre.shape[1], np.int32)
@@ -172,6 +172,10 @@ def activate(kind, pre, acts, gate, bias, level, gain, fired):
                 acts[r, j] = act
                 part += act
                 counts[j] += act > zero
+            if gain[0] != zero:
+                part = zero
+                for j in range(pre.shape[1]):
+                    part += acts[r, j] / (one + gain[0] * acts[r, j])
         elif kind == 1:
             for j in range(pre.shape[1]):
                 value = pre[r, j] + bias[j]
@@ -206,7 +210,13 @@ def finish(kind, pre, acts, grad, gate_grad, level, gain, scale, weight, tanh, d
     own[:] = zero
     moment[:] = zero
     for r in range(pre.shape[0]):
-        if kind == 0:
+        if kind == 0 and gain[0] != zero:
+            for j in range(pre.shape[1]):
+                share = one / (one + gain[0] * acts[r, j])
+                value = grad[r, j] + weight * share * share if acts[r, j] > zero else zero
+                pre[r, j] = value
+                db[j] += value
+        elif kind == 0:
             for j in range(pre.shape[1]):
                 value = grad[r, j] + weight if acts[r, j] > zero else zero
                 pre[r, j] = value

@@ -16,7 +16,7 @@ from mechint.kernels import sparse_choice as choice
 from mechint.kernels.sparse_dense import jump_penalty
 from mechint.kernels.sparse_pool import Pool
 from mechint.kernels.sparse_space import Space
-from mechint.sae import SAE, Objective
+from mechint.sae import Objective
 from mechint.sae.architectures.matryoshka_batchtopk import check_widths
 
 Terms = dict[str, tuple[float, float]]  # name: (value, weight)
@@ -26,7 +26,7 @@ Plan = Callable[[Any, Objective, Space, Pool, dict[str, float]], Terms | None]
 HINT = 0.93
 
 
-def _standard(sae: SAE, objective: Objective, space: Space, threads: Pool, memory: dict[str, float]) -> Terms | None:
+def _standard(sae: Any, objective: Objective, space: Space, threads: Pool, memory: dict[str, float]) -> Terms | None:
     n_values = space.batch * space.d_sae
     l1 = objective.sparsity / n_values
     sums = np.zeros(space.n_chunks)
@@ -34,7 +34,7 @@ def _standard(sae: SAE, objective: Objective, space: Space, threads: Pool, memor
     def chunk(c: int, thread: int) -> None:
         if _going(space) and space.encode(c, thread) and space.find(c, thread):
             space.decode(c)
-            sums[c] = _finish(space, c, l1)
+            sums[c] = _finish(space, c, l1, sae.saturation)
 
     threads.run(chunk, space.n_chunks)
     return {"mse": (_mse(space), 1.0), "l1": (sums.sum() / n_values, objective.sparsity)} if _going(space) else None
@@ -234,9 +234,10 @@ def _going(space: Space) -> bool:
     return space.finite and not space.too_dense
 
 
-def _finish(space: Space, c: int, l1: float = 0.0) -> float:
+def _finish(space: Space, c: int, l1: float = 0.0, saturation: float = 0.0) -> float:
     base, n = space.span(c)[0], space.n_entries[c]
-    return choice.finish_relu(base, n, space.cols, space.acts, space.grad, np.float32(l1), space.counts[c])
+    penalty = (np.float32(l1), np.float32(saturation))
+    return choice.finish_relu(base, n, space.cols, space.acts, space.grad, *penalty, space.counts[c])
 
 
 def _mse(space: Space) -> float:

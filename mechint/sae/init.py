@@ -22,6 +22,28 @@ def tie_encoder(sae: SAE, decoder_norm: float = 1.0) -> None:
     sae.W_enc.copy_(sae.W_dec.T)
 
 
+@torch.no_grad()
+def fit_encoder(sae: SAE, sample: Float[Tensor, "n d_in"]) -> float:
+    """Multiply the encoder (weights and biases) by the number with which reconstructions of `sample` fit best, which is
+    returned: s = <x - b_dec, y> / <y, y> for y = x_hat - b_dec. feature_acts are then s times what they were.
+
+    A tied start overshoots by about d_sae / (2 d_in) with ReLU, since half of the latents are active on each vector:
+    the first steps, and for 1 / (1 - beta2) steps Adam's second moments, are then those of undoing it.
+    """
+    dot, square = 0.0, 0.0
+    for x in sample.split(2048):
+        y = sae(x)[0] - sae.b_dec
+        dot += ((x - sae.b_dec) * y).sum().item()
+        square += y.square().sum().item()
+    if not (dot > 0 and square > 0):
+        return 1.0
+    scale = dot / square
+    sae.W_enc.mul_(scale)
+    for name in sae.latent_offsets():
+        sae.get_parameter(name).mul_(scale)
+    return scale
+
+
 def input_scale(sample: Float[Tensor, "n d_in"], how: Literal["none", "mean-norm", "centred-norm"]) -> float:
     """The factor that makes the mean norm of `sample` (or of its distance from its mean) sqrt(d_in); 1 for "none"."""
     if how == "none":

@@ -22,7 +22,7 @@ from mechint.provenance import get_git_commit, set_global_seed, write_json
 from mechint.runs import write_run_manifest
 from mechint.sae import SAE, Objective, build_sae, save_checkpoint, save_sae_folder
 from mechint.sae.architectures.matryoshka_batchtopk import draw_widths
-from mechint.sae.init import centre, input_scale, set_density, tie_encoder
+from mechint.sae.init import centre, fit_encoder, input_scale, set_density, tie_encoder
 from mechint.train.dead import dead_latents, resample
 from mechint.train.layout import Layout
 from mechint.train.log import MetricsLog
@@ -147,13 +147,15 @@ def initialise(sae: SAE, config: SAETrainConfig, sample: Float[Tensor, "n d_in"]
     """Set the start that the config asks for from a sample of the training rows; returns the input scale."""
     scale = input_scale(sample, config.normalize_inputs)
     sample = (sample * scale).to(sae.W_enc.device)
-    if config.init == "tied":
+    if config.init in ("tied", "fitted"):
         tie_encoder(sae, config.init_decoder_norm)
     elif config.init_decoder_norm != 1.0:
         sae.W_dec.data.mul_(config.init_decoder_norm)
     sae.b_dec.data.copy_(centre(sample, config.b_dec_init))
     if config.init_l0 is not None:
         set_density(sae, sample, config.init_l0)
+    if config.init == "fitted":
+        fit_encoder(sae, sample[:: max(1, len(sample) // 4096)])
     return scale
 
 

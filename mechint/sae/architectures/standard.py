@@ -7,14 +7,20 @@
 Source of form and initialisation: reference pipeline "mech-int" (Pythia-70M, layer 3); the same architecture is
 "standard" in SAELens and follows Bricken et al. 2023, "Towards Monosemanticity", section "Sparse Autoencoders".
 With free decoder rows the penalty is mean(f * |W_dec row|): Anthropic, "Circuits Updates - April 2024".
+
+An L1 pulls every active f down with the same force, however strong it is: activations come out too small. With
+`saturation` s the penalty is mean(f / (1 + s f)), whose force 1 / (1 + s f)^2 is that of the L1 at f = 0 and fades for
+strong f (Geman and McClure 1987's kind of penalty, on f instead of f^2). Architecture and saved form stay the same.
 """
 
+import math
 from typing import Any, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechint.errors import MechintError
 from mechint.sae.base import SAE, Loss, Objective, add_auxk, mean_squared_error, weighted_acts
 
 
@@ -24,6 +30,7 @@ class SparseAutoEncoder(SAE):
 
     architecture = "standard"
     saved_tensors = ("W_enc", "b_enc", "W_dec", "b_dec")
+    options = {"saturation": 0.0}
     has_l1 = True
     shardable = True
 
@@ -33,9 +40,13 @@ class SparseAutoEncoder(SAE):
         expansion: int = 8,
         *,
         d_sae: int | None = None,
+        saturation: float = 0.0,
         generator: torch.Generator | None = None,
     ):
         super().__init__(activation_dim, activation_dim * expansion if d_sae is None else d_sae, generator=generator)
+        if not 0 <= saturation < math.inf:
+            raise MechintError(f"--saturation must be 0 or above, got {saturation:g}")
+        self.saturation = saturation
 
     @classmethod
     def make(cls, d_in: int, d_sae: int, **options: Any) -> "SparseAutoEncoder":
@@ -46,7 +57,10 @@ class SparseAutoEncoder(SAE):
 
     def loss(self, x: Float[Tensor, "batch d_in"], objective: Objective) -> Loss:
         x_hat, feature_acts = self(x)
-        terms = {"mse": mean_squared_error(x, x_hat), "l1": self.peers.mean_latents(weighted_acts(self, feature_acts))}
+        weighed = weighted_acts(self, feature_acts)
+        if self.saturation:
+            weighed = weighed / (1 + self.saturation * weighed)
+        terms = {"mse": mean_squared_error(x, x_hat), "l1": self.peers.mean_latents(weighed)}
         loss = Loss(terms, {"mse": 1.0, "l1": objective.sparsity}, feature_acts)
         return add_auxk(loss, self, x, x_hat, objective)
 
