@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -95,6 +96,10 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return read_json(path, "config file")
 
 
+# A process that leaves its error to the first one waits this long: torchrun ends all others as soon as one has ended.
+SILENT_SECONDS = 3.0
+
+
 def is_first_process() -> bool:
     """Whether this process is the one of a `torchrun` that prints; true without it."""
     return os.environ.get("RANK", "0") == "0"
@@ -108,6 +113,7 @@ def said_once() -> Iterator[None]:
     except MechintError:
         if is_first_process():
             raise
+        time.sleep(SILENT_SECONDS)
         raise SystemExit(2) from None
 
 

@@ -6,6 +6,7 @@ import datetime
 import itertools
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,8 @@ from mechint.errors import MechintError, one_line
 
 # The collectives' own limit: none, in effect. The watch decides.
 NO_LIMIT = datetime.timedelta(days=30)
+# A process that leaves its error to another one waits this long: torchrun ends all others as soon as one has ended.
+SILENT_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,7 @@ def process_group(backend: str = "gloo") -> Iterator[Ranks]:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(int(GRACE))
         if not speaks:
+            time.sleep(SILENT_SECONDS)
             raise SystemExit(2) from None
         raise
     except BaseException as error:
@@ -163,6 +167,7 @@ def process_group(backend: str = "gloo") -> Iterator[Ranks]:
         watch.leave(reason)
         # what is wrong with the command is wrong on all processes
         if isinstance(error, MechintError) and rank > 0 and watch.reason_of(0, 3.0) == reason:
+            time.sleep(SILENT_SECONDS)
             raise SystemExit(2) from None
         raise
     else:

@@ -1,0 +1,23 @@
+"""One of several processes: trains the configs of a JSON list one after the other, joined anew for each.
+
+`RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` are in the environment, as torchrun sets them.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from jaxtyping import install_import_hook
+
+with install_import_hook("mechint", "beartype.beartype"):
+    from mechint.config import SAETrainConfig
+    from mechint.train import train
+
+
+def main(jobs: Path) -> None:
+    for settings in json.loads(jobs.read_text()):
+        train(SAETrainConfig(**settings), progress=False)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
