@@ -1,0 +1,121 @@
+"""Triton's kernels against plain torch: by its interpreter where there is no GPU, and compiled for two of them.
+
+The interpreter runs a program at a time in numpy, so what it runs is small and marked slow.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from manual_cases import (
+    BATCH,
+    D_SAE,
+    DEVICE,
+    SPARSE,
+    assert_nan_moves_nothing,
+    batch_of,
+    compare_pass,
+    compare_steps,
+    make_case,
+    needs_triton,
+    pair,
+)
+
+from mechint.kernels import cuda_products, cuda_sparse
+from mechint.kernels.cuda_products import Products
+from mechint.sae.architectures.topk import TopKSAE
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SPARSE)
+def test_sparse_gradients_are_autograds(name: str) -> None:
+    reference, kernel = pair(name, sparse=True)
+    _, objective = make_case(name)
+    compare_pass(reference, kernel, objective)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["standard", "batchtopk", "jumprelu"])
+def test_sparse_steps_follow_the_reference(name: str) -> None:
+    compare_steps(name, sparse=True, steps=2)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_moves_nothing() -> None:
+    assert_nan_moves_nothing(pair("batchtopk", sparse=True)[1])
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_one_pass_after_a_product_is_the_same(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles that stand out over the edges, several parts of the batch, and a NaN, which has to stay one."""
+    monkeypatch.setattr(cuda_products, "SHARE", 32)
+    generator = torch.Generator().manual_seed(3)
+    pre, d_acts = (torch.randn(75, 150, generator=generator).to(DEVICE) for _ in range(2))
+    bias, shift = torch.randn(150, generator=generator).to(DEVICE), torch.tensor(0.3, device=DEVICE)
+    plain, fused = (Products(precision, pre.device, fuse=fuse) for fuse in (False, True))
+    (code, counts, total), (fused_code, fused_counts, fused_total) = (
+        products.relu(pre.clone(), bias) for products in (plain, fused)
+    )
+    assert fused_code.dtype == code.dtype
+    # the interpreter cuts what a GPU rounds: the last of bfloat16's 8 bits
+    tolerance = {"rtol": 2**-7, "atol": 1e-6} if precision == "bf16" else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(fused_code, code, **tolerance)
+    assert torch.equal(fused_counts, counts)
+    torch.testing.assert_close(fused_total, total)
+    for expected, got in zip(*(products.mask(d_acts.clone(), code, shift) for products in (plain, fused)), strict=True):
+        assert got.dtype == expected.dtype
+        torch.testing.assert_close(got, expected, rtol=max(1e-5, tolerance["rtol"]), atol=1e-5)
+    pre[40, 100] = torch.nan
+    code, _, total = fused.relu(pre, bias)
+    assert code[40, 100].isnan() and total.isnan() and code.isnan().sum() == 1
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_for_gpus(capability: int, tmp_path: Path) -> None:
+    """Triton compiles without a GPU: the interpreter takes programs that its compiler would refuse."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("triton_compile.py")), str(capability)],
+        capture_output=True,
+        text=True,
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) == 22
+
+
+@pytest.mark.parametrize(("n", "k"), [(96, 5), (4096, 7), (4096, 64), (100, 100)])
+def test_largest_is_topk(n: int, k: int) -> None:
+    """Also with many equal values, and with NaN."""
+    generator = torch.Generator().manual_seed(n + k)
+    for values in (
+        torch.randn(6, n, generator=generator),
+        torch.randint(0, 4, (6, n), generator=generator).float(),
+    ):
+        top, index = cuda_sparse.largest(values, k)
+        assert torch.equal(top.sort(dim=1, descending=True).values, values.topk(k, dim=1).values)
+        assert torch.equal(values.gather(1, index), top)
+        assert all(len(set(row.tolist())) == k for row in index)
+
+
+def test_topk_from_blocks_is_topk_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae, _ = make_case("topk")
+    assert isinstance(sae, TopKSAE)
+    x = batch_of(0)
+    monkeypatch.setattr(cuda_sparse, "SELECT_CHUNK", 25)  # the last block is smaller than k = 5 would like: 21 is not
+    with torch.no_grad():
+        values, latents = cuda_sparse.select_topk(sae, x - sae.b_dec, Products("float32", x.device))
+        acts = torch.zeros(BATCH, D_SAE, device=DEVICE).scatter(1, latents, values.relu())
+        torch.testing.assert_close(acts, sae.encode(x), rtol=0, atol=1e-5)
+        assert torch.equal(acts > 0, sae.encode(x) > 0)
