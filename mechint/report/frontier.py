@@ -59,7 +59,7 @@ def _panel(ax: Axes, rows: Rows, column: str, *, better: int, title: str, ylabel
         return
     architectures = list(dict.fromkeys(row["architecture"] for row in known))
     for index, architecture in enumerate(architectures):
-        points = [(row["l0"], row[column]) for row in known if row["architecture"] == architecture]
+        points = [(float(row["l0"]), float(row[column])) for row in known if row["architecture"] == architecture]
         color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
         ax.plot(*zip(*best_of(points, better), strict=True), color=color, linewidth=1.6)
         ax.plot(*zip(*points, strict=True), marker, color=color, markersize=5, label=architecture)
@@ -74,10 +74,10 @@ def _panel(ax: Axes, rows: Rows, column: str, *, better: int, title: str, ylabel
         )
     dress(ax, title, "L0: active latents a token (log)", ylabel)
     ax.set_xscale("log")
-    l0 = [row["l0"] for row in known]
+    l0 = [float(row["l0"]) for row in known]
     plain_log_ticks(ax.xaxis, min(l0), max(l0))
     if column == "fvu":
-        values = [row[column] for row in known]
+        values = [float(row[column]) for row in known]
         ax.set_yscale("log")
         plain_log_ticks(ax.yaxis, min(values), max(values))
     legend(ax)

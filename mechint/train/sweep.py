@@ -7,6 +7,7 @@ folder, and the one that finds every member finished writes the table.
 """
 
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,9 @@ def _measure_group(members: list[Member], activations: Activations, n_texts: int
     device = str(first.config.device)
     asked = EvalConfig(run_dir=first.path, max_eval_texts=n_texts, device=device)
     checkpoints = [member.layout.checkpoint for member in members]
-    sae = load_sae(checkpoints[0], device=device)
+    with warnings.catch_warnings():  # activations that do not say how they were made have no tokens either
+        warnings.simplefilter("ignore")
+        sae = load_sae(checkpoints[0], device=device)
     spliced, note = prepare_language(asked, find_target(asked), sae, activations, val_indices, None, device)
     if spliced is None:
         return note
