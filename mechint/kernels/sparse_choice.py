@@ -80,6 +80,32 @@ def _floor_of_top(line, narrow, b_enc, norms, error, k, groups):
 
 @njit(**OPTIONS)
 @no_type_check
+def _narrow_to_top(line, narrow, b_enc, norms, error, k, cut, cols, start, stop, order):
+    """Of candidates above `cut`, those that may be among the k largest; -1 where some may lie below `cut`."""
+    if stop - start < k:
+        return -1
+    small = np.float32(1e-6)
+    relative = BFLOAT16_STEP if narrow else small
+    n = stop - start
+    for e in range(n):
+        j = cols[start + e]
+        value = from_bfloat16(line[j]) if narrow else np.float32(line[j])
+        order[e] = value + b_enc[j] - relative * abs(value) - small * abs(b_enc[j]) - error * norms[j]
+    floor = _kth_largest(order, n, k)
+    if not floor >= cut:
+        return -1
+    position = start
+    for e in range(start, stop):
+        j = cols[e]
+        value = from_bfloat16(line[j]) if narrow else np.float32(line[j])
+        top = value + b_enc[j] + relative * abs(value) + small * abs(b_enc[j]) + error * norms[j]
+        cols[position] = j
+        position += not top < floor
+    return position
+
+
+@njit(**OPTIONS)
+@no_type_check
 def find_top(values, narrow, first, last, slices, W_enc, b_enc, biases, norms, errors, k, base, limit, cols, pre, ends):
     """The positive ones among each row's k largest pre-activations; between equal ones the lower columns stay.
 
@@ -90,13 +116,20 @@ def find_top(values, narrow, first, last, slices, W_enc, b_enc, biases, norms, e
     groups = np.empty(min(n_latents, max(256, 4 * k)), np.float32)
     order = np.empty(n_latents, np.float32)
     position = base
+    # rows are alike: the k-th largest of those before says where to look in the next, which is then checked
+    typical, spread = np.float32(np.nan), np.float32(0.0)
     for r in range(first, last):
         if position + n_latents > limit:
             return -1
         line = values[r - first]
-        cut = _floor_of_top(line, narrow, b_enc, norms, errors[r], k, groups)
-        start = position
-        stop = candidates(line, narrow, biases, norms, errors[r], cut, cols, start)
+        start, stop = position, -1
+        if np.isfinite(typical):
+            cut = np.float32(typical - np.float32(2.5) * spread)
+            stop = candidates(line, narrow, biases, norms, errors[r], cut, cols, start)
+            stop = _narrow_to_top(line, narrow, b_enc, norms, errors[r], k, cut, cols, start, stop, order)
+        if stop < 0:
+            cut = _floor_of_top(line, narrow, b_enc, norms, errors[r], k, groups)
+            stop = candidates(line, narrow, biases, norms, errors[r], cut, cols, start)
         if narrow:
             centred(slices, r, row)
             dots(row, W_enc, cols, pre, start, stop)
@@ -107,7 +140,12 @@ def find_top(values, narrow, first, last, slices, W_enc, b_enc, biases, norms, e
         for e in range(n):
             pre[start + e] += b_enc[cols[start + e]]
             order[e] = pre[start + e]
-        least = _kth_largest(order, n, k) if n > k else np.float32(-np.inf)
+        least = _kth_largest(order, n, k) if n >= k else np.float32(-np.inf)
+        if not np.isfinite(typical):
+            typical, spread = least, np.float32(0.1) * abs(least)
+        elif np.isfinite(least):
+            spread += np.float32(0.1) * (abs(least - typical) - spread)
+            typical += np.float32(0.1) * (least - typical)
         equal = k
         for e in range(start, stop):
             equal -= pre[e] > least
