@@ -1,12 +1,15 @@
 """The sparse CPU kernel equals the dense reference, whatever the batch looks like."""
 
 import copy
+import logging
+import sys
 
 import pytest
 import torch
 
-from mechint.kernels import DenseKernel
+from mechint.kernels import DenseKernel, StepSettings, make_kernel, sparse_pool
 from mechint.kernels.sparse import SparseKernel
+from mechint.kernels.sparse_space import Space
 from mechint.sae import Objective, build_sae
 
 # architecture and options; each is held against the reference in every test below
@@ -54,13 +57,19 @@ def batch(seed, d_in=64, rows=300):
     return x + 0.03 * torch.randn(rows, d_in, generator=generator) + 0.1
 
 
+def kernels(sae, *, narrow=True, dense_above=1.0):
+    """Ours and the reference, from that state. 1.0: nothing is too dense, so that it is the sparse route that is
+    tested."""
+    ours, reference = copy.deepcopy(sae), copy.deepcopy(sae)
+    return (
+        SparseKernel(ours, adam(ours), narrow=narrow, dense_above=dense_above),
+        DenseKernel(reference, adam(reference)),
+    )
+
+
 def both(case, x, objective=None, *, narrow=True, dense_above=1.0, **kwargs):
     """One backward of each kernel from the same state."""
-    sae = make(case, **kwargs)
-    ours, reference = copy.deepcopy(sae), copy.deepcopy(sae)
-    # 1.0: nothing is too dense, so that it is the sparse route that is tested
-    sparse = SparseKernel(ours, adam(ours), narrow=narrow, dense_above=dense_above)
-    dense = DenseKernel(reference, adam(reference))
+    sparse, dense = kernels(make(case, **kwargs), narrow=narrow, dense_above=dense_above)
     objective = objective or Objective(sparsity=0.3)
     return sparse, sparse.backward(x, objective), dense, dense.backward(x, objective)
 
@@ -96,3 +105,297 @@ def test_a_dense_batch_goes_the_dense_route(case, active):
     x = batch(1, rows=520)
     results = both(case, x, dense_above=0.001, active=active, d_sae=600)
     assert_same(*results, route="dense")
+
+
+@CASE
+@NARROW
+def test_dead_latents_are_revived_as_in_the_reference(case, narrow):
+    sae = make(case)
+    if case == "jumprelu":
+        sae.pre_act_coefficient = 0.02
+    sparse, dense = kernels(sae, narrow=narrow)
+    x, dead = batch(3), torch.arange(sae.d_sae) % 5 == 0
+    for k_aux in (4, 1000):
+        objective = Objective(sparsity=0.3, dead=dead, k_aux=k_aux, aux_coefficient=1 / 32)
+        assert_same(sparse, sparse.backward(x, objective), dense, dense.backward(x, objective))
+    nobody = Objective(sparsity=0.3, dead=dead & False, k_aux=4, aux_coefficient=1 / 32)
+    assert_same(sparse, sparse.backward(x, nobody), dense, dense.backward(x, nobody))
+
+
+def with_zero_rows(x):
+    return torch.where(torch.arange(len(x))[:, None] % 3 == 0, 0.0, x)
+
+
+def with_huge_rows(x):
+    return x * torch.where(torch.arange(len(x))[:, None] % 7 == 0, 300.0, 1.0)
+
+
+def with_tiny_rows(x):
+    return x * torch.where(torch.arange(len(x))[:, None] % 2 == 0, 1e-6, 1.0)
+
+
+def with_one_wide_column(x):
+    return x + 200 * torch.nn.functional.one_hot(torch.tensor(5), x.shape[1])
+
+
+@CASE
+@NARROW
+@pytest.mark.parametrize("change", [with_zero_rows, with_huge_rows, with_tiny_rows, with_one_wide_column])
+def test_odd_rows(case, narrow, change):
+    # one row of 300 times the size makes gradients of which the others are a part in 1e5
+    assert_same(*both(case, change(batch(1)), narrow=narrow), tolerance=1e-4)
+
+
+@CASE
+@NARROW
+def test_no_latent_is_active(case, narrow):
+    x = batch(1)
+    sae = make(case)
+    with torch.no_grad():
+        sae.get_parameter(sae.latent_offsets()[0]).fill_(-1e4)
+    sparse, dense = kernels(sae, narrow=narrow)
+    objective = Objective(sparsity=0.3)
+    got, expected = sparse.backward(x, objective), dense.backward(x, objective)
+    assert got.n_active == 0
+    assert_same(sparse, got, dense, expected)
+
+
+@CASE
+@NARROW
+def test_every_latent_is_active(case, narrow):
+    x = batch(1, rows=70)
+    sae = make(case)
+    with torch.no_grad():
+        for name in sae.latent_offsets():
+            if name.startswith("b_"):
+                sae.get_parameter(name).fill_(30.0)
+    sparse, dense = kernels(sae, narrow=narrow)
+    objective = Objective(sparsity=0.3)
+    assert_same(sparse, sparse.backward(x, objective), dense, dense.backward(x, objective), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("case", ["topk", "batchtopk", "matryoshka"])
+@NARROW
+def test_fewer_positive_entries_than_k(case, narrow):
+    sparse, got, dense, expected = both(case, batch(1), narrow=narrow, active=0.004)
+    assert 0 < got.n_active < 0.5 * CASES[case][1]["k"] * 300
+    assert_same(sparse, got, dense, expected)
+
+
+@pytest.mark.parametrize("case", ["topk", "batchtopk"])
+@NARROW
+def test_ties_keep_exactly_k(case, narrow):
+    """Latents twice, rows twice: which of two equal entries stays is free, how many stay and the loss are not."""
+    sae = make(case, active=0.3)
+    with torch.no_grad():
+        for p in (sae.W_enc.t(), sae.W_dec, sae.b_enc):
+            p[1::2] = p[::2]
+    x = batch(1, rows=150).repeat(2, 1)
+    sparse, dense = kernels(sae, narrow=narrow)
+    got, expected = sparse.backward(x, Objective()), dense.backward(x, Objective())
+    assert sparse.route == "sparse"
+    assert got.n_active == expected.n_active
+    # of equal entries in different rows a batch may keep either, which are not equally good
+    tolerance = 1e-5 if case == "topk" else 1e-3
+    torch.testing.assert_close(got.terms["loss"], expected.terms["loss"], rtol=tolerance, atol=0)
+
+
+@CASE
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_loss_that_is_not_finite_moves_nothing(case, value):
+    sae = make(case)
+    kernel = SparseKernel(sae, adam(sae))
+    settings = StepSettings(1e-3, 1.0, Objective(sparsity=0.3))
+    kernel.step(batch(0), settings)
+    before = copy.deepcopy(sae.state_dict())
+    x = batch(1)
+    x[17, 3] = value
+    result = kernel.step(x, settings)
+    assert not torch.isfinite(result.terms["loss"])
+    assert torch.isnan(result.grad_norm)
+    for name, tensor in sae.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert torch.isfinite(kernel.step(batch(2), settings).terms["loss"])
+
+
+def rounding_against(n_rows=40, d_in=64, d_sae=64):
+    """Rows and latents whose bfloat16 product is low by nearly all that rounding can take: every factor is rounded down
+    by half a step. Returns x, W_enc.T and the float64 products."""
+    generator = torch.Generator().manual_seed(0)
+    powers = 2.0 ** torch.randint(-2, 3, (d_in,), generator=generator)
+    up = 1 + 2.0**-8 - 2.0**-14  # just below the middle between two bfloat16 numbers
+    x = (up * powers).repeat(n_rows, 1) * 2.0 ** torch.randint(-3, 4, (n_rows, 1), generator=generator)
+    W = (up / powers).repeat(d_sae, 1) * 2.0 ** torch.randint(-3, 4, (d_sae, 1), generator=generator)
+    return x, W, x.double() @ W.double().T
+
+
+def count_found(x, W, exact, *, share):
+    """Entries that the kernel finds active where pre is `share` of the product, positive but far below the rounding."""
+    sae = build_sae("standard", x.shape[1], len(W))
+    sizes = W.norm(dim=1)
+    x = x / x.norm(dim=1, keepdim=True)  # of one size, so that one bias per latent meets all rows
+    exact = x.double() @ W.double().T
+    with torch.no_grad():
+        sae.W_enc.copy_(W.T)
+        sae.b_enc.copy_(-(1 - share) * exact[0])
+    kernel = SparseKernel(sae, adam(sae), narrow=True, dense_above=1.0)
+    assert (sizes > 0).all()
+    return int(kernel.backward(x, Objective()).n_active)
+
+
+def test_bfloat16_leaves_no_entry_out():
+    x, W, exact = rounding_against()
+    low = 1 - (x.bfloat16().double() @ W.bfloat16().double().T / exact).max()
+    assert low > 0.0075  # what the rounding takes here, of at most 2^-7 = 0.0078
+    assert count_found(x, W, exact, share=1e-4) == exact.numel()
+    assert count_found(x, W, exact, share=-1e-4) == 0  # and what is not active is not kept
+
+
+def test_without_its_margin_bfloat16_would_lose_entries(monkeypatch):
+    encode = Space.encode
+
+    def without_margin(self, c, thread):
+        finite = encode(self, c, thread)
+        self.errors[:] = 0
+        return finite
+
+    monkeypatch.setattr(Space, "encode", without_margin)
+    x, W, exact = rounding_against()
+    assert count_found(x, W, exact, share=1e-4) < exact.numel()
+
+
+def after(case, n_steps, *, threads=None, kernel=SparseKernel, **kwargs):
+    """State after some steps from the same start."""
+    before = torch.get_num_threads()
+    try:
+        if threads:
+            torch.set_num_threads(threads)
+        sae = make(case)
+        optimizer = adam(sae)
+        trainer = kernel(sae, optimizer, **kwargs)
+        for step in range(n_steps):
+            trainer.step(batch(step, rows=600), StepSettings(1e-3, 0.05, Objective(sparsity=0.3)))
+    finally:
+        torch.set_num_threads(before)
+    return sae.state_dict(), trainer
+
+
+@CASE
+def test_two_runs_and_any_number_of_threads_give_the_same_bits(case):
+    first, _ = after(case, 5, threads=2)
+    for threads in (2, 1, 3):
+        again, _ = after(case, 5, threads=threads)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_workers_leave_torch_s_threads_as_they_were():
+    before = torch.get_num_threads()
+    sparse_pool.Pool(before)
+    assert torch.get_num_threads() == before
+
+
+@CASE
+def test_kernels_can_take_turns(case):
+    """The optimizer's state is torch's own: sparse and dense steps alternate and agree with dense steps alone."""
+    sae, reference = make(case), make(case)
+    optimizer, other = adam(sae), adam(reference)
+    turns = [SparseKernel(sae, optimizer, dense_above=1.0), DenseKernel(sae, optimizer)]
+    dense = DenseKernel(reference, other)
+    for step in range(6):
+        x, settings = batch(step), StepSettings(1e-3, 1.0, Objective(sparsity=0.3))
+        got, expected = turns[step % 2].step(x, settings), dense.step(x, settings)
+        torch.testing.assert_close(got.grad_norm, expected.grad_norm, rtol=1e-4, atol=0)
+    for p, q in zip(sae.parameters(), reference.parameters(), strict=True):
+        assert optimizer.state[p].keys() == other.state[q].keys()
+        assert optimizer.state[p]["step"] == other.state[q]["step"] == 6
+        # where Adam's gradient is next to 0 its sign is rounding, and a step is lr
+        assert ((p - q).abs() > 1e-5).float().mean() < 2e-3
+
+
+@pytest.mark.parametrize("case", ["standard", "topk"])
+def test_gradient_projection(case):
+    (got, sparse), (expected, _) = (
+        after(case, 3, kernel=kernel, project_gradient=True) for kernel in (SparseKernel, DenseKernel)
+    )
+    assert sparse.route == "sparse"
+    assert ((got["W_dec"] - expected["W_dec"]).abs() > 1e-5).float().mean() < 2e-3
+
+
+def test_auto_takes_the_sparse_kernel_where_it_fits():
+    sae = make("topk")
+    assert make_kernel(sae, adam(sae)).name == "sparse"
+    sae.unit_decoder = False
+    assert make_kernel(sae, adam(sae)).name == "dense"
+
+
+def test_without_numba_training_is_dense_and_says_so_once(monkeypatch, caplog):
+    for name in list(sys.modules):
+        if name.startswith("mechint.kernels.sparse"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(sys.modules["mechint.kernels"], "sparse")
+    monkeypatch.setitem(sys.modules, "numba", None)
+    sae = make("standard")
+    with caplog.at_level(logging.WARNING):
+        kernel = make_kernel(sae, adam(sae))
+    assert kernel.name == "dense"
+    assert len(caplog.records) == 1
+    assert "numba" in caplog.text
+
+
+@pytest.mark.slow
+@CASE
+@NARROW
+def test_200_steps(case, narrow):
+    """Against the dense kernel in float64 from the same state.
+
+    Free-running, a pre-activation within rounding of its bound can fall on the other side, and Adam turns a gradient
+    next to 0 of either sign into a step of lr: weights then differ by some steps of lr = 1e-3, losses by less than a
+    part in a thousand. Between flips they agree to float32 rounding; the median difference shows that.
+    """
+    sae = make(case)
+    reference = copy.deepcopy(sae).double()
+    sparse = SparseKernel(sae, adam(sae), narrow=narrow, dense_above=1.0)
+    dense = DenseKernel(reference, torch.optim.Adam(reference.parameters(), lr=1e-3))
+    flips = 0
+    for step in range(200):
+        x, settings = batch(step), StepSettings(1e-3, 1.0, Objective(sparsity=0.3))
+        got, expected = sparse.step(x, settings), dense.step(x.double(), settings)
+        assert sparse.route == "sparse"
+        for name, term in expected.terms.items():
+            torch.testing.assert_close(got.terms[name].double(), term, rtol=3e-3, atol=1e-6, msg=f"{name}, step {step}")
+        flips += int((got.fire_counts - expected.fire_counts).abs().sum())
+    assert flips <= 2e-4 * 200 * int(expected.n_active)
+    for (name, p), q in zip(sae.named_parameters(), reference.parameters(), strict=True):
+        difference = (p.double() - q).abs()
+        assert difference.max() < 2e-2, name
+        assert difference.median() < 2e-5, name
+
+
+@pytest.mark.slow
+@CASE
+def test_whole_runs_end_alike(case):
+    """Three seeds each: the same loss, L0 and dead latents at the end as the dense kernel's, within seed noise."""
+
+    def run(kernel, seed):
+        architecture, options = CASES[case]
+        sae = build_sae(architecture, 64, 256, generator=torch.Generator().manual_seed(seed), options=options)
+        trainer = kernel(sae, adam(sae))
+        losses, active, fired = [], [], torch.zeros(256, dtype=torch.int64)
+        routes = set()
+        for step in range(600):
+            x = batch(1000 * seed + step, rows=512)
+            result = trainer.step(x, StepSettings(3e-3, 1.0, Objective(sparsity=0.5)))
+            routes.add(getattr(trainer, "route", "dense"))
+            if step >= 500:
+                losses.append(result.terms["loss"].item())
+                active.append(result.n_active.item() / 512)
+                fired += result.fire_counts
+        return [sum(losses) / 100, sum(active) / 100, float((fired == 0).sum())], routes
+
+    ours, reference = ([run(kernel, seed) for seed in range(3)] for kernel in (SparseKernel, DenseKernel))
+    assert any("sparse" in routes for _, routes in ours)
+    ours, reference = (torch.tensor([values for values, _ in runs]) for runs in (ours, reference))
+    # three seeds tell little of the spread: a floor of 1 % of loss and L0, and of two latents
+    floor = reference.mean(dim=0) * torch.tensor([0.01, 0.01, 0.0]) + torch.tensor([0.0, 0.0, 2.0])
+    spread = reference.std(dim=0).maximum(floor)
+    assert ((ours.mean(dim=0) - reference.mean(dim=0)).abs() < 2 * spread).all(), (ours, reference)

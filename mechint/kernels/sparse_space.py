@@ -151,9 +151,9 @@ class Space:
         loops.column_sums(self.g_slices[0], first, last, self.row_sums[c])
 
     def residual(self) -> Tensor:
-        """x - x_hat, from the gradient of the (single) reconstruction."""
-        rows = torch.from_numpy(self.g_slices[0][:, : self.batch]).permute(1, 0, 2).reshape(self.batch, -1)
-        return rows[:, : self.d_in] * (-0.5 * self.batch * self.d_in)
+        """x - x_hat, from the gradient of the reconstruction (the widest, where prefixes are nested)."""
+        rows = torch.from_numpy(self.g_slices[-1][:, : self.batch]).permute(1, 0, 2).reshape(self.batch, -1)
+        return rows[:, : self.d_in] * (-0.5 * self.batch * self.d_in * len(self.g_slices))
 
     def sort(self, threads: Pool) -> None:
         """Entries by latent into `records`; needs `counts`, which it uses up."""
