@@ -8,16 +8,20 @@ there are or on who was faster.
 import itertools
 import threading
 from collections.abc import Callable
-from functools import cache
 
 import torch
 
 
 class Pool:
-    """`n_threads` threads, each with torch's own parallelism switched off, that wait (without spinning) for work."""
+    """`n_threads` threads, each with torch's own parallelism switched off, that wait (without spinning) for work.
+
+    A pool of one is the calling thread itself.
+    """
 
     def __init__(self, n_threads: int):
         self.n_threads = n_threads
+        if n_threads == 1:
+            return
         self._lock = threading.Lock()  # one user at a time
         self._start = [threading.Semaphore(0) for _ in range(n_threads)]
         self._done = threading.Semaphore(0)
@@ -33,6 +37,11 @@ class Pool:
 
     def run(self, work: Callable[[int, int], None], n_items: int) -> None:
         """`work(item, thread)` for every item; returns when all are done, raises what the first failure raised."""
+        if self.n_threads == 1:
+            with torch.no_grad():
+                for item in range(n_items):
+                    work(item, 0)
+            return
         with self._lock:
             self._work, self._n_items, self._claims, self._error = work, n_items, itertools.count(), None
             # while the pool is being made every thread has to take part
@@ -75,11 +84,14 @@ def _single_threaded(item: int, thread: int) -> None:
     """Marks the round in which every thread sets its own number of torch threads to one."""
 
 
-@cache
-def _pool(n_threads: int) -> Pool:
-    return Pool(n_threads)
+_own = threading.local()
 
 
 def pool() -> Pool:
-    """The process's pool for the number of threads that torch is set to now."""
-    return _pool(torch.get_num_threads())
+    """The calling thread's pool for the number of threads that torch is set to now. Threads that train different SAEs
+    side by side do not wait for each other."""
+    n_threads = torch.get_num_threads()
+    pools: dict[int, Pool] = _own.__dict__.setdefault("pools", {})
+    if n_threads not in pools:
+        pools[n_threads] = Pool(n_threads)
+    return pools[n_threads]
