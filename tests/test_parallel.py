@@ -310,6 +310,23 @@ def _port_of(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("killed", [1, 0])
+def test_a_killed_process_ends_a_collection(tmp_path: Path, killed: int):
+    """Waiting for the others may take hours; waiting for one that is gone ends."""
+    words = "--model builtin/pythia-tiny --dataset builtin/tales --num-texts 4000 --checkpoint-every 50 --device cpu"
+    script = [sys.executable, str(ROOT / "scripts" / "collect_activations.py"), *words.split()]
+    with processes([*script, "--output", str(tmp_path / "a")], MECHINT_RANK_TIMEOUT="4") as two:
+        until = time.monotonic() + 120
+        while len(list((tmp_path / "a").rglob("*.safetensors"))) < 4:
+            assert time.monotonic() < until and all(process.poll() is None for process in two)
+            time.sleep(0.05)
+        two[killed].kill()
+        line = ends_with_one_line(two[1 - killed], within=60)
+    assert "gone" in line and "finished shards are kept; go on with: torchrun --nproc-per-node 2" in line
+    assert not (tmp_path / "a" / "store.json").exists()
+
+
+@pytest.mark.slow
 def test_torchrun(activations: Path, tmp_path: Path):
     """The command of the README: one writes and prints; what is wrong with a setting is said once."""
     words = command(activations, tmp_path, "a", epochs=30)

@@ -4,13 +4,14 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from mechint.cli.flags import command, parse
+from mechint.cli.flags import command, is_first_process, parse, said_once
 from mechint.config import COLLECT_PRESETS, CollectConfig
 
 
 @command
 def main(argv: Sequence[str]) -> int:
-    config = parse(CollectConfig, argv, prog="collect_activations.py", presets=COLLECT_PRESETS)
+    with said_once():
+        config = parse(CollectConfig, argv, prog="collect_activations.py", presets=COLLECT_PRESETS)
     from mechint.data.collect import collect, collect_command, summary
 
     # `kill`, a batch system's time limit: end as at Ctrl-C
@@ -18,7 +19,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         done = collect(config)
     except KeyboardInterrupt:
-        print(f"finished shards are kept; go on with: {collect_command(config)}", file=sys.stderr)
+        if is_first_process():
+            print(f"finished shards are kept; go on with: {collect_command(config)}", file=sys.stderr)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)

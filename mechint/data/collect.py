@@ -17,9 +17,10 @@ from mechint.config import CollectConfig, SAETrainConfig, layer_of_hook
 from mechint.data import store_write
 from mechint.data.norms import report_norms
 from mechint.data.pt_file import assemble_pt
-from mechint.data.ranks import Ranks, process_group
+from mechint.data.ranks import Ranks, launcher, process_group
 from mechint.data.store import shards_folder, sidecar_path
 from mechint.data.text import BUILTIN, TextSource, local_files, no_texts, open_texts
+from mechint.data.watch import RankLost
 from mechint.data.windows import hook_width, window_rows
 from mechint.errors import MechintError
 from mechint.models.language_model import LanguageModel, load_model
@@ -64,11 +65,17 @@ def collect_activations(config: CollectConfig, *, progress: bool = True) -> Path
 def collect(config: CollectConfig, *, progress: bool = True) -> Collected:
     """As `collect_activations`, with what the command reports."""
     with process_group() as ranks:
-        settings = _settings(config, ranks)
-        done = _already_collected(config, settings, ranks)
-        if done is None:
-            done = _collect(config, settings, ranks, progress)
-        ranks.barrier()
+        advice = f"finished shards are kept; go on with: {collect_command(config)}"
+        if ranks.watch is not None:
+            ranks.watch.advice = advice
+        try:
+            settings = _settings(config, ranks)
+            done = _already_collected(config, settings, ranks)
+            if done is None:
+                done = _collect(config, settings, ranks, progress)
+            ranks.barrier()
+        except RankLost as lost:
+            raise RankLost(f"{lost}; {advice}") from lost
         return done
 
 
@@ -358,7 +365,7 @@ def _sidecar(config: CollectConfig, model: LanguageModel, info: dict[str, Any]) 
 
 def collect_command(config: CollectConfig) -> str:
     """The command line that collects this."""
-    words = ["python", "scripts/collect_activations.py"]
+    words = launcher("scripts/collect_activations.py").split()
     default = CollectConfig().to_dict()
     for name, value in config.to_dict().items():
         flag = name.replace("_", "-")

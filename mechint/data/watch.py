@@ -67,7 +67,8 @@ class Watch:
                 deadline = min(deadline, time.monotonic() + self.grace)
             if time.monotonic() > deadline:
                 if self.speaks():
-                    print(f"error: {self.found}; {self.advice}".rstrip("; "), file=sys.stderr, flush=True)
+                    # on a line of its own: a progress bar may be standing there
+                    print(f"\nerror: {self.found}; {self.advice}".rstrip("; "), file=sys.stderr, flush=True)
                 os._exit(2)
 
     def _look(self) -> None:
