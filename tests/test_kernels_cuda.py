@@ -105,7 +105,7 @@ def test_what_changes_between_replays_reaches_the_graph(name: str, monkeypatch: 
     kernel.captures = True
     monkeypatch.setattr(kernel, "_capture", capture)
     _, objective = make_case(name)
-    kept: list[tuple[StepResult, float]] = []
+    kept: list[tuple[StepResult, StepResult]] = []
     for step in range(9):
         dead = None if objective.dead is None else objective.dead.roll(step)
         settings = StepSettings(
@@ -113,11 +113,12 @@ def test_what_changes_between_replays_reaches_the_graph(name: str, monkeypatch: 
         )
         x = batch_of(step, 16 if step == 4 else BATCH)
         expected, got = reference.step(x, settings), kernel.step(x, settings)
-        kept.append((got, expected.terms["loss"].item()))
+        kept.append((got, expected))
     assert len(kernel.captured) == 1
     assert_same_weights(reference, kernel, 2e-6)
-    for got, loss in kept:  # what was returned stays as it was
-        assert got.terms["loss"].item() == pytest.approx(loss, rel=1e-5)
+    for got, expected in kept:  # what was returned stays as it was
+        torch.testing.assert_close(got.terms["loss"], expected.terms["loss"], rtol=1e-5, atol=1e-8)
+        assert got.n_active == expected.n_active and torch.equal(got.fire_counts, expected.fire_counts)
 
 
 @needs_cuda
