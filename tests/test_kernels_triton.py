@@ -15,6 +15,7 @@ from manual_cases import (
     D_SAE,
     DEVICE,
     SPARSE,
+    adam_for,
     assert_nan_moves_nothing,
     batch_of,
     compare_pass,
@@ -24,7 +25,8 @@ from manual_cases import (
     pair,
 )
 
-from mechint.kernels import cuda_products, cuda_sparse
+from mechint.kernels import StepSettings, cuda_products, cuda_sparse
+from mechint.kernels.cuda import ManualKernel
 from mechint.kernels.cuda_products import Products
 from mechint.sae.architectures.topk import TopKSAE
 
@@ -93,6 +95,32 @@ def test_kernels_compile_for_gpus(capability: int, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.splitlines()) == 22
+
+
+def test_zeros_are_skipped_where_that_is_less_work() -> None:
+    """By the estimates: TopK always in float32, at one in 300 in bf16; ReLU once its density is known."""
+    topk, _ = make_case("topk")
+    standard, _ = make_case("standard")
+    assert not cuda_sparse.pays(standard, "float32", None)
+    for sae, l0 in ((topk, None), (standard, 5.0)):
+        sae.d_sae = 4096
+        assert cuda_sparse.pays(sae, "float32", l0)
+        sae.d_sae = 1024
+        assert not cuda_sparse.pays(sae, "bf16", l0)
+    assert not cuda_sparse.pays(standard, "float32", 500.0)
+
+
+@needs_triton
+def test_density_is_looked_at_now_and_then() -> None:
+    """In the first step and every 64th after it: counted, not timed, so that a rerun takes the same way."""
+    sae, objective = make_case("standard")
+    kernel = ManualKernel(sae, adam_for(sae))
+    seen = []
+    for step in range(66):
+        result = kernel.step(batch_of(step, 4), StepSettings(1e-2, 1.0, objective))
+        seen.append((kernel.l0, result.n_active.item() / 4))
+    assert seen[0][0] == seen[63][0] == seen[0][1]
+    assert seen[64][0] == seen[65][0] == seen[64][1]
 
 
 @pytest.mark.parametrize(("n", "k"), [(96, 5), (4096, 7), (4096, 64), (100, 100)])
