@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mechint.config import SAETrainConfig
 from mechint.config.train import architecture_names
 from mechint.errors import MechintError
 from mechint.kernels import DenseKernel, StepSettings
@@ -404,6 +405,17 @@ def test_density_at_the_start(architecture: str):
     with torch.no_grad():
         share = (sae.encode(x) > 0).float().mean(dim=0)
     torch.testing.assert_close(share, torch.full((D_SAE,), 4 / D_SAE), rtol=0, atol=2 / 2000)
+
+
+@pytest.mark.parametrize("architecture", NAMES)
+def test_the_recommended_preset_is_for_every_architecture(architecture: str):
+    words = {"preset": "mechint", "architecture": architecture, "epochs": 500, "batch_size": 200}
+    config = SAETrainConfig.from_dict(words)
+    sae = build_sae(architecture, D_IN, D_SAE, options={**config.architecture_options, **small_options(architecture)})
+    assert getattr(sae, "saturation", None) == (1.0 if architecture == "standard" else None)
+    # shares of the training, so that it means the same at any number of steps
+    assert config.dead_after_vectors == 0.02 * 500 * 200
+    assert config.with_overrides(dead_after=77).dead_after_vectors == 77
 
 
 def test_dead_means_silent_for_that_many_vectors():

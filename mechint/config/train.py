@@ -95,8 +95,8 @@ class SAETrainConfig(Config):
     their mean; it is divided out again when the SAE is saved."""
     revive: Literal["none", "auxk", "resample"] = "none"
     """What becomes of dead latents: auxk gives them a loss of their own, resample sets them anew."""
-    dead_after: int = 1_000_000
-    """A latent counts as dead when it was silent for this many vectors."""
+    dead_after: int | float = 1_000_000
+    """A latent counts as dead when it was silent for this many vectors, or for this share of the training's."""
     k_aux: int | None = None
     """auxk: dead latents that reconstruct the residual of each vector; d_in / 2 if not given."""
     aux_coefficient: float = 1 / 32
@@ -206,7 +206,7 @@ class SAETrainConfig(Config):
         for name in ("l1_lambda", "aux_coefficient", "save_every", "log_every"):
             value = getattr(self, name)
             require(value >= 0, f"--{name.replace('_', '-')} must not be negative, got {value}")
-        for name in ("warmup_steps", "lambda_warmup_steps", "resample_every"):
+        for name in ("warmup_steps", "lambda_warmup_steps", "resample_every", "dead_after"):
             value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
             require(value >= 0, f"{flag} must not be negative, got {value}")
             share = isinstance(value, float)
@@ -253,9 +253,17 @@ class SAETrainConfig(Config):
         return round(value * self.epochs) if isinstance(value, float) else value
 
     @property
+    def dead_after_vectors(self) -> int:
+        """`dead_after` as a number of vectors."""
+        share = isinstance(self.dead_after, float)
+        return max(1, round(self.dead_after * self.steps * self.batch_size)) if share else int(self.dead_after)
+
+    @property
     def architecture_options(self) -> dict[str, Any]:
         """What the architecture's class is made with, beside the widths."""
         given = {name: getattr(self, name) for name in ARCHITECTURE_OPTIONS if getattr(self, name) is not None}
+        if self.preset == "mechint" and self.architecture != "standard":
+            given.pop("saturation", None)  # that preset is for every architecture, and only this one has it
         return given | dict(word.split("=", 1) for word in self.option)
 
     @property

@@ -50,7 +50,9 @@ class MetricsLog:
         sae, config = state.sae, self.config
         terms = {name: term.item() for name, term in result.terms.items()}
         l0 = result.n_active.item() / config.batch_size
-        silent = dead_latents(state.last_fired, step + 1, batch_size=config.batch_size, dead_after=config.dead_after)
+        silent = dead_latents(
+            state.last_fired, step + 1, batch_size=config.batch_size, dead_after=config.dead_after_vectors
+        )
         norms = sae.W_dec.detach().norm(dim=1)
         return {
             "step": step,

@@ -204,7 +204,9 @@ def make_objective(training: Training, lam: float) -> Objective:
 
 def _dead(training: Training, step: int) -> Tensor:
     config = training.config
-    return dead_latents(training.state.last_fired, step, batch_size=config.batch_size, dead_after=config.dead_after)
+    return dead_latents(
+        training.state.last_fired, step, batch_size=config.batch_size, dead_after=config.dead_after_vectors
+    )
 
 
 def _resampling_due(config: SAETrainConfig, step: int) -> bool:
