@@ -22,10 +22,11 @@ from mechint.data.ranks import Ranks, launcher
 from mechint.data.watch import limit_seconds
 from mechint.errors import MechintError
 from mechint.runs import Run
-from mechint.sae import load_sae
+from mechint.sae import SparseAutoEncoder, load_sae
 from mechint.train import train
-from mechint.train.parallel import DataTeam, make_team
+from mechint.train.parallel import DataTeam, check_same, make_team
 from mechint.train.parallel_latents import LatentPeers, LatentTeam
+from mechint.train.state import TrainState
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = [sys.executable, str(ROOT / "scripts" / "train_sae.py")]
@@ -327,6 +328,17 @@ def test_a_killed_process_ends_a_collection(tmp_path: Path, killed: int):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", [[], ["--shard-latents"]])
+def test_a_loss_that_is_not_finite_is_said_once(activations: Path, tmp_path: Path, how: list[str]):
+    words = command(activations, tmp_path, "a", epochs=50, learning_rate=1e30, warmup_steps=0, max_grad_norm=1e30)
+    with processes([*words, *how]) as two:
+        line = ends_with_one_line(two[0], within=60)
+        _, said = two[1].communicate(timeout=30)
+    assert "the loss is" in line and "lower --learning-rate" in line
+    assert two[1].returncode == 2 and "error:" not in said
+
+
+@pytest.mark.slow
 def test_torchrun(activations: Path, tmp_path: Path):
     """The command of the README: one writes and prints; what is wrong with a setting is said once."""
     words = command(activations, tmp_path, "a", epochs=30)
@@ -367,6 +379,19 @@ def test_what_cannot_be_dealt_out():
         make_team(Ranks(), config(shard_latents=True))
     with pytest.raises(MechintError, match="--device cuda .* or cpu, not cuda:1"):
         make_team(three, config(batch_size=255, device="cuda:1"))
+
+
+def test_weights_that_differ_between_processes_are_noticed(monkeypatch: pytest.MonkeyPatch):
+    sae = SparseAutoEncoder(3, d_sae=8)
+    state = TrainState(sae, torch.optim.Adam(sae.parameters()), torch.full((8,), -1))
+    sent: list[torch.Tensor] = []
+    # the other process sends what this one sent first
+    monkeypatch.setattr(Ranks, "all_gather", lambda ranks, tensor: [sent.append(tensor) or tensor, sent[0]])
+    check_same(Ranks(0, 2), state, dict(sae.state_dict()))
+    with torch.no_grad():
+        sae.W_enc[1, 2] = torch.nextafter(sae.W_enc[1, 2], torch.tensor(9.0))
+    with pytest.raises(MechintError, match="no longer have the same weights"):
+        check_same(Ranks(0, 2), state, dict(sae.state_dict()))
 
 
 def test_shares_are_contiguous_and_whole():
