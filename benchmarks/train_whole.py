@@ -192,14 +192,15 @@ def whole_table(report: dict[str, Any], base: str) -> str:
 def sweep(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """8 standard SAEs (two expansions, four lam) in one `mechint sweep`, and one after another with `mechint train`.
 
-    Whole commands, start-up and final evaluation included; the order within a round is random."""
+    Whole commands, start-up and final evaluation included; which goes first changes with every round."""
     path = FOLDER / f"rows-{args.rows}-{args.d_in}.pt"
     make_rows(path, args.rows, args.d_in)
     lams, base = (2.0, 3.0, 4.0, 6.0), args.d_sae // args.d_in
     expansions = (max(1, base // 2), base)
-    common = ["--activations-path", path, "--steps", args.steps, "--batch-size", args.batch_size]
-    common += ["--lr", LR, "--warmup-steps", "0.05", "--lambda-warmup-steps", "0.1", "--split-by", "row"]
-    root = FOLDER / "runs"
+    settings = {"batch_size": args.batch_size, "warmup_steps": 0.05, "lambda_warmup_steps": 0.1, "split_by": "row"}
+    common = ["--activations-path", path, "--steps", args.steps, "--lr", LR, "--runs-root", FOLDER / "runs"]
+    flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", value)]
+    pairs = [f"{name}={value}" for name, value in settings.items()]
 
     def call(*words: object) -> None:
         command = [sys.executable, "-m", "mechint", *map(str, words)]
@@ -210,11 +211,10 @@ def sweep(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     def in_sequence() -> None:
         for expansion in expansions:
             for lam in lams:
-                call("train", *common, "--runs-root", root, "--expansion", expansion, "--lam", lam)
+                call("train", *common, *flags, "--expansion", expansion, "--lam", lam)
 
     def together() -> None:
-        grid = ["--expansion", *expansions, "--lam", *lams]
-        call("sweep", *common, "--runs-root", root, *grid)
+        call("sweep", *common, "--expansion", *expansions, "--lam", *lams, "--eval-texts", 0, "--set", *pairs)
 
     seconds: dict[str, list[float]] = {"one after another": [], "mechint sweep": []}
     for number in range(max(1, args.rounds // 5)):
@@ -223,7 +223,7 @@ def sweep(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             began = time.perf_counter()
             work()
             seconds[name].append(time.perf_counter() - began)
-            shutil.rmtree(root, ignore_errors=True)
+            shutil.rmtree(FOLDER / "runs", ignore_errors=True)
             print(f"{name}: {seconds[name][-1]:.0f} s", file=sys.stderr, flush=True)
     ratios = [a / b for a, b in zip(seconds["one after another"], seconds["mechint sweep"], strict=True)]
     text = f"8 SAEs, {args.steps} steps: " + json.dumps({name: [round(v) for v in vs] for name, vs in seconds.items()})
