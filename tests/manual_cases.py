@@ -27,6 +27,7 @@ needs_triton = pytest.mark.skipif(triton_kernels() is None, reason="Triton is no
 # name -> architecture, options, objective
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "standard": ("standard", {}, {"sparsity": 0.5}),
+    "standard-saturated": ("standard", {"saturation": 0.7}, {"sparsity": 2.0}),
     "standard-auxk": ("standard", {}, {"sparsity": 0.5, "dead": 70, "k_aux": 12, "aux_coefficient": 0.5}),
     # fewer dead latents than AuxK takes, and fewer than their number is padded to
     "standard-auxk-few": ("standard", {}, {"sparsity": 0.5, "dead": 10, "k_aux": 32, "aux_coefficient": 0.5}),
@@ -50,7 +51,16 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "matryoshka": ("matryoshka_batchtopk", {"k": 4.3}, {}),
     "matryoshka-drawn": ("matryoshka_batchtopk", {"k": 4.3, "prefixes": 3}, {"widths": (7, 50, 96)}),
 }
-SPARSE = ["standard", "standard-auxk", "topk", "batchtopk", "jumprelu", "jumprelu-input", "jumprelu-quadratic"]
+SPARSE = [
+    "standard",
+    "standard-saturated",
+    "standard-auxk",
+    "topk",
+    "batchtopk",
+    "jumprelu",
+    "jumprelu-input",
+    "jumprelu-quadratic",
+]
 
 
 def make_case(name: str) -> tuple[SAE, Objective]:

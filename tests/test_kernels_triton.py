@@ -64,7 +64,7 @@ def test_one_pass_after_a_product_is_the_same(precision: str, monkeypatch: pytes
     bias, shift = torch.randn(150, generator=generator).to(DEVICE), torch.tensor(0.3, device=DEVICE)
     plain, fused = (Products(precision, pre.device, fuse=fuse) for fuse in (False, True))
     (code, counts, total), (fused_code, fused_counts, fused_total) = (
-        products.relu(pre.clone(), bias) for products in (plain, fused)
+        products.relu(pre.clone(), bias, 0.7) for products in (plain, fused)
     )
     assert fused_code.dtype == code.dtype
     # the interpreter cuts what a GPU rounds: the last of bfloat16's 8 bits
@@ -72,7 +72,9 @@ def test_one_pass_after_a_product_is_the_same(precision: str, monkeypatch: pytes
     torch.testing.assert_close(fused_code, code, **tolerance)
     assert torch.equal(fused_counts, counts)
     torch.testing.assert_close(fused_total, total)
-    for expected, got in zip(*(products.mask(d_acts.clone(), code, shift) for products in (plain, fused)), strict=True):
+    for expected, got in zip(
+        *(products.mask(d_acts.clone(), code, shift, 0.7) for products in (plain, fused)), strict=True
+    ):
         assert got.dtype == expected.dtype
         torch.testing.assert_close(got, expected, rtol=max(1e-5, tolerance["rtol"]), atol=1e-5)
     pre[40, 100] = torch.nan

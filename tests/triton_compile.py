@@ -12,7 +12,9 @@ from triton.compiler import ASTSource, compile
 from mechint.kernels import triton_kernels
 
 # What arguments are, by name; all others point to float32.
-KINDS = dict.fromkeys(("half_band", "scale", "bandwidth", "keep1", "add1", "keep2", "add2", "eps"), "fp32")
+KINDS = dict.fromkeys(
+    ("half_band", "scale", "bandwidth", "saturation", "keep1", "add1", "keep2", "add2", "eps"), "fp32"
+)
 KINDS |= dict.fromkeys(("M", "B", "D", "TOTAL"), "i32")
 KINDS |= dict.fromkeys(("latents", "rows", "counts", "n_active", "go"), "*i32")
 KINDS |= dict.fromkeys(("starts", "slots", "fire_counts"), "*i64")

@@ -38,7 +38,7 @@ def make_kernel(
     if lossy or kernel == "manual" or (kernel == "auto" and on_cuda):
         from mechint.kernels import cuda
 
-        reason = "its penalty saturates" if getattr(sae, "saturation", 0) else cuda.misfit(sae, optimizer)
+        reason = cuda.misfit(sae, optimizer)
         if reason is None:
             return cuda.ManualKernel(sae, optimizer, project_gradient=project_gradient, precision=precision)
         if lossy or kernel == "manual":

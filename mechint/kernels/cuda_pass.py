@@ -26,6 +26,7 @@ from mechint.sae import SAE
 from mechint.sae.architectures.batchtopk import BatchSelecting
 from mechint.sae.architectures.jumprelu import JumpReLUSAE
 from mechint.sae.architectures.matryoshka_batchtopk import MatryoshkaBatchTopKSAE, check_widths
+from mechint.sae.architectures.standard import SparseAutoEncoder
 from mechint.sae.architectures.topk import TopKSAE
 
 
@@ -118,12 +119,13 @@ def total_loss(terms: dict[str, Tensor], weights: dict[str, Tensor | float]) -> 
 
 
 def standard(sae: SAE, inputs: Inputs, mm: Products) -> Outcome:
+    assert isinstance(sae, SparseAutoEncoder)
     dense = Dense(sae, inputs, mm)
-    code, fire_counts, total = mm.relu(dense.encode(), sae.b_enc)
+    code, fire_counts, penalty = mm.relu(dense.encode(), sae.b_enc, sae.saturation)
     error = dense.error(code)
-    terms = {"mse": error.square().mean(), "l1": total / code.numel()}
+    terms = {"mse": error.square().mean(), "l1": penalty / code.numel()}
     d_acts = dense.decoder_gradient(code, error)
-    dense.encoder_gradient(*mm.mask(d_acts, code, inputs.sparsity / code.numel()))
+    dense.encoder_gradient(*mm.mask(d_acts, code, inputs.sparsity / code.numel(), sae.saturation))
     return Outcome(dense.finish(terms, {"mse": 1.0, "l1": inputs.sparsity}, fire_counts, error), None)
 
 

@@ -53,31 +53,38 @@ class Products:
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
     def relu(
-        self, pre: Float[Tensor, "batch d_sae"], bias: Float[Tensor, " d_sae"]
+        self, pre: Float[Tensor, "batch d_sae"], bias: Float[Tensor, " d_sae"], saturation: float = 0.0
     ) -> tuple[Shaped[Tensor, "batch d_sae"], Int[Tensor, " d_sae"], Float[Tensor, ""]]:
-        """`(code, fire_counts, sum)` of ReLU(pre + bias), the code as a factor of products. `pre` is used up."""
+        """`(code, fire_counts, penalty)` of f = ReLU(pre + bias): f as a factor of products, and the sum of
+        f / (1 + saturation f). `pre` is used up."""
         if not self.fuse:
             acts = pre.add_(bias).relu_()
-            return self.cast(acts), (acts > 0).sum(dim=0), acts.sum()
+            penalty = acts / (1 + saturation * acts) if saturation else acts
+            return self.cast(acts), (acts > 0).sum(dim=0), penalty.sum()
         code = torch.empty_like(pre, dtype=torch.bfloat16) if self.precision == "bf16" else pre
         grid, share, shape = _grid(pre)
         counts = torch.empty(grid[1], pre.shape[1], dtype=torch.int32, device=pre.device)
         sums = torch.empty(grid[1], pre.shape[1], device=pre.device)
-        kernels().relu_columns[grid](pre, bias, code, counts, sums, *pre.shape, SHARE=share, **shape)
+        kernels().relu_columns[grid](pre, bias, code, counts, sums, saturation, *pre.shape, SHARE=share, **shape)
         return code, counts.sum(dim=0), sums.sum()
 
     def mask(
-        self, d_acts: Float[Tensor, "batch d_sae"], code: Shaped[Tensor, "batch d_sae"], shift: Float[Tensor, ""]
+        self,
+        d_acts: Float[Tensor, "batch d_sae"],
+        code: Shaped[Tensor, "batch d_sae"],
+        shift: Float[Tensor, ""],
+        saturation: float = 0.0,
     ) -> tuple[Shaped[Tensor, "batch d_sae"], Float[Tensor, " d_sae"]]:
-        """`(d_pre, its sum over the batch)`: d_acts + shift where the code is positive, 0 elsewhere. The first is a
-        factor of products; `d_acts` is used up."""
+        """`(d_pre, its sum over the batch)`: d_acts + shift / (1 + saturation f)^2 where the code f is positive, 0
+        elsewhere. The first is a factor of products; `d_acts` is used up."""
         if not self.fuse:
-            d_pre = d_acts.add_(shift).mul_(code > 0)
+            lift = shift / (1 + saturation * code.float()).square() if saturation else shift
+            d_pre = d_acts.add_(lift).mul_(code > 0)
             return self.cast(d_pre), d_pre.sum(dim=0)
         d_pre = torch.empty_like(code) if self.precision == "bf16" else d_acts
         grid, share, shape = _grid(d_acts)
         sums = torch.empty(grid[1], d_acts.shape[1], device=d_acts.device)
-        kernels().mask_columns[grid](d_acts, code, shift, d_pre, sums, *d_acts.shape, SHARE=share, **shape)
+        kernels().mask_columns[grid](d_acts, code, shift, d_pre, sums, saturation, *d_acts.shape, SHARE=share, **shape)
         return d_pre, sums.sum(dim=0)
 
     @contextlib.contextmanager

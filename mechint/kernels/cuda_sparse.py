@@ -18,6 +18,7 @@ from mechint.kernels.cuda_products import Products, has_triton, kernels
 from mechint.sae import SAE
 from mechint.sae.architectures.batchtopk import BatchTopKSAE
 from mechint.sae.architectures.jumprelu import JumpReLUSAE
+from mechint.sae.architectures.standard import SparseAutoEncoder
 from mechint.sae.architectures.topk import TopKSAE
 from mechint.sae.base import MIN_DECODER_NORM
 
@@ -74,10 +75,10 @@ def sparse_pass(sae: SAE, inputs: Inputs, mm: Products) -> Outcome:
     dense_slots, slots = entries.slots is None, entries.rows if entries.slots is None else entries.slots
     shape = {"ENTRIES": max(1, 4096 // _block(d_in)), "BLOCK_D": _block(d_in), "num_warps": 8 if d_in > 1024 else 4}
     error, d_acts, code_sums = torch.empty_like(x), torch.empty_like(entries.pre), torch.empty_like(x[:, 0])
-    scale = 2 / x.numel()
+    scale, saturation = 2 / x.numel(), sae.saturation if isinstance(sae, SparseAutoEncoder) else 0.0
     kernels().reconstruct[(batch,)](
         x, sae.W_dec, sae.b_dec, entries.pre, threshold, entries.starts, entries.counts, entries.latents,
-        error, d_acts, code_sums, scale, sae.d_sae, d_in, JUMP=jump, DENSE_SLOTS=dense_slots, **shape,
+        error, d_acts, code_sums, scale, saturation, sae.d_sae, d_in, JUMP=jump, DENSE_SLOTS=dense_slots, **shape,
     )  # fmt: skip
 
     terms = {"mse": error.square().mean()}
@@ -101,7 +102,7 @@ def sparse_pass(sae: SAE, inputs: Inputs, mm: Products) -> Outcome:
         x, sae.b_dec, error, entries.pre, d_acts, threshold, entries.latent_starts, entries.latent_counts,
         entries.rows, slots, shift, to_step, grad(sae, "W_dec"), grad(sae, "W_enc"), grad_bias,
         grad(sae, "threshold") if jump else grad_bias, fire_counts, scale,
-        sae.bandwidth if jump else 1.0, sae.d_sae, d_in, JUMP=jump,
+        sae.bandwidth if jump else 1.0, saturation, sae.d_sae, d_in, JUMP=jump,
         STE_TO_INPUT=jump and sae.ste_to_input, DENSE_SLOTS=dense_slots, **shape,
     )  # fmt: skip
     torch.sum(error, dim=0, out=grad(sae, "b_dec")).mul_(scale).sub_(sae.W_enc @ grad_bias)

@@ -69,13 +69,13 @@ def list_latents(
 
 @triton.jit
 def reconstruct(
-    x, W_dec, b_dec, pre, threshold, starts, counts, latents, error, d_acts, code_sums, scale, M, D,
+    x, W_dec, b_dec, pre, threshold, starts, counts, latents, error, d_acts, code_sums, scale, saturation, M, D,
     JUMP: tl.constexpr, DENSE_SLOTS: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program a row: error = acts @ W_dec + b_dec - x, and d_acts = (scale * error) @ W_dec.T at its entries.
 
     The row of `error` never leaves the registers between the two, and the second reading of W_dec's rows finds them in
-    the cache. `code_sums` is the sum of the row's acts.
+    the cache. `code_sums` is the sum of the row's acts / (1 + saturation acts).
     """
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -94,7 +94,7 @@ def reconstruct(
         acts = tl.where(value > bound, value, 0.0)
         w = tl.load(W_dec + j[:, None] * D + d[None, :], mask=there[:, None] & within[None, :], other=0.0)
         total += tl.sum(acts[:, None] * w, axis=0)
-        code_sum += tl.sum(acts, axis=0)
+        code_sum += tl.sum(acts / (1 + saturation * acts), axis=0)
     total -= tl.load(x + row * D + d, mask=within, other=0.0)
     tl.store(error + row * D + d, total, mask=within)
     tl.store(code_sums + row, code_sum)
@@ -111,12 +111,13 @@ def reconstruct(
 @triton.jit
 def latent_gradients(
     x, b_dec, error, pre, d_acts, threshold, starts, counts, rows, slots, shift, to_step,
-    grad_dec, grad_enc, grad_bias, grad_threshold, fire_counts, scale, bandwidth, M, D,
+    grad_dec, grad_enc, grad_bias, grad_threshold, fire_counts, scale, bandwidth, saturation, M, D,
     JUMP: tl.constexpr, STE_TO_INPUT: tl.constexpr, DENSE_SLOTS: tl.constexpr,
     ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program a latent: its row of W_dec.grad and column of W_enc.grad, its bias' and threshold's gradient, and
-    how often it fired. `shift` is the penalty's gradient to an active entry, `to_step` that to a step (JumpReLU)."""
+    how often it fired. `shift / (1 + saturation acts)^2` is the penalty's gradient to an active entry, `to_step` that
+    to a step (JumpReLU)."""
     latent = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     within = d < D
@@ -140,7 +141,8 @@ def latent_gradients(
         active = (value > bound) & there
         acts = tl.where(active, value, 0.0)
         d_act = tl.load(d_acts + slot, mask=there, other=0.0)
-        d_pre = tl.where(active, d_act + lift, 0.0)
+        bend = 1 + saturation * acts
+        d_pre = tl.where(active, d_act + lift / (bend * bend), 0.0)
         if JUMP:
             inside = (tl.abs(value - bound) < bandwidth / 2) & there
             to_threshold -= tl.sum(tl.where(inside, (bound * d_act + step_gradient) / bandwidth, 0.0), axis=0)
@@ -162,9 +164,11 @@ def latent_gradients(
 
 
 @triton.jit
-def relu_columns(pre, bias, code, counts, sums, B, M, SHARE: tl.constexpr, ROWS: tl.constexpr, LATENTS: tl.constexpr):
+def relu_columns(
+    pre, bias, code, counts, sums, saturation, B, M, SHARE: tl.constexpr, ROWS: tl.constexpr, LATENTS: tl.constexpr
+):
     """code = ReLU(pre + bias), rounded to the type of `code`, which may be `pre` itself; and of each latent how often
-    it fired and the sum of its acts, in parts of `SHARE` rows: program (block of latents, part)."""
+    it fired and the sum of acts / (1 + saturation acts), in parts of `SHARE` rows: program (block of latents, part)."""
     j = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
     part = tl.program_id(1)
     offset = tl.load(bias + j, mask=j < M, other=0.0)
@@ -179,16 +183,17 @@ def relu_columns(pre, bias, code, counts, sums, B, M, SHARE: tl.constexpr, ROWS:
         acts = tl.where(there & ~(value <= 0), value, 0.0)
         tl.store(code + place, acts.to(code.dtype.element_ty), mask=there)
         count += tl.sum((acts > 0).to(tl.int32), axis=0)
-        total += tl.sum(acts, axis=0)
+        total += tl.sum(acts / (1 + saturation * acts), axis=0)
     tl.store(counts + part * M + j, count, mask=j < M)
     tl.store(sums + part * M + j, total, mask=j < M)
 
 
 @triton.jit
 def mask_columns(
-    d_acts, code, shift, d_pre, sums, B, M, SHARE: tl.constexpr, ROWS: tl.constexpr, LATENTS: tl.constexpr
+    d_acts, code, shift, d_pre, sums, saturation, B, M, SHARE: tl.constexpr, ROWS: tl.constexpr, LATENTS: tl.constexpr
 ):
-    """d_pre = d_acts + shift where the code is positive, else 0 (`d_pre` may be `d_acts`); and each latent's sum."""
+    """d_pre = d_acts + shift / (1 + saturation code)^2 where the code is positive, else 0; and each latent's sum.
+    `d_pre` may be `d_acts`."""
     j = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
     part = tl.program_id(1)
     lift = tl.load(shift)
@@ -197,8 +202,10 @@ def mask_columns(
         b = part * SHARE + start + tl.arange(0, ROWS)
         there = (b < B)[:, None] & (j < M)[None, :]
         place = b[:, None].to(tl.int64) * M + j[None, :]
-        active = tl.load(code + place, mask=there, other=0.0) > 0
-        gradient = tl.where(active, tl.load(d_acts + place, mask=there, other=0.0) + lift, 0.0)
+        acts = tl.load(code + place, mask=there, other=0.0).to(tl.float32)
+        bend = 1 + saturation * acts
+        gradient = tl.load(d_acts + place, mask=there, other=0.0) + lift / (bend * bend)
+        gradient = tl.where(acts > 0, gradient, 0.0)
         tl.store(d_pre + place, gradient.to(d_pre.dtype.element_ty), mask=there)
         total += tl.sum(gradient, axis=0)
     tl.store(sums + part * M + j, total, mask=j < M)
