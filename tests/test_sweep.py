@@ -16,7 +16,7 @@ import torch
 from small_run import rows_without_rate
 
 from mechint.cli.sweep import main, table_text
-from mechint.config import SAETrainConfig, SweepConfig
+from mechint.config import TRAIN_PRESETS, SAETrainConfig, SweepConfig
 from mechint.config.train import architecture_names
 from mechint.data.store import open_activations
 from mechint.errors import MechintError
@@ -138,10 +138,17 @@ def test_settings_come_from_flags_over_preset_over_file(activations_path: Path, 
         preset="mechint",
         config=file,
     )
+    preset = TRAIN_PRESETS["mechint"]
+    assert preset["init"] != "xavier"
     topk, standard = (member.config for member in start(config)[0].members)
-    assert (topk.epochs, topk.batch_size, topk.init, topk.save_every) == (7, 64, "tied", 5)
+    assert (topk.epochs, topk.batch_size, topk.init, topk.save_every) == (7, 64, preset["init"], 5)
     assert (topk.k, standard.k) == (3.0, None)
     assert topk.activation_dim == D_IN
+
+
+def test_a_preset_may_say_more_than_an_architecture_needs(activations_path: Path, tmp_path: Path):
+    config = config_for(activations_path, tmp_path, architecture=("topk",), k=(4.0, 8.0), preset="mechint")
+    assert [member.config.preset for member in start(config)[0].members] == ["mechint"] * 2
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mechint.config import SAETrainConfig, SweepConfig
+from mechint.config import TRAIN_PRESETS, SAETrainConfig, SweepConfig
 from mechint.config.sweep import AXES, flag_of
 from mechint.config.train import ARCHITECTURE_OPTIONS
 from mechint.data.store import Activations
@@ -58,7 +58,8 @@ def plan_members(config: SweepConfig, base: SAETrainConfig, activations: Activat
                 f"{flag_of(axis)} applies to none of the architectures {', '.join(classes)}: leave it out"
             )
     for option, value in base.architecture_options.items():
-        if not any(option in cls.options for cls in classes.values()):
+        given = TRAIN_PRESETS[base.preset].get(option) != value  # a preset may say more than an architecture needs
+        if given and not any(option in cls.options for cls in classes.values()):
             raise MechintError(
                 f"{option}={value!r} of the settings applies to none of {', '.join(classes)}: leave it out"
             )
