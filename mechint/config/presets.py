@@ -14,9 +14,9 @@ TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "none": {},
     # The repository that this one grew from: row split and one sequential generator, so its numbers can be reproduced.
     "mech-int": {"split_by": "row", "batch_order": "torch"},
-    # What a comparison of single changes led to (docs/performance.md, docs/log.md). Most of it is about the first steps:
-    # a start that neither overshoots nor fills Adam's second moments with the gradients of undoing that, and moments
-    # that forget in 100 steps. For any number of steps; --lam 0.6 gave an L0 near 32 and 1.0 one near 16 at d_in 128.
+    # What a comparison of single changes led to (docs/performance.md); most of it concerns the first steps:
+    # a start that does not overshoot, Adam's second moments that have forgotten the first gradients after 100 steps.
+    # For any number of steps. At d_in 128, standard, --lam 0.6 gives an L0 near 32 and --lam 1 one near 16.
     "mechint": {
         "l1_reduction": "sum",
         "l1_lambda": 0.6,
