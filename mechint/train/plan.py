@@ -244,6 +244,6 @@ def predict_disk(config: SAETrainConfig) -> Disk:
     return Disk(weights, state, peak, 2 * weights + small)
 
 
-def size(n_bytes: float) -> str:
+def size(n_bytes: int) -> str:
     """Bytes for people."""
     return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 9.95e8 else f"{max(1, round(n_bytes / 1e6)):,} MB"

@@ -23,6 +23,7 @@ from mechint.eval.reconstruction import MAX_BLOCK_ELEMENTS
 from mechint.eval.sums import ReconstructionSums
 from mechint.kernels import StepSettings, make_kernel
 from mechint.sae import SAE, Objective, build_sae
+from mechint.sae.base import find_architecture
 from mechint.train.training import SAMPLE_ROWS, initialise, make_optimizer
 
 # Elements of [batch, d_sae] in the miniature: small enough to be quick, large enough for s^2 to hold within 3 %.
@@ -96,7 +97,7 @@ def predict_memory(
     """
     device = str(config.device or "cpu").split(":")[0]
     n_train = n_rows - int(n_rows * config.val_fraction)
-    mini = measure_miniature(config, n_train, kernel=kernel or kernel_name(config), expected_dead=expected_dead)
+    mini = measure_miniature(config, n_rows, kernel=kernel or kernel_name(config), expected_dead=expected_dead)
     rows = Part("row numbers", column_bytes + 8 * n_rows, "which rows are trained on, and the texts they are from")
     sorting = Part("sorting texts", 40 * n_rows if column_bytes else 8 * n_rows, "to hold out whole texts")
     batch = config.batch_size * config.activation_dim * FLOAT
@@ -105,7 +106,7 @@ def predict_memory(
     gradients = Part("gradients", mini.weights)
     step = Part(f"step buffers ({mini.kernel})", mini.step, arrays_note(mini.step, config))
     at_start = Part("sample of the rows", mini.start, "decides where training starts")
-    block = min(config.eval_batch_size, max(1, MAX_BLOCK_ELEMENTS // config.d_sae))
+    block = evaluation_block(config, n_rows)
     at_end = Part("evaluation block", mini.evaluation, f"{block:,} vectors and their {config.d_sae:,} activations")
     copies = Part("weights to save", mini.saved, "copies while files are written")
     base = Part("library", library + RUNTIME, "Python, torch and mechint")
@@ -174,7 +175,7 @@ def kernel_name(config: SAETrainConfig) -> str:
 
 
 def measure_miniature(
-    config: SAETrainConfig, n_train: int, *, kernel: str = "dense", expected_dead: float = EXPECTED_DEAD
+    config: SAETrainConfig, n_rows: int, *, kernel: str = "dense", expected_dead: float = EXPECTED_DEAD
 ) -> Miniature:
     """The training of `config`, each dimension divided by the same number, under a count of its tensors.
 
@@ -195,10 +196,12 @@ def measure_miniature(
         device="cpu",
     )
     options = scaled_options(config, shrink)
-    block = min(config.eval_batch_size, max(1, MAX_BLOCK_ELEMENTS // config.d_sae))
-    n_sample = min(SAMPLE_ROWS, n_train)
+    block = evaluation_block(config, n_rows)
+    n_sample = min(SAMPLE_ROWS, n_rows - int(n_rows * config.val_fraction))
     grow = shrink**2
-    result: dict[str, Any] = {}
+    with torch.device("meta"):
+        whole = build_sae(config.architecture, config.activation_dim, config.d_sae, options=config.architecture_options)
+    result: dict[str, Any] = {"weights": FLOAT * whole.num_params}
 
     def run() -> None:
         with torch.random.fork_rng(devices=[]), CountTensors(casts=on_cpu) as count:
@@ -207,7 +210,6 @@ def measure_miniature(
             sae.unit_decoder = config.decoder == "unit"
             optimizer = make_optimizer(sae, small)
             weights = sum(p.untyped_storage().nbytes() for p in sae.parameters())
-            result["weights"] = int(weights * grow)
             sample = torch.randn(_divided(n_sample, shrink * fewer), d_in)
             count.restart()
             initialise(sae, small, sample)
@@ -246,26 +248,34 @@ def measure_miniature(
 
 
 def sparse_bytes(config: SAETrainConfig, dense_step: int, expected_dead: float) -> int:
-    """Step buffers of the sparse kernel (mechint/kernels/sparse_space.py): those that are always there, and the larger
-    of the entries at the density up to which it takes them, and of the dense step that it takes above that."""
+    """Step buffers of the sparse kernel: those that are always there (sparse_space.py), the entries at the density up
+    to which it takes them, and where a training starts dense those of its dense route (sparse_dense.py), which stay."""
+    from mechint.kernels import sparse_dense
     from mechint.kernels.sparse import DENSE_ABOVE, has_bfloat16_products
     from mechint.kernels.sparse_space import chunk_rows
 
     batch, d_in, d_sae = config.batch_size, config.activation_dim, config.d_sae
-    chunk, narrow = chunk_rows(d_sae), has_bfloat16_products()
-    options = config.architecture_options
-    prefixes = len(options.get("widths") or ()) or 5 if config.architecture.startswith("matryoshka") else 1
-    slices = (1 + prefixes) * batch * 64 * -(-d_in // 64) * FLOAT
-    padded = 2 * d_sae * 64 * -(-d_in // 64) * FLOAT if d_in % 64 else 0
-    products = torch.get_num_threads() * chunk * (d_sae + d_in) * (2 if narrow else FLOAT)
-    always = slices + padded + products + (2 * d_sae * d_in if narrow else 0) + -(-batch // chunk) * d_sae * FLOAT
+    threads, chunk, narrow = torch.get_num_threads(), chunk_rows(d_sae), has_bfloat16_products()
+    width, matrix = 64 * -(-d_in // 64), d_in * d_sae * FLOAT
+    prefixes = 1
+    if config.architecture.startswith("matryoshka"):
+        prefixes = config.prefixes or len(config.widths or range(5))
+    slices = (1 + prefixes) * batch * width * FLOAT
+    padded = 0 if width == d_in else 2 * d_sae * width * FLOAT
+    products = threads * chunk * (d_sae + d_in) * (2 if narrow else FLOAT)
+    counts = -(-batch // chunk) * d_sae * FLOAT
+    always = slices + padded + products + counts + (matrix // 2 if narrow else 0)
     entry = 12 + 20 + {"gated": 12, "jumprelu": 8}.get(config.architecture, 0)
     limit = DENSE_ABOVE * d_sae
-    k = config.k or 32
-    if "topk" in config.architecture and k < limit:
-        return always + int(2 * entry * batch * k) + _revival(config, expected_dead)
-    gradients = 2 * d_in * d_sae * FLOAT  # the dense step makes its own
-    return always + max(int(entry * batch * limit) + _revival(config, expected_dead), dense_step + gradients)
+    revival = _revival(config, expected_dead)
+    if config.architecture in sparse_dense.KINDS:
+        arrays = 3 if config.architecture == "gated" else 2
+        rows = threads * (arrays - 1) * sparse_dense.ROWS * d_sae * FLOAT + -(-batch // sparse_dense.ROWS) * d_sae * 20
+        dense = arrays * batch * d_sae * FLOAT + 4 * batch * d_in * FLOAT + rows + 4 * matrix
+        return always + dense + int(entry * batch * limit) + revival
+    if (k := config.k or 32) < limit:
+        return always + int(2 * entry * batch * k) + revival
+    return always + dense_step + 2 * matrix + revival  # every batch is too dense for it
 
 
 def _revival(config: SAETrainConfig, expected_dead: float) -> int:
@@ -273,6 +283,12 @@ def _revival(config: SAETrainConfig, expected_dead: float) -> int:
     if config.revive != "auxk" or config.steps * config.batch_size < config.dead_after:
         return 0
     return int(6 * config.batch_size * expected_dead * config.d_sae * FLOAT)
+
+
+def evaluation_block(config: SAETrainConfig, n_rows: int) -> int:
+    """Held-out vectors that are evaluated at once."""
+    at_once = min(config.eval_batch_size, max(1, MAX_BLOCK_ELEMENTS // config.d_sae))
+    return min(at_once, int(n_rows * config.val_fraction))
 
 
 def _divided(number: int, by: float) -> int:
@@ -288,7 +304,8 @@ def density_bytes(config: SAETrainConfig, n_sample: int) -> int:
 
 def scaled_options(config: SAETrainConfig, shrink: float) -> dict[str, Any]:
     """The architecture's settings, numbers of latents made smaller with the dictionary."""
-    options = dict(config.architecture_options)
+    defaults = find_architecture(config.architecture).options
+    options = {name: defaults[name] for name in ("k",) if name in defaults} | config.architecture_options
     for name in ("k", "target_l0"):
         if options.get(name) is not None:
             options[name] = float(max(1, round(float(options[name]) / shrink)))
