@@ -21,6 +21,7 @@ from mechint.kernels import StepResult
 from mechint.kernels.choose import KERNELS
 from mechint.runs import Run
 from mechint.sae import build_sae
+from mechint.train.feed import Feed
 from mechint.train.layout import Layout, layout_of, legacy_layout, make_layout, run_layout
 from mechint.train.parallel import Team, join, make_team
 from mechint.train.resolve import resolve, split
@@ -122,11 +123,11 @@ def steps(training: Training, *, progress: bool) -> None:
         save(training)
     bar = tqdm(total=config.steps, initial=state.step, unit="step", desc="train", disable=not progress)
     training.log.write = tqdm.write if progress else print
+    feed = Feed(training.activations, config.device)
     shown, shown_step = time.perf_counter(), state.step
     with stop_signals() as team.stop_asked, bar:
         while not training.is_done:
-            x = training.activations.rows(team.deal(training.batches.indices(state.step))).to(config.device)
-            result = advance(training, x)
+            result = advance(training, feed.rows(team.deal(training.batches.indices(state.step))))
             bar.update()
             now = time.perf_counter()
             if progress and now - shown > REFRESH_SECONDS:
