@@ -103,10 +103,15 @@ def interpolate(results: Iterable[dict[str, Any]], target: float) -> dict[str, f
 def run_curve(job: tuple[Spec, tuple[float, ...], tuple[float, ...]]) -> list[dict[str, Any]]:
     """All members of one setting and seed: a job is (spec without sparsity, L0 targets, coefficients to begin with)."""
     spec, targets, first = job
-    done: list[dict[str, Any]] = []
+    # What an earlier search left is a start for this one.
+    done = [member for member in load_members() if setting(member) == setting(spec) and member["seed"] == spec["seed"]]
+    before = len(done)
 
     def add(sparsity: float) -> None:
-        member = run_member(spec | {"sparsity": float(f"{sparsity:.4g}")})
+        sparsity = float(f"{sparsity:.4g}")
+        if any(member["sparsity"] == sparsity for member in done):
+            return
+        member = run_member(spec | {"sparsity": sparsity})
         done.append(member)
         result = member["result"]
         print(
@@ -127,12 +132,14 @@ def run_curve(job: tuple[Spec, tuple[float, ...], tuple[float, ...]]) -> list[di
         return done
     guess = first_guess(spec)
     for target in targets:
-        while len(done) < MOST_MEMBERS + len(first):
+        while len(done) < before + len(first) + MOST_MEMBERS:
             tried = [(member["sparsity"], member["result"]["l0"]) for member in done]
             sparsity = next_coefficient(tried, target, guess)
-            if sparsity is None:
+            size = len(done)
+            if sparsity is not None:
+                add(sparsity)
+            if len(done) == size:  # found, or nothing finer than four digits is left to try
                 break
-            add(sparsity)
     return done
 
 

@@ -95,6 +95,30 @@ def test_table_groups_seeds_and_keeps_settings_apart(tmp_path: Path, monkeypatch
     ]
 
 
+def test_a_search_goes_on_from_what_an_earlier_one_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trained: list[float] = []
+
+    def run_member(spec: dict[str, Any]) -> dict[str, Any]:
+        trained.append(spec["sparsity"])
+        result = {"l0": 40 / spec["sparsity"], "fvu": 0.1, "dead": 0, "seconds": 0.0}
+        member = spec | {"result": result}
+        (tmp_path / "members" / f"{len(trained)}.json").write_text(json.dumps(member))
+        return member
+
+    (tmp_path / "members").mkdir()
+    monkeypatch.setattr(quality, "FOLDER", tmp_path)
+    monkeypatch.setattr(quality, "run_member", run_member)
+    monkeypatch.setattr(quality, "first_guess", lambda spec: 1.0)
+    spec = {"family": "saelens", "architecture": "standard", "lr": 1e-3, "seed": 0}
+    first = quality.run_curve((spec, (16.0, 32.0, 64.0), ()))
+    assert quality.at_targets(first, (16.0, 32.0, 64.0)).keys() == {16.0, 32.0, 64.0}
+    count = len(trained)
+    again = quality.run_curve((spec, (16.0, 32.0, 64.0), ()))
+    assert len(trained) == count and len(again) == len(first)
+    quality.run_curve((spec | {"seed": 1}, (32.0,), ()))
+    assert len(trained) > count  # another seed is another search
+
+
 # --- quality: one member ----------------------------------------------------------------------------------------------
 
 
