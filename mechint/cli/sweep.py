@@ -39,10 +39,11 @@ def main(argv: Sequence[str]) -> int:
             sweep = open_sweep(sweep.path)
         else:
             sweep, activations = resume(config.resume) if config.resume is not None else start(config)
-            if config.slurm:
+            if config.slurm and sweep.unfinished:
                 jobs = submit(sweep, config)
                 print(f"jobs: {' '.join(job.job_id for job in jobs)}; their logs are in {sweep.path / 'slurm'}")
-                print(f"The last one writes {sweep.path / 'results.csv'}. To look, or to go on: {sweep.resume_command}")
+                print(f"The last one writes {sweep.path / 'results.csv'}; for the figure, or to go on:")
+                print(f"  {sweep.resume_command}")
                 return 0
             print(f"sweep: {sweep.path}, {len(sweep.members)} members", flush=True)
             train_members(sweep, [member.name for member in sweep.members], activations, progress=sys.stderr.isatty())
