@@ -48,7 +48,7 @@ def make_kernel(
     if kernel == "sparse" or (kernel == "auto" and sae.W_enc.device.type == "cpu"):
         module, reason = _sparse()
         if module is not None:
-            reason = module.misfit(sae, optimizer)
+            reason = module.misfit(sae, optimizer) or module.broken(sae.architecture)
             if reason is None:
                 return module.SparseKernel(sae, optimizer, project_gradient=project_gradient)
         if kernel == "sparse":
@@ -62,6 +62,6 @@ def _sparse() -> tuple[ModuleType | None, str]:
     """The sparse kernel, or why it cannot be loaded: it needs numba, which not every platform has."""
     try:
         from mechint.kernels import sparse
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: numba finds no place for its cache
         return None, f"its compiler cannot be loaded ({error})"
     return sparse, ""

@@ -13,10 +13,13 @@ state and resuming cannot change it.
 Sums have a fixed order: the same batch gives the same bits, for any number of threads.
 """
 
+import copy
 import functools
 import math
+import threading
 from pathlib import Path
-from typing import final
+from typing import Any, final
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Float
@@ -29,7 +32,7 @@ from mechint.kernels.sparse_dense import KINDS, DenseRoute
 from mechint.kernels.sparse_plans import PLANS, widths_of
 from mechint.kernels.sparse_pool import Pool, pool
 from mechint.kernels.sparse_space import Space
-from mechint.sae import SAE, Objective
+from mechint.sae import SAE, Objective, build_sae
 from mechint.sae.base import auxk
 
 # Share of active entries from which dense products are faster (docs/performance.md, "Where dense wins").
@@ -46,6 +49,8 @@ def misfit(sae: SAE, optimizer: torch.optim.Optimizer) -> str | None:
         return "its weights are not laid out latent by latent"
     if sae.d_sae < 16:
         return "it has fewer than 16 latents"
+    if sae.peers.several_shares:
+        return "its latents are dealt out to several processes"
     if not sae.unit_decoder:
         return "its decoder rows are free"
     if not is_plain_adam(optimizer):
@@ -78,7 +83,7 @@ class SparseKernel:
         self.dense_above = dense_above
         self.dense = DenseKernel(sae, optimizer, project_gradient=project_gradient)
         self.route = ""  # of the last batch: "sparse" or "dense"
-        self._space: Space | None = None
+        self._space: Space | None = None  # held so that they stay
         self._dense: DenseRoute | None = None
         self._memory: dict[str, float] = {}  # hints; results do not depend on them
         self._grads = {name: torch.zeros_like(p) for name, p in sae.named_parameters()}
@@ -201,19 +206,22 @@ class SparseKernel:
         return {name: (term.item(), weight) for name, (term, weight) in terms.items()}
 
     def _dense_route(self, batch: int, threads: Pool) -> DenseRoute:
-        route = self._dense
-        if route is None or route.batch != batch or route.n_threads < threads.n_threads:
-            self._dense = route = DenseRoute(self.sae, batch, threads.n_threads)
+        key = self._key(batch, threads)
+        route = _DENSE_ROUTES.get(key)
+        if route is None:
+            route = _DENSE_ROUTES[key] = DenseRoute(self.sae, batch, threads.n_threads)
+        self._dense = route
         return route
 
+    def _key(self, batch: int, threads: Pool) -> tuple[Any, ...]:
+        sae = self.sae
+        return threading.get_ident(), sae.architecture, sae.d_in, sae.d_sae, batch, threads.n_threads
+
     def _space_for(self, batch: int, n_prefixes: int, threads: Pool) -> Space:
-        space = self._space
-        if (
-            space is None
-            or (space.batch, len(space.g_slices)) != (batch, n_prefixes)
-            or space.n_threads < threads.n_threads
-        ):
-            self._space = space = Space(
+        key = (*self._key(batch, threads), n_prefixes, self.narrow, self.dense_above)
+        space = _SPACES.get(key)
+        if space is None:
+            space = _SPACES[key] = Space(
                 self.sae,
                 batch,
                 narrow=self.narrow,
@@ -221,7 +229,37 @@ class SparseKernel:
                 n_threads=threads.n_threads,
                 n_prefixes=n_prefixes,
             )
+        self._space = space
         return space
+
+
+# Buffers hold nothing from step to step: the kernels of a sweep share them, as long as one is alive.
+_SPACES: WeakValueDictionary[tuple[Any, ...], Space] = WeakValueDictionary()
+_DENSE_ROUTES: WeakValueDictionary[tuple[Any, ...], DenseRoute] = WeakValueDictionary()
+
+
+@functools.cache
+def broken(architecture: str) -> str | None:
+    """Why the kernel does not work for an architecture on this machine; None where a small step agrees with the
+    reference. Compiles the loops, which takes some seconds the first time and is kept on disk."""
+    options = {"k": 4} if "topk" in architecture else {}
+    try:
+        sae = build_sae(architecture, 64, 128, generator=torch.Generator().manual_seed(0), options=options)
+        reference = copy.deepcopy(sae)
+        x = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
+        settings = StepSettings(1e-3, 1.0, Objective(sparsity=0.1))
+        got, expected = (
+            kernel.step(x, settings)
+            for kernel in (
+                SparseKernel(sae, torch.optim.Adam(sae.parameters()), dense_above=1.0),
+                DenseKernel(reference, torch.optim.Adam(reference.parameters())),
+            )
+        )
+        for one, other in ((got.terms["loss"], expected.terms["loss"]), (got.grad_norm, expected.grad_norm)):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+    except Exception as error:  # whatever a compiler may say
+        return f"it does not work here ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})"
+    return None
 
 
 @functools.cache

@@ -34,6 +34,8 @@ _SUMS = {"reassoc", "contract"}
 OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": _SUMS}
 # Rounding to bfloat16: at most 2^-8 of the value, and a little more relative to the rounded value.
 BFLOAT16_STEP = np.float32(2.0**-8 * (1 + 2.0**-6))
+# From this many entries a row on, weights are read in tiles of 512 KB, for blocks of lines of 256 KB.
+TILED_ABOVE, TILE_FLOATS, BLOCK_FLOATS = 160, 2**17, 2**16
 _SLACK = 1.0001  # for the rounding of the bounds themselves
 
 
@@ -126,6 +128,49 @@ def dots(row, rows, cols, out, first, last):
 
 @njit(**OPTIONS)
 @no_type_check
+def add_rows(row, rows, cols, coefs, first, last):
+    """row += sum of coefs[e] * rows[cols[e]]."""
+    row_at, rows_at, bytes_a_row = row.ctypes.data, rows.ctypes.data, 4 * rows.shape[1]
+    cols_at, coefs_at = cols.ctypes.data + 4 * first, coefs.ctypes.data + 4 * first
+    k = 0
+    while k + 256 <= row.shape[0]:
+        add_rows_256(row_at + 4 * k, rows_at + 4 * k, bytes_a_row, cols_at, coefs_at, last - first)
+        k += 256
+    while k < row.shape[0]:
+        add_rows_64(row_at + 4 * k, rows_at + 4 * k, bytes_a_row, cols_at, coefs_at, last - first)
+        k += 64
+
+
+@njit(**OPTIONS)
+@no_type_check
+def by_tiles(add, lines, rows, cols, values, first, last, base, ends):
+    """`add_rows` of `values` (or `dots` into them, where not `add`) for all entries of `lines`, rows `first:last`.
+
+    Where a row has many entries: a tile of `rows` stays in the second-level cache while a block of lines passes by.
+    """
+    n_columns, width = rows.shape
+    n_lines, n_tile = max(16, BLOCK_FLOATS // width), max(16, TILE_FLOATS // width)
+    positions = np.empty(n_lines, np.int64)
+    for block in range(first, last, n_lines):
+        stop = min(block + n_lines, last)
+        for r in range(block, stop):
+            positions[r - block] = base if r == first else ends[r - 1]
+        for tile in range(0, n_columns, n_tile):
+            for r in range(block, stop):
+                start = positions[r - block]
+                e = start
+                while e < ends[r] and cols[e] < tile + n_tile:
+                    e += 1
+                if e > start:
+                    positions[r - block] = e
+                    if add:
+                        add_rows(lines[r - first], rows, cols, values, start, e)
+                    else:
+                        dots(lines[r - first], rows, cols, values, start, e)
+
+
+@njit(**OPTIONS)
+@no_type_check
 def candidates(values, narrow, biases, norms, error, cut, cols, position):
     """Columns of a row whose pre-activation may be above their bound by more than `cut`; NaN counts as above."""
     n_latents = biases.shape[0]
@@ -155,76 +200,85 @@ def candidates(values, narrow, biases, norms, error, cut, cols, position):
 @njit(**OPTIONS)
 @no_type_check
 def find_above(
-    values, narrow, first, last, slices, W_enc, b_enc, bound, biases, norms, errors, base, limit, cols, pre, ends
+    values, narrow, first, last, slices, W_enc, b_enc, bound, biases, norms, errors, lines, base, limit, cols, pre, ends
 ):
     """Entries with pre > bound, from the encoder product `values [rows, d_sae]` (bfloat16 bits or float32).
 
     bfloat16 only proposes: a candidate's pre-activation is computed again in float32, and the bound on the rounding
     error leaves none out. Returns the number of entries, or -1 where they do not fit before `limit`.
     """
-    row = np.empty(W_enc.shape[1], np.float32)
     position = base
     n_latents = b_enc.shape[0]
     for r in range(first, last):
         if position + n_latents > limit:
             return -1
-        start = position
-        line = values[r - first]
-        stop = candidates(line, narrow, biases, norms, errors[r], np.float32(0.0), cols, start)
-        if narrow:
-            centred(slices, r, row)
-            dots(row, W_enc, cols, pre, start, stop)
-        else:
-            for e in range(start, stop):
-                pre[e] = line[cols[e]]
-        for e in range(start, stop):
+        position = candidates(values[r - first], narrow, biases, norms, errors[r], np.float32(0.0), cols, position)
+        ends[r] = position
+    if narrow:
+        tiled = position - base >= TILED_ABOVE * (last - first)
+        start = base
+        for r in range(first, last):
+            centred(slices, r, lines[r - first])
+            if not tiled:
+                dots(lines[r - first], W_enc, cols, pre, start, ends[r])
+            start = ends[r]
+        if tiled:
+            by_tiles(False, lines, W_enc, cols, pre, first, last, base, ends)
+    else:
+        start = base
+        for r in range(first, last):
+            for e in range(start, ends[r]):
+                pre[e] = values[r - first, cols[e]]
+            start = ends[r]
+    position = start = base
+    for r in range(first, last):
+        for e in range(start, ends[r]):
             j = cols[e]
             value = pre[e] + b_enc[j]
             cols[position] = j
             pre[position] = value
             position += not value <= bound[j]
+        start = ends[r]
         ends[r] = position
     return position - base
 
 
 @njit(**OPTIONS)
 @no_type_check
-def decode_rows(x, b_dec, W_dec, first, last, base, cols, acts, ends, slices, grad):
+def decode_rows(x, b_dec, W_dec, first, last, lines, base, cols, acts, ends, slices, grad):
     """Reconstruct rows from their entries, write d mse / d x_hat into slices and d mse / d acts into `grad`. Returns
     the sum of squared errors."""
     d_in, width = x.shape[1], W_dec.shape[1]
     scale = np.float32(2.0 / (np.float64(x.shape[0]) * d_in))
-    row = np.zeros(width, np.float32)
-    row_at, W_at, bytes_a_row = row.ctypes.data, W_dec.ctypes.data, 4 * width
-    cols_at, acts_at = cols.ctypes.data, acts.ctypes.data
+    tiled = ends[last - 1] - base >= TILED_ABOVE * (last - first)
+    for r in range(first, last):
+        line = lines[r - first]
+        for k in range(d_in):
+            line[k] = b_dec[k] - x[r, k]
+        for k in range(d_in, width):
+            line[k] = 0.0
+    if tiled:
+        by_tiles(True, lines, W_dec, cols, acts, first, last, base, ends)
     total = 0.0
     start = base
     for r in range(first, last):
-        stop = ends[r]
-        for k in range(d_in):
-            row[k] = b_dec[k] - x[r, k]
-        k = 0
-        while k + 256 <= width:
-            add_rows_256(
-                row_at + 4 * k, W_at + 4 * k, bytes_a_row, cols_at + 4 * start, acts_at + 4 * start, stop - start
-            )
-            k += 256
-        while k < width:
-            add_rows_64(
-                row_at + 4 * k, W_at + 4 * k, bytes_a_row, cols_at + 4 * start, acts_at + 4 * start, stop - start
-            )
-            k += 64
+        line = lines[r - first]
+        if not tiled:
+            add_rows(line, W_dec, cols, acts, start, ends[r])
         squares = np.float32(0.0)
         for k in range(width):
-            value = row[k]
+            value = line[k]
             squares += value * value
-            row[k] = value * scale
+            line[k] = value * scale
         total += squares
-        dots(row, W_dec, cols, grad, start, stop)
         for s in range(slices.shape[0]):
             for k in range(64):
-                slices[s, r, k] = row[64 * s + k]
-        start = stop
+                slices[s, r, k] = line[64 * s + k]
+        if not tiled:
+            dots(line, W_dec, cols, grad, start, ends[r])
+        start = ends[r]
+    if tiled:
+        by_tiles(False, lines, W_dec, cols, grad, first, last, base, ends)
     return total
 
 

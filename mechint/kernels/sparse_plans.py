@@ -33,7 +33,7 @@ def _standard(sae: Any, objective: Objective, space: Space, threads: Pool, memor
 
     def chunk(c: int, thread: int) -> None:
         if _going(space) and space.encode(c, thread) and space.find(c, thread):
-            space.decode(c)
+            space.decode(c, thread)
             sums[c] = _finish(space, c, l1, sae.saturation)
 
     threads.run(chunk, space.n_chunks)
@@ -43,7 +43,7 @@ def _standard(sae: Any, objective: Objective, space: Space, threads: Pool, memor
 def _topk(sae: Any, objective: Objective, space: Space, threads: Pool, memory: dict[str, float]) -> Terms | None:
     def chunk(c: int, thread: int) -> None:
         if _going(space) and space.encode(c, thread) and space.find(c, thread, k=sae.k):
-            space.decode(c)
+            space.decode(c, thread)
             _finish(space, c)
 
     threads.run(chunk, space.n_chunks)
@@ -55,7 +55,7 @@ def _batchtopk(sae: Any, objective: Objective, space: Space, threads: Pool, memo
         return None
 
     def chunk(c: int, thread: int) -> None:
-        space.decode(c)
+        space.decode(c, thread)
         _finish(space, c)
 
     threads.run(chunk, space.n_chunks)
@@ -183,7 +183,7 @@ def _jumprelu(sae: Any, objective: Objective, space: Space, threads: Pool, memor
         if _going(space) and space.encode(c, thread) and space.find(c, thread):
             base, n = space.span(c)[0], space.n_entries[c]
             active[c] = choice.jump(base, n, space.cols, space.pre, threshold, space.acts)
-            space.decode(c)
+            space.decode(c, thread)
 
     space.set_bound(threshold - half - np.float32(1e-6) * (np.abs(threshold) + half))
     threads.run(chunk, space.n_chunks)
@@ -215,8 +215,8 @@ def _gated(sae: Any, objective: Objective, space: Space, threads: Pool, memory: 
         if _going(space) and space.encode(c, thread) and space.find(c, thread):
             base, n = space.span(c)[0], space.n_entries[c]
             choice.gate(base, n, space.cols, space.pre, b_gate, gain, b_mag, space.acts)
-            space.decode(c)
-            errors[c] = space.decode_gate(c)
+            space.decode(c, thread)
+            errors[c] = space.decode_gate(c, thread)
             entries = (base, n, space.cols, space.pre, space.acts, space.grad, space.by_gate, space.other)
             gates[c] = choice.finish_gate(*entries, gain, l1, space.counts[c])
 

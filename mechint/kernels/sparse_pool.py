@@ -6,6 +6,7 @@ there are or on who was faster.
 """
 
 import itertools
+import os
 import threading
 from collections.abc import Callable
 
@@ -85,6 +86,10 @@ def _single_threaded(item: int, thread: int) -> None:
 
 
 _own = threading.local()
+
+
+if hasattr(os, "register_at_fork"):  # threads do not survive a fork: the child makes its own
+    os.register_at_fork(after_in_child=lambda: _own.__dict__.clear())
 
 
 def pool() -> Pool:

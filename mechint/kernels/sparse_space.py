@@ -35,6 +35,7 @@ class Space:
         self.W_kind = torch.empty(d_sae, d_in, dtype=kind) if narrow else None
         self.x_kind = [torch.empty(self.chunk, d_in, dtype=kind) for _ in range(n_threads)]
         self.out = [torch.empty(self.chunk, d_sae, dtype=kind) for _ in range(n_threads)]
+        self.lines = [_zeros(self.chunk, self.width) for _ in range(n_threads)]
         self.norms, self.biases, self.bound = (np.zeros(d_sae, np.float32) for _ in range(3))
         self.worst_of = np.zeros(self.n_blocks, np.float32)
         self.errors = np.zeros(batch, np.float32)
@@ -121,25 +122,27 @@ class Space:
         if k:
             n = choice.find_top(*source, *target, k, *place)
         else:
-            n = loops.find_above(*source, self.bound, *target, *place)
+            n = loops.find_above(*source, self.bound, *target, self.lines[thread], *place)
         self.n_entries[c] = n
         self.too_dense = self.too_dense or n < 0
         return n >= 0
 
-    def decode(self, c: int) -> None:
+    def decode(self, c: int, thread: int) -> None:
         """Reconstruct from `acts`: squared errors, gradients of x_hat (slices) and of acts (`grad`)."""
         first, last = self.rows(c)
         entries = (self.span(c)[0], self.cols, self.acts, self.ends)
         self.squares[c, 0] = loops.decode_rows(
-            self.x, self.b_dec, self.W_dec, first, last, *entries, self.g_slices[0], self.grad
+            self.x, self.b_dec, self.W_dec, first, last, self.lines[thread], *entries, self.g_slices[0], self.grad
         )
         loops.column_sums(self.g_slices[0], first, last, self.row_sums[c])
 
-    def decode_gate(self, c: int) -> float:
+    def decode_gate(self, c: int, thread: int) -> float:
         """Reconstruct from `pre`, decoder held constant: gradients into `by_gate`, sum of squared errors returned."""
         entries = (self.span(c)[0], self.cols, self.pre, self.ends)
         return float(
-            loops.decode_rows(self.x, self.b_dec, self.W_dec, *self.rows(c), *entries, _NO_SLICES, self.by_gate)
+            loops.decode_rows(
+                self.x, self.b_dec, self.W_dec, *self.rows(c), self.lines[thread], *entries, _NO_SLICES, self.by_gate
+            )
         )
 
     def decode_nested(self, c: int, widths: np.ndarray) -> None:
