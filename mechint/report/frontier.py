@@ -1,5 +1,6 @@
 """The figure of a sweep: what sparsity costs, one line for each architecture."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,7 +56,7 @@ def _panel(ax: Axes, rows: Rows, column: str, *, better: int, title: str, ylabel
     if column == "fvu":
         known = [row for row in known if row[column] > 0]
     if not known:
-        note(ax, title, why or "no member has been measured")
+        note(ax, title, textwrap.fill(why or "no member has been measured", 48))
         return
     architectures = list(dict.fromkeys(row["architecture"] for row in known))
     for index, architecture in enumerate(architectures):

@@ -190,6 +190,8 @@ def _measure_group(members: list[Member], activations: Activations, n_texts: int
     train_indices, val_indices = split(first.config, activations)
     if len(val_indices) == 0:
         return "cross-entropy left out: nothing was held out (val_fraction 0)"
+    if activations.tokens is None:
+        return f"cross-entropy left out: {activations.path} was stored without its tokens"
     device = str(first.config.device)
     asked = EvalConfig(run_dir=first.path, max_eval_texts=n_texts, device=device)
     checkpoints = [member.layout.checkpoint for member in members]
