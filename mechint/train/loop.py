@@ -71,7 +71,7 @@ def resume(run_dir: str | Path, *, progress: bool = True) -> Layout:
         activations = open_activations(stopped.activations_path())
         activations.verify()
         config = stopped.config
-        team = make_team(ranks, config)
+        team = make_team(ranks, config, resumed=True)
         with out_of_memory(config):
             training = prepare(
                 config, activations, split(config, activations), layout_of(stopped), resumed=True, team=team

@@ -249,8 +249,8 @@ def join() -> Iterator[Ranks]:
         yield ranks
 
 
-def make_team(ranks: Ranks, config: SAETrainConfig) -> Team:
-    """How the processes share the work of this config.
+def make_team(ranks: Ranks, config: SAETrainConfig, *, resumed: bool = False) -> Team:
+    """How the processes share the work of this config; what several began, one may go on with.
 
     Raises:
         MechintError: it cannot be dealt out to that many processes, or the device is not one that they can share.
@@ -258,7 +258,7 @@ def make_team(ranks: Ranks, config: SAETrainConfig) -> Team:
     from mechint.train.parallel_latents import LatentTeam
 
     if ranks.world_size == 1:
-        if config.shard_latents:
+        if config.shard_latents and not resumed:
             raise MechintError(
                 "--shard-latents deals the latents out to several processes, and there is one: start with torchrun"
                 " --nproc-per-node N scripts/train_sae.py ..., or leave the flag out"
