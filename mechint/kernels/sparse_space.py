@@ -205,9 +205,10 @@ class Space:
 
 
 def chunk_rows(d_sae: int) -> int:
-    """Rows of a chunk: enough for the product to be fast, few enough for it to stay in the cache. Depends on the
-    dictionary alone: sums over chunks must not change with the machine."""
-    return max(64, min(256, 2**21 // d_sae // 16 * 16))
+    """Rows of a chunk: 256, at which the product is fastest (oneDNN lays the weights out anew for every chunk), fewer
+    where its result would take more than 32 MB a thread. Depends on the dictionary alone: sums over chunks must not
+    change with the machine."""
+    return max(64, min(256, 2**24 // d_sae // 16 * 16))
 
 
 def product(x: Tensor, weight: Tensor, out: Tensor) -> None:
