@@ -212,6 +212,7 @@ def test_original_loop_is_the_dense_reference_step():
     from mechint.sae import Objective, SparseAutoEncoder
 
     rows, weights = planted()
+    rows = rows * 10  # large enough gradients for the clipping to matter
     theirs = train_rows.OriginalSAE(weights, 32, 96)
     torch.nn.init.constant_(theirs.b_enc, -weights.cut[20.0])
     loop = train_rows.OriginalLoop(rows, theirs, 64)
@@ -226,6 +227,7 @@ def test_original_loop_is_the_dense_reference_step():
         picked = torch.randint(0, len(rows), (64,), generator=generator)
         loop.step(1e-3, 0.5)
         result = kernel.step(rows[picked], StepSettings(1e-3, 1.0, Objective(sparsity=0.5)))
+        assert float(result.grad_norm) > 1.0
         assert float(result.terms["mse"]) == pytest.approx(float(loop.last["mse"]), rel=1e-5)
         assert float(result.terms["l1"]) == pytest.approx(float(loop.last["l1"]), rel=1e-5)
     # Adam divides by the root of tiny second moments: rounding of the gradient shows at up to a share of lr.
