@@ -289,6 +289,20 @@ def test_two_runs_and_any_number_of_threads_give_the_same_bits(case):
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+@CASE
+def test_what_a_kernel_remembers_changes_no_bit(case):
+    """A resumed run starts with a new kernel: hints from earlier batches must not show in the results."""
+    kept, fresh = make(case), make(case)
+    optimizer, other = adam(kept), adam(fresh)
+    kernel = SparseKernel(kept, optimizer)
+    for step in range(5):
+        x, settings = batch(step, rows=600), StepSettings(1e-3, 0.05, Objective(sparsity=0.3))
+        kernel.step(x, settings)
+        SparseKernel(fresh, other).step(x, settings)
+    for (name, p), q in zip(kept.named_parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
 def test_workers_leave_torch_s_threads_as_they_were():
     before = torch.get_num_threads()
     sparse_pool.Pool(before)

@@ -3,13 +3,12 @@
 from typing import no_type_check
 
 import numpy as np
-from numba import njit
 
-from mechint.kernels.sparse_loops import BFLOAT16_STEP, OPTIONS, candidates, centred, dots
+from mechint.kernels.sparse_loops import BFLOAT16_STEP, candidates, centred, compiled, dots
 from mechint.kernels.sparse_vector import add_rows_64, from_bfloat16
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def _kth_largest(values, n, k):
     """The k-th largest of `values[:n]`, which are left in another order (Hoare's selection)."""
@@ -35,7 +34,7 @@ def _kth_largest(values, n, k):
     return values[target]
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def _floor_of_top(line, narrow, b_enc, norms, error, k, groups):
     """A number that at least k pre-activations of the row reach: the k-th largest of the maxima of disjoint groups of
@@ -78,7 +77,7 @@ def _floor_of_top(line, narrow, b_enc, norms, error, k, groups):
     return low - small * abs(low)
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def _narrow_to_top(line, narrow, b_enc, norms, error, k, cut, cols, start, stop, order):
     """Of candidates above `cut`, those that may be among the k largest; -1 where some may lie below `cut`."""
@@ -104,7 +103,7 @@ def _narrow_to_top(line, narrow, b_enc, norms, error, k, cut, cols, start, stop,
     return position
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def find_top(values, narrow, first, last, slices, W_enc, b_enc, biases, norms, errors, k, base, limit, cols, pre, ends):
     """The positive ones among each row's k largest pre-activations; between equal ones the lower columns stay.
@@ -162,7 +161,7 @@ def find_top(values, narrow, first, last, slices, W_enc, b_enc, biases, norms, e
     return position - base
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def histogram(base, n, pre, bins):
     """Counts of positive entries by the upper 16 bits of their float32, which order them."""
@@ -172,7 +171,7 @@ def histogram(base, n, pre, bins):
         bins[bits[e] >> 16] += 1
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def collect_bin(base, n, pre, which, out):
     """Entries that fall into one bin of `histogram`."""
@@ -185,7 +184,7 @@ def collect_bin(base, n, pre, which, out):
     return found
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def keep_from(first, last, base, cut, equal, cols, pre, ends):
     """Keep the entries above `cut` and the first `equal` of those equal to it. Returns how many stayed."""
@@ -207,7 +206,7 @@ def keep_from(first, last, base, cut, equal, cols, pre, ends):
     return position - base
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def finish_relu(base, n, cols, acts, grad, l1, saturation, counts):
     """d loss / d pre of ReLU latents with a penalty f / (1 + saturation f) of weight `l1` an entry; counts per latent;
@@ -222,7 +221,7 @@ def finish_relu(base, n, cols, acts, grad, l1, saturation, counts):
     return total
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def jump(base, n, cols, pre, threshold, acts):
     """feature_acts of JumpReLU: pre above its threshold, else 0. Returns how many are above."""
@@ -234,7 +233,7 @@ def jump(base, n, cols, pre, threshold, acts):
     return above
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def finish_jump(base, n, cols, pre, acts, grad, other, threshold, bandwidth, step, to_input, tanh, tanh_scale, counts):
     """Gradients of JumpReLU entries: of pre into `grad`, of the threshold into `other` (rectangle of that bandwidth).
@@ -265,7 +264,7 @@ def finish_jump(base, n, cols, pre, acts, grad, other, threshold, bandwidth, ste
     return total
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def gate(base, n, cols, pre, b_gate, gain, b_mag, acts):
     """feature_acts of a gated SAE where the gate `pre` is open. Returns how many are above 0."""
@@ -278,7 +277,7 @@ def gate(base, n, cols, pre, b_gate, gain, b_mag, acts):
     return above
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def finish_gate(base, n, cols, pre, acts, grad, by_gate, other, gain, l1, counts):
     """Gradients of gated entries: of u = (x - b_dec) @ W_enc into `grad`, of mag into `other`. Sum of the gates."""
@@ -294,7 +293,7 @@ def finish_gate(base, n, cols, pre, acts, grad, by_gate, other, gain, l1, counts
     return total
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def finish_latents(first, last, starts, coefs, counts, other, moment):
     """Per latent: how often above 0, the sum of the last coefficient, and that times feature_acts."""
@@ -309,7 +308,7 @@ def finish_latents(first, last, starts, coefs, counts, other, moment):
         moment[j] = product
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def decode_nested(x, b_dec, W_dec, first, last, base, cols, acts, ends, widths, slices, grad, squares):
     """As `decode_rows` for nested prefixes `widths`: `squares[i]` is the sum of squared errors of prefix i, `slices[i]`

@@ -9,10 +9,9 @@ from typing import Any, no_type_check
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
-from mechint.kernels.sparse_loops import OPTIONS
+from mechint.kernels.sparse_loops import compiled
 from mechint.kernels.sparse_pool import Pool
 from mechint.kernels.sparse_space import product
 from mechint.sae import SAE, Objective
@@ -153,7 +152,7 @@ def jump_penalty(sae: Any, objective: Objective, active: int, batch: int) -> tup
     return excess**2, np.float32(weight * 2 * excess / sae.target_l0), np.float32(0.0)
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def activate(kind, pre, acts, gate, bias, level, gain, fired):
     """Form feature_acts; `pre` becomes the pre-activation with its bias (gated: the open gate). Counts per latent;
@@ -200,7 +199,7 @@ def activate(kind, pre, acts, gate, bias, level, gain, fired):
     return total
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def finish(kind, pre, acts, grad, gate_grad, level, gain, scale, weight, tanh, db, own, moment):
     """d loss / d pre into `pre` (gated: of u), and sums over the rows per latent. Returns the sum of tanh penalties."""

@@ -11,6 +11,8 @@ line each to scatter.
 Every sum has a fixed order, and no two threads write the same number: results do not depend on the threads.
 """
 
+import hashlib
+from pathlib import Path
 from typing import no_type_check
 
 import numpy as np
@@ -31,7 +33,22 @@ from mechint.kernels.sparse_vector import (
 
 # Sums may be regrouped and products fused; NaN and infinity keep their meaning.
 _SUMS = {"reassoc", "contract"}
-OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": _SUMS}
+_OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": _SUMS}
+_FILES = sorted(Path(__file__).parent.glob("sparse_*.py"))
+_STAMP = hashlib.sha256(b"".join(path.read_bytes() for path in _FILES)).hexdigest()
+
+
+@no_type_check
+def compiled(function):
+    """`numba.njit`, kept on disk. numba would look at the function's own file alone to see whether what it kept is
+    still good, but functions of other files are compiled into it: here a change in any of them counts."""
+    dispatcher = njit(**_OPTIONS)(function)
+    file = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
+    if file is not None:
+        file._source_stamp = _STAMP
+    return dispatcher
+
+
 # Rounding to bfloat16: at most 2^-8 of the value, and a little more relative to the rounded value.
 BFLOAT16_STEP = np.float32(2.0**-8 * (1 + 2.0**-6))
 # From this many entries a row on, weights are read in tiles of 512 KB, for blocks of lines of 256 KB.
@@ -39,7 +56,7 @@ TILED_ABOVE, TILE_FLOATS, BLOCK_FLOATS = 160, 2**17, 2**16
 _SLACK = 1.0001  # for the rounding of the bounds themselves
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def measure_latents(W_enc, b_enc, narrow, first, last, W_narrow, norms):
     """Per latent: encoder column in bfloat16, and its norm. Returns the largest relative rounding error of a column,
@@ -67,7 +84,7 @@ def measure_latents(W_enc, b_enc, narrow, first, last, W_narrow, norms):
     return worst if finite else np.float32(np.nan)
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def prepare_rows(x, b_dec, narrow, first, last, x_narrow, x_wide, slices, errors, worst_latent):
     """Centre rows `first:last`: into slices, and for the encoder product as bfloat16 or float32. `errors[r]` times the
@@ -102,7 +119,7 @@ def prepare_rows(x, b_dec, narrow, first, last, x_narrow, x_wide, slices, errors
     return finite
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def centred(slices, r, row):
     """Row r of the slices, in one piece."""
@@ -111,7 +128,7 @@ def centred(slices, r, row):
             row[64 * s + k] = slices[s, r, k]
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def dots(row, rows, cols, out, first, last):
     """out[e] = <row, rows[cols[e]]>."""
@@ -126,7 +143,7 @@ def dots(row, rows, cols, out, first, last):
         e += 1
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def add_rows(row, rows, cols, coefs, first, last):
     """row += sum of coefs[e] * rows[cols[e]]."""
@@ -141,7 +158,7 @@ def add_rows(row, rows, cols, coefs, first, last):
         k += 64
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def by_tiles(add, lines, rows, cols, values, first, last, base, ends):
     """`add_rows` of `values` (or `dots` into them, where not `add`) for all entries of `lines`, rows `first:last`.
@@ -169,7 +186,7 @@ def by_tiles(add, lines, rows, cols, values, first, last, base, ends):
                         dots(lines[r - first], rows, cols, values, start, e)
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def candidates(values, narrow, biases, norms, error, cut, cols, position):
     """Columns of a row whose pre-activation may be above their bound by more than `cut`; NaN counts as above."""
@@ -197,7 +214,7 @@ def candidates(values, narrow, biases, norms, error, cut, cols, position):
     return position
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def find_above(
     values, narrow, first, last, slices, W_enc, b_enc, bound, biases, norms, errors, lines, base, limit, cols, pre, ends
@@ -243,7 +260,7 @@ def find_above(
     return position - base
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def decode_rows(x, b_dec, W_dec, first, last, lines, base, cols, acts, ends, slices, grad):
     """Reconstruct rows from their entries, write d mse / d x_hat into slices and d mse / d acts into `grad`. Returns
@@ -282,7 +299,7 @@ def decode_rows(x, b_dec, W_dec, first, last, lines, base, cols, acts, ends, sli
     return total
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def column_sums(slices, first, last, out):
     """out[slice, k] = sum over rows, for d loss / d b_dec."""
@@ -294,7 +311,7 @@ def column_sums(slices, first, last, out):
                 out[s, k] += slices[s, r, k]
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def place_entries(counts, starts):
     """`counts [chunk, latent]` to where each chunk's entries of a latent begin, by latent and then by chunk;
@@ -309,7 +326,7 @@ def place_entries(counts, starts):
     starts[counts.shape[1]] = position
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def scatter_entries(first, last, base, cols, acts, grad, other, ends, places, rows, coefs):
     """A chunk's entries to their places by latent; `rows` and `coefs` are the records as int32 and as float32."""
@@ -327,7 +344,7 @@ def scatter_entries(first, last, base, cols, acts, grad, other, ends, places, ro
         start = ends[r]
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def weight_gradient(slices, s, first, last, starts, rows, which, out):
     """Columns of slice s of the gradient rows `first:last`: sum over a latent's records of coefficient `which` times
@@ -351,7 +368,7 @@ def weight_gradient(slices, s, first, last, starts, rows, which, out):
     return total
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def bias_gradient(W_enc, first, last, starts, coefs, grad, partial):
     """d loss / d b_enc of latents `first:last`, and what they take from d loss / d b_dec: `W_enc @ grad`."""
@@ -370,7 +387,7 @@ def bias_gradient(W_enc, first, last, starts, coefs, grad, partial):
     return squares
 
 
-@njit(**OPTIONS)
+@compiled
 @no_type_check
 def adam_rows(weight, grad, mean, square, first, last, clip, betas, eps, step_size, root, unit, least):
     """torch.optim.Adam on rows `first:last`, the gradient times `clip`; rows back to unit norm where `unit`.

@@ -124,34 +124,30 @@ def _make_dots(n_rows):
             for i in range(n_rows):
                 index = builder.zext(_load(builder, indices_at, 4 * i, _I32, 4), _I64)
                 starts.append(builder.add(rows_at, builder.mul(index, row_bytes)))
-            n_sums = 4 // n_rows  # enough independent sums to hide the latency of an addition
             before = builder.block
             loop, done = builder.append_basic_block(), builder.append_basic_block()
             builder.branch(loop)
             builder.position_at_end(loop)
             block = builder.phi(_I64)
             block.add_incoming(ir.Constant(_I64, 0), before)
-            sums = [[builder.phi(_VECTOR) for _ in range(n_sums)] for _ in range(n_rows)]
+            # one sum a row, in the same order for any number of rows: a dot product must not depend on its neighbours
+            sums = [builder.phi(_VECTOR) for _ in range(n_rows)]
             offset = builder.mul(block, ir.Constant(_I64, 4 * BLOCK))
-            new = [list(row) for row in sums]
+            new = list(sums)
             for k in range(BLOCK // LANES):
                 part = _load(builder, builder.add(vector_at, offset), _BYTES * k, _VECTOR, 4)
                 for i in range(n_rows):
                     weight = _load(builder, builder.add(starts[i], offset), _BYTES * k, _VECTOR, 4)
-                    new[i][k % n_sums] = _fma(builder, weight, part, new[i][k % n_sums])
+                    new[i] = _fma(builder, weight, part, new[i])
             following = builder.add(block, ir.Constant(_I64, 1))
             block.add_incoming(following, loop)
             for i in range(n_rows):
-                for k in range(n_sums):
-                    sums[i][k].add_incoming(ir.Constant(_VECTOR, [0.0] * LANES), before)
-                    sums[i][k].add_incoming(new[i][k], loop)
+                sums[i].add_incoming(ir.Constant(_VECTOR, [0.0] * LANES), before)
+                sums[i].add_incoming(new[i], loop)
             builder.cbranch(builder.icmp_signed("<", following, n_blocks), loop, done)
             builder.position_at_end(done)
             for i in range(n_rows):
-                total = new[i][0]
-                for k in range(1, n_sums):
-                    total = builder.fadd(total, new[i][k])
-                _store(builder, _lane_sum(builder, total), out_at, 4 * i)
+                _store(builder, _lane_sum(builder, new[i]), out_at, 4 * i)
             return context.get_dummy_value()
 
         return signature, generate
