@@ -22,7 +22,7 @@ class PlanFlags(SAETrainConfig):
     """Vectors to train on, where the activations do not exist yet; a million if not given."""
     expected_l0: float | None = None
     """Active latents a vector at the end, for ReLU, JumpReLU and gated SAEs; 64 (or --target-l0) if not given."""
-    expected_dead: float = 0.1
+    expected_dead: float = 0.02
     """Share of dead latents, where --revive auxk gives them work."""
     seconds: float = 10.0
     """Time for the measurement, about; 0 leaves it out."""
@@ -157,11 +157,12 @@ def assumed(plan: Any) -> str:
     from mechint.train.plan_time import fall_steps
 
     speed, config = plan.speed, plan.config
+    dead = f"; {plan.expected_dead:.0%} of latents are dead (--expected-dead)" if config.revive == "auxk" else ""
     if speed.step_at_start == speed.step_at_end:
-        return "    assumed: steps cost the same throughout"
+        return f"    assumed: steps cost the same throughout{dead}"
     return (
         f"    assumed: L0 falls from {speed.l0_at_start:,.0f} to {speed.l0_at_end:,.0f} (--expected-l0) in the first"
-        f" {fall_steps(config):,} steps, evenly on a log scale"
+        f" {fall_steps(config):,} steps, evenly on a log scale{dead}"
     )
 
 

@@ -30,7 +30,7 @@ from mechint.train.training import SAMPLE_ROWS, initialise, make_optimizer
 MINIATURE_ELEMENTS = 2**15
 FLOAT = 4
 # Of dead latents, for what reviving them takes (--expected-dead of `mechint plan`).
-EXPECTED_DEAD = 0.1
+EXPECTED_DEAD = 0.02
 # Pages that the libraries touch once they are used (thread stacks, packed operands, compiled primitives), measured.
 RUNTIME = 60 * 2**20
 # What the C library's heap holds back of the arrays that come and go in a step, measured.

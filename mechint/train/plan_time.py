@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mechint.config import SAETrainConfig
@@ -26,7 +27,7 @@ from mechint.eval.reconstruction import MAX_BLOCK_ELEMENTS
 from mechint.eval.sums import ReconstructionSums
 from mechint.kernels import Kernel, StepSettings, make_kernel
 from mechint.sae import SAE, Objective, build_sae
-from mechint.sae.init import set_density
+from mechint.sae.init import set_density, tie_encoder
 from mechint.train.plan_memory import FLOAT, miniature_objective
 from mechint.train.training import SAMPLE_ROWS, initialise, make_optimizer
 
@@ -122,7 +123,9 @@ def measure_speed(
         middle = (wanted * l0_start * wider) ** 0.5
         seen = []
         for l0 in (middle, wanted):
-            set_density(sae, rows, min(max(l0 / wider, 1e-3), 0.9 * sae.d_sae))
+            l0 = min(max(l0 / wider, 1.0), 0.9 * sae.d_sae)
+            timer.rows = planted_rows(sae, round(l0), len(rows))
+            set_density(sae, timer.rows, l0)
             seen.append(timer.measure(with_dead, batch))
         (midway, _), (at_end, l0_end) = seen
     elif with_dead.dead is not None:
@@ -165,6 +168,21 @@ def _rows(config: SAETrainConfig, activations: Activations | None, count: int) -
     if activations is None:
         return torch.randn(count, config.activation_dim)
     return activations.rows(torch.linspace(0, activations.n_rows - 1, count).long())
+
+
+@torch.no_grad()
+def planted_rows(sae: SAE, l0: int, count: int) -> Float[Tensor, "count d_in"]:
+    """Vectors made of `l0` decoder rows each, and the encoder tied to those rows, as training would end.
+
+    With weights as drawn, pre-activations crowd around any threshold, and deciding which are above costs more than in a
+    trained SAE, where the active ones stand apart.
+    """
+    tie_encoder(sae)
+    device = sae.W_dec.device
+    latents = torch.randint(sae.d_sae, (count, l0), generator=torch.Generator().manual_seed(0)).to(device)
+    strengths = 1 + torch.rand(count, l0, generator=torch.Generator().manual_seed(1)).to(device)
+    bag = torch.nn.functional.embedding_bag(latents, sae.W_dec, per_sample_weights=strengths, mode="sum")
+    return bag + sae.b_dec
 
 
 class _Timer:
