@@ -28,10 +28,8 @@ class PipelineConfig(Config):
     """Tales to collect activations from."""
     steps: Annotated[int, arg(aliases=["--epochs"])] = 1500
     """Training steps of the 8x SAE; the 4x one, which is only compared with, gets half."""
-    lam: float = 28.0
-    """Weight of the L1 term of the 8x SAE: L0 comes out at about 29 with the built-in model."""
-    learning_rate: float = 3e-3
-    """Peak learning rate: higher than for Pythia-70M, the SAE is small."""
+    lam: float = 0.6
+    """Weight of the sparsity penalty: L0 comes out at about 30 with the built-in model."""
     batch_size: int = 1024
     """Activation vectors a step."""
     ablation_texts: int = 20
@@ -64,13 +62,9 @@ def main(argv: Sequence[str]) -> int:
     )
 
     def train_flags(run: Path, expansion: int, steps: int) -> list[object]:
-        # L1 is a mean over latents: half the latents under the same --lam would be pressed twice as hard.
-        lam = config.lam * expansion / 8
         return [
-            *("--activations-path", activations, "--expansion", expansion, "--lam", lam, "--steps", steps),
-            *("--learning-rate", config.learning_rate, "--batch-size", config.batch_size),
-            *("--warmup-steps", steps // 20, "--lambda-warmup-steps", steps // 10),
-            *("--runs-root", runs_root, "--run-name", run.name),
+            *("--activations-path", activations, "--preset", "mechint", "--expansion", expansion, "--lam", config.lam),
+            *("--steps", steps, "--batch-size", config.batch_size, "--runs-root", runs_root, "--run-name", run.name),
         ]
 
     title = "2/6  an SAE with 8 latents per dimension"

@@ -30,7 +30,7 @@ class DenseKernel:
         total.backward()
         acts = loss.feature_acts.detach()
         terms = {"loss": total.detach(), **{name: term.detach() for name, term in loss.terms.items()}}
-        return Pass(terms, (acts != 0).sum(), (acts > 0).sum(dim=0))
+        return Pass(terms, (acts != 0).sum(), torch.count_nonzero(acts > 0, dim=0))
 
     def update(self, lr: float, max_grad_norm: float) -> Float[Tensor, ""]:
         W_dec = self.sae.W_dec

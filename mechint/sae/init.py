@@ -61,9 +61,9 @@ def input_scale(sample: Float[Tensor, "n d_in"], how: Literal["none", "mean-norm
 def centre(sample: Float[Tensor, "n d_in"], how: Literal["zero", "mean", "median"]) -> Float[Tensor, " d_in"]:
     """Start of `b_dec`: zero, the mean, or the geometric median (the point of least summed distance; Bricken et al.
     2023), by Weiszfeld's iteration in float64."""
-    rows = sample.double()
     if how == "zero":
         return torch.zeros_like(sample[0])
+    rows = sample.double()
     point = rows.mean(dim=0)
     if how == "mean":
         return point.to(sample.dtype)

@@ -24,6 +24,7 @@ from mechint.sae import build_sae
 from mechint.train.feed import Feed
 from mechint.train.layout import Layout, layout_of, legacy_layout, make_layout, run_layout
 from mechint.train.parallel import Team, join, make_team
+from mechint.train.plan import check_memory
 from mechint.train.resolve import resolve, split
 from mechint.train.signals import Stopped, stop_signals
 from mechint.train.state import has_state
@@ -52,6 +53,7 @@ def train(config: SAETrainConfig, *, progress: bool = True) -> Layout:
         activations.check_finite()
         splits = split(config, activations)
         check_architecture(config)
+        check_memory(config, activations)
         team = make_team(ranks, config)
         layout, resumed = _common_layout(team, config)
         with out_of_memory(config):
