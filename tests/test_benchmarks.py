@@ -12,25 +12,23 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(FOLDER))
-
-import peers  # noqa: E402
-import quality  # noqa: E402
-import quality_member  # noqa: E402
-import train_limit  # noqa: E402
-import train_rows  # noqa: E402
-import train_settings  # noqa: E402
-import train_whole  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    """benchmarks/train.py; the repository has another train.py, so it is loaded by its path."""
-    spec = importlib.util.spec_from_file_location("benchmarks_train", FOLDER / "train.py")
+def load(name: str, as_name: str = "") -> ModuleType:
+    """A file of benchmarks/ as the module that the others there import; those that it imports come first."""
+    spec = importlib.util.spec_from_file_location(as_name or name, FOLDER / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[as_name or name] = module
     spec.loader.exec_module(module)
     return module
+
+
+peers, peer_trainers = load("peers"), load("peer_trainers")
+quality_member, quality = load("quality_member"), load("quality")
+train_rows, train_limit = load("train_rows"), load("train_limit")
+train_settings, train_whole = load("train_settings"), load("train_whole")
+benchmark = load("train", "benchmarks_train")  # the repository has another train.py
 
 
 # --- quality: search and interpolation --------------------------------------------------------------------------------
@@ -87,7 +85,7 @@ def test_table_groups_seeds_and_keeps_settings_apart(tmp_path: Path, monkeypatch
     args = SimpleNamespace(
         world="tales", d_sae=64, batch_size=8, steps=5, architectures=[], targets=[16.0], short=False
     )
-    quality.print_table(args)  # type: ignore[arg-type]
+    quality.print_table(args)
     rows = [line for line in capsys.readouterr().out.splitlines() if "saelens" in line]
     assert [row.split("|")[3:6] for row in rows] == [
         [" saelens lr 0.003, scale none ", " 2 ", " 0.1500 (0.0707) "],
@@ -190,7 +188,7 @@ def test_measure_scores_a_perfect_dictionary_perfectly(small_world: Path):
 # --- speed ------------------------------------------------------------------------------------------------------------
 
 
-def planted(d_in: int = 32, d_sae: int = 96) -> tuple[torch.Tensor, train_rows.Weights]:
+def planted(d_in: int = 32, d_sae: int = 96) -> tuple[torch.Tensor, Any]:
     generator = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(40, d_in, generator=generator), dim=1)
     rows = torch.rand(4000, 40, generator=generator).pow(8) @ directions + 1.0
@@ -254,7 +252,7 @@ def test_probe_measures_every_rate():
     assert all(len(values) == 2 for values in probe.seconds.values())
 
 
-def test_tables_quote_ratios_within_rounds(benchmark: ModuleType):
+def test_tables_quote_ratios_within_rounds():
     # A burst slows both sides of the last round tenfold: the ratio stays 4.
     assert benchmark.ratio([4.0, 4.0, 40.0], [1.0, 1.0, 10.0]) == "4.0"
     assert benchmark.ratio([2.0, 3.0, 4.0, 5.0, 6.0], [1.0] * 5) == "4.0 [2.5, 5.5]"
@@ -276,7 +274,7 @@ def test_tables_quote_ratios_within_rounds(benchmark: ModuleType):
     assert next(row for row in rows if row.startswith("| ours | 60 | 3.0")).endswith("| 30% |")
 
 
-def test_a_turn_times_steps_and_not_the_first(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch):
+def test_a_turn_times_steps_and_not_the_first(monkeypatch: pytest.MonkeyPatch):
     clock = SimpleNamespace(now=0.0)
 
     def step(number: int) -> None:
@@ -327,11 +325,11 @@ def test_environment_is_made_anew_when_a_pin_changes(tmp_path: Path, monkeypatch
 @pytest.mark.skipif(importlib.util.find_spec("sae_lens") is None, reason="the peers are not in this environment")
 @pytest.mark.parametrize("family", ["saelens", "dictionary_learning"])
 def test_peers_train(family: str):
-    from peer_trainers import FAMILIES, Recipe
-
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(256, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
-    trainee = FAMILIES[family](Recipe("topk", 32, 128, 60, 256, 1e-2, 8, lr_warmup=3, decay=10))
+    trainee = peer_trainers.FAMILIES[family](
+        peer_trainers.Recipe("topk", 32, 128, 60, 256, 1e-2, 8, lr_warmup=3, decay=10)
+    )
 
     def error() -> float:
         with torch.no_grad():
