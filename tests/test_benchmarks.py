@@ -232,13 +232,19 @@ def test_original_loop_is_the_dense_reference_step():
     assert torch.allclose(ours.W_dec, theirs.W_dec, atol=1e-4) and torch.allclose(ours.b_dec, theirs.b_pre, atol=1e-4)
 
 
-def test_limit_adds_its_three_parts():
-    rates = {"mm_gflops": 100.0, "onednn_gflops": 400.0, "stream_gbs": 40.0, "gather_gbs": 90.0, "cache_gbs": 150.0}
-    parts = train_limit.limit_ms(rates, 4096, 512, 4096, 32)
-    assert parts["product"] == pytest.approx(17.18 / 0.4, rel=1e-3)
-    assert parts["adam"] == pytest.approx(28 * (2 * 512 * 4096 + 512 + 4096) / 40e6)
-    assert parts["gathers"] == pytest.approx(4 * 4096 * 32 * 2048 / 150e6)
-    assert parts["limit"] == pytest.approx(parts["product"] + parts["adam"] + parts["gathers"])
+def test_limit_is_the_lower_of_its_two_sums():
+    rates = {"mm_gflops": 100.0, "onednn_gflops": 400.0, "bf16_gflops": 800.0, "stream_gbs": 40.0}
+    rates |= {"gather_gbs": 150.0, "near_gbs": 300.0}
+    rows = 4 * 4096 * 512  # bytes that a gather reads per unit of L0
+    adam = 28 * (2 * 512 * 4096 + 512 + 4096) / 40e6
+    for l0, better in ((32, "bfloat16"), (1000, "float32")):
+        parts = train_limit.limit_ms(rates, 4096, 512, 4096, l0)
+        float32 = 17.18 / 0.4 + adam + l0 * rows * (3 / 150 + 1 / 300) / 1e6
+        bfloat16 = 17.18 / 0.8 + adam + l0 * rows * (4 / 150 + 1 / 300) / 1e6
+        assert parts["float32"] == pytest.approx(float32, rel=1e-3)
+        assert parts["bfloat16"] == pytest.approx(bfloat16, rel=1e-3)
+        assert parts["limit"] == min(parts["float32"], parts["bfloat16"]) == parts[better]
+        assert parts["limit"] == pytest.approx(parts["product"] + parts["adam"] + parts["gathers"])
 
 
 def test_probe_measures_every_rate():
@@ -246,7 +252,7 @@ def test_probe_measures_every_rate():
     probe.run()
     probe.run()
     rates = probe.rates()
-    assert rates.keys() >= {"mm_gflops", "stream_gbs", "gather_gbs", "cache_gbs"} and all(
+    assert rates.keys() >= {"mm_gflops", "bf16_gflops", "stream_gbs", "gather_gbs", "near_gbs"} and all(
         value > 0 for value in rates.values()
     )
     assert all(len(values) == 2 for values in probe.seconds.values())
