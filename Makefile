@@ -7,7 +7,7 @@ EXTRAS ?= dev,notebooks
 # The newest TransformerLens that is supported beside the pinned one; the model tests run on both.
 TL4 = 4.3.0
 
-.PHONY: help setup pipeline test test-fast check fix bench bench-train bench-quality test-tl4 readme clean
+.PHONY: help setup pipeline test test-fast check fix bench bench-train bench-quality test-tl4 test-peers readme clean
 
 help:
 	@echo "make pipeline   collect, train, evaluate, ablate and compare on the built-in model (minutes, no network)"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench      measure speed and memory against the original's way"
 	@echo "make bench-train, bench-quality   speed and quality of training against the peers"
 	@echo "make readme     write the command reference in README.md anew from --help"
+	@echo "make test-peers the trainers that benchmarks compare with, in an environment of their own"
 	@echo "make test-tl4   the model tests with TransformerLens $(TL4), in an environment of their own"
 
 setup: $(VENV)/.ready
@@ -60,8 +61,9 @@ bench-train: setup
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/train.py
 
 bench-quality: setup
-	$(BIN)/python benchmarks/quality.py peers
-	$(BIN)/python benchmarks/quality.py ours --name mechint -- --preset mechint
+	$(BIN)/python benchmarks/quality.py peers --lrs 3e-3 7e-3 1e-2
+	$(BIN)/python benchmarks/quality.py ours --name preset --first 0.56 0.95 0.31 -- --preset mechint
+	$(BIN)/python benchmarks/quality.py ours --name preset --architecture topk -- --preset mechint
 	$(BIN)/python benchmarks/quality.py table
 
 readme: setup
@@ -74,6 +76,12 @@ build/constraints-tl4.txt: constraints.txt
 test-tl4: build/constraints-tl4.txt
 	$(MAKE) setup VENV=.venv-tl4 CONSTRAINTS=build/constraints-tl4.txt EXTRAS=dev
 	.venv-tl4/bin/python -m pytest -q -m "slow or not slow" tests/test_models.py tests/test_suffix.py tests/test_ablation.py
+
+# The peers that benchmarks compare with, in an environment of their own: that they train here as the benchmarks call them.
+test-peers: setup
+	$(BIN)/python benchmarks/peers.py
+	build/peers-venv/bin/python -m pip install --quiet --disable-pip-version-check pytest beartype -c $(CONSTRAINTS)
+	OMP_NUM_THREADS=1 build/peers-venv/bin/python -m pytest -q -m "slow or not slow" tests/test_benchmarks.py -k peers_train
 
 clean:
 	rm -rf .venv .venv-tl4 build *.egg-info .pytest_cache .ruff_cache .hypothesis

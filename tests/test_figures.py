@@ -44,7 +44,7 @@ def test_training_curves_are_the_rows():
     loss, fvu, l0, dead = fig.axes
     assert line(loss, "loss").get_ydata().tolist() == [row["loss"] for row in rows]
     assert line(loss, "loss").get_xdata().tolist() == [row["step"] for row in rows]
-    penalty = line(loss, "L1 term (lam x mean |f|)").get_ydata()
+    penalty = line(loss, "all other terms (penalty)").get_ydata()
     assert math.isnan(penalty[0]) and penalty[-1] == pytest.approx(0.02)
     assert line(l0, "L0").get_ydata().tolist() == [row["l0_count"] for row in rows]
     assert line(dead, "dead").get_ydata()[-1] == 10

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from mechint.analysis import top_decoder_pairs
+from mechint.config import SAETrainConfig
 from mechint.data.store import open_activations
 from mechint.errors import MechintError
 from mechint.eval import measure_activity, read_metrics_csv
@@ -264,9 +265,17 @@ def _headline(run: Run, sae: SAE) -> str:
         shown.append(f"{dead:,} dead")
     what = (
         f"{run.path.resolve().name}: {config.model_name}, {config.hook_name}, {sae.d_sae:,} latents on {sae.d_in}"
-        f" dimensions, {config.steps:,} steps, L1 weight {config.l1_lambda:g}"
+        f" dimensions, {config.architecture}, {config.steps:,} steps, {_sparsity(config)}"
     )
     return what + ("\nHeld-out: " + ", ".join(shown) if shown else "")
+
+
+def _sparsity(config: SAETrainConfig) -> str:
+    """What decides how sparse the code is, in words."""
+    for name, text in (("k", "k {:g}"), ("target_l0", "target L0 {:g}")):
+        if (value := getattr(config, name)) is not None:
+            return text.format(value)
+    return f"penalty weight {config.l1_lambda:g}"
 
 
 def _newest_comparison(run: Run) -> list[dict[str, str]]:

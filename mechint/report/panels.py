@@ -77,13 +77,14 @@ def _step_label(rows: MetricsRows) -> str:
 
 
 def loss_panel(ax: Axes, rows: MetricsRows) -> None:
-    """Loss, and the two terms it is the sum of."""
+    """Loss, and what it is the sum of: the squared error and all other terms with their weights."""
     loss, mse = column(rows, "loss"), column(rows, "mse")
-    penalty = column(rows, "lam") * column(rows, "l1")
+    # a difference below the rounding of float32 is none
+    penalty = np.where(loss - mse > 1e-6 * loss, loss - mse, 0.0)
     _line(ax, rows, loss, BLUE, "loss")
     _line(ax, rows, mse, ORANGE, "squared error per dimension", "--")
     if np.nanmax(penalty, initial=0.0) > 0:
-        _line(ax, rows, np.where(penalty > 0, penalty, math.nan), GREEN, "L1 term (lam x mean |f|)", ":")
+        _line(ax, rows, np.where(penalty > 0, penalty, math.nan), GREEN, "all other terms (penalty)", ":")
     first, last = _first_last(loss)
     dress(ax, f"Loss goes from {first:.3g} to {last:.3g}", _step_label(rows), "loss per dimension (log)")
     _log_y(ax, loss, mse, penalty)
