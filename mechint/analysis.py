@@ -186,9 +186,7 @@ def contexts(activations: Activations, rows: Sequence[int] | Int[Tensor, " n"], 
     return found
 
 
-def context_values(
-    sae: SAE, activations: Activations, context: Context, latent: int
-) -> Float[Tensor, " shown"]:
+def context_values(sae: SAE, activations: Activations, context: Context, latent: int) -> Float[Tensor, " shown"]:
     """What `latent` is on each token of the context, from the stored activations (no model is needed)."""
     with torch.inference_mode():
         x = activations.rows(torch.tensor(context.rows)).to(sae.W_enc.device)

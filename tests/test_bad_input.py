@@ -246,7 +246,7 @@ TRAIN = "--activations-path acts.pt --epochs 5 --batch-size 8"
         (f"{TRAIN} --warmup-steps 1.5", "with a decimal point is a share of the steps"),
         (f"{TRAIN} --kernel fast", "unknown --kernel 'fast'"),
         (f"{TRAIN} --option depth=3", "--depth does not apply to architecture 'standard'"),
-        ("--resume runs/a --epochs 9", r"runs/a is being trained with epochs \d+, not 9: --resume takes its settings from the run"),
+        ("--resume runs/a --epochs 9", r"runs/a is being trained with epochs \d+, not 9: --resume takes its settings"),
     ],
 )  # fmt: skip
 def test_train(place: Path, capsys: pytest.CaptureFixture[str], flags: str | list[str], message: str):

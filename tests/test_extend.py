@@ -37,8 +37,6 @@ def test_the_example_of_the_page_is_an_architecture(tmp_path: Path):
     run("mechint", "train", "--help")
     (tmp_path / "make.py").write_text("import torch; torch.save(torch.randn(900, 16), 'acts.pt')")
     subprocess.run([sys.executable, "make.py"], cwd=tmp_path, check=True)
-    flags = (
-        "--activations-path acts.pt --architecture groupmax --option groups=8 --epochs 20 --batch-size 64"
-    )
+    flags = "--activations-path acts.pt --architecture groupmax --option groups=8 --epochs 20 --batch-size 64"
     out = run("mechint", "train", *flags.split())
     assert "architecture: groupmax" in out

@@ -363,9 +363,9 @@ def test_torchrun(activations: Path, tmp_path: Path):
     )
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert said == [
-        "error: --batch-size 255 cannot be dealt out to 2 processes in equal shares: use 254 or 256"
-    ], done.stderr
+    assert said == ["error: --batch-size 255 cannot be dealt out to 2 processes in equal shares: use 254 or 256"], (
+        done.stderr
+    )
     assert not (tmp_path / "a-1").exists()
 
 

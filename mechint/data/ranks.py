@@ -146,9 +146,7 @@ def process_group(backend: str = "gloo") -> Iterator[Ranks]:
     # By torch's own rules, torchrun or rank 0 keeps the store; each time that a group is joined has names of its own.
     store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(minutes=10)))
     turn = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_TURNS)}"
-    dist.init_process_group(
-        backend, store=PrefixStore(turn, store), rank=rank, world_size=world_size, timeout=NO_LIMIT
-    )
+    dist.init_process_group(backend, store=PrefixStore(turn, store), rank=rank, world_size=world_size, timeout=NO_LIMIT)
     watch = Watch(PrefixStore(f"watch/{turn}", store), rank, world_size, limit)
     try:
         yield Ranks(rank, world_size, local_rank, "nccl" in backend, watch)

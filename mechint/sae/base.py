@@ -71,8 +71,8 @@ class SAE(nn.Module, ABC):
     architecture: ClassVar[str]
     # Settings of the architecture beside d_in and d_sae, with their defaults; keyword arguments of the class.
     options: ClassVar[dict[str, Any]] = {}
-    # What its file holds, parameters and options; no two architectures hold the same, so that a checkpoint.pt alone says
-    # what it is. Empty: never saved as such (its `saved_form` is another architecture).
+    # What its file holds, parameters and options; no two architectures hold the same, so that a checkpoint.pt alone
+    # says what it is. Empty: never saved as such (its `saved_form` is another architecture).
     saved_tensors: ClassVar[tuple[str, ...]] = ()
     # Whether AuxK takes only positive pre-activations: where selection, not a bias, keeps latents off (Gao et al.).
     aux_relu: ClassVar[bool] = False

@@ -3,8 +3,8 @@
     f     = ReLU(pre) at the k * batch largest entries of the batch, 0 elsewhere
     loss  = mean((x_hat - x)^2) + aux_coefficient * auxk
 
-Applied one vector at a time there is no batch: the running mean of the cut (the smallest activation that stayed) is then
-the threshold, and the SAE is saved as the JumpReLU SAE that it is with it. Bussmann et al. 2024, "BatchTopK Sparse
+Applied one vector at a time there is no batch: the running mean of the cut (the smallest activation that stayed) is
+then the threshold, and the SAE is saved as the JumpReLU SAE that it is with it. Bussmann et al. 2024, "BatchTopK Sparse
 Autoencoders", section 3.
 """
 
