@@ -127,7 +127,9 @@ def check_memory(config: SAETrainConfig, activations: Activations) -> None:
         _within_reach(place.device if place.device == "cpu" else config.device) for place in predict(config)
     )
     refuse_memory(config, predict, available, certain=CERTAIN)
-    refuse_disk(config, predict_disk(config), shutil.disk_usage(_existing(Path(config.runs_root))).free)
+    usage = shutil.disk_usage(_existing(Path(config.runs_root)))
+    if usage.total:  # what is no disk (/proc) has no size; that nothing can be made there is said where it is tried
+        refuse_disk(config, predict_disk(config), usage.free)
 
 
 Predictor = Callable[[SAETrainConfig], tuple[Memory, ...]]
