@@ -200,8 +200,9 @@ def test_kill_9_at_any_moment_changes_no_byte(tiny_neox_dir: Path, texts_file: P
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopping_politely(tiny_neox_dir: Path, texts_file: Path, tmp_path: Path, number: int):
-    output = tmp_path / "store"
-    words = flags(tiny_neox_dir, texts_file, output, "--checkpoint-every", 1)
+    output, many = tmp_path / "store", tmp_path / "many.txt"
+    many.write_text(texts_file.read_text() * 8)  # enough that the end is not reached before the signal is
+    words = flags(tiny_neox_dir, many, output, "--checkpoint-every", 1, "--num-texts", 400)
     process = start(words)
     wait_for_shards(output, 3, process)
     process.send_signal(number)
@@ -212,7 +213,7 @@ def test_stopping_politely(tiny_neox_dir: Path, texts_file: Path, tmp_path: Path
     assert kept >= 3
     process = start(words)
     assert process.wait(60) == 0
-    assert open_activations(output).info["n_texts"] == 50
+    assert open_activations(output).info["n_texts"] == 400
 
 
 @pytest.mark.slow

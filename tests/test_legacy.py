@@ -21,8 +21,8 @@ from mechint.cli import train as train_command
 from mechint.config import SAETrainConfig
 from mechint.data import open_activations
 from mechint.eval import read_metrics_csv
-from mechint.kernels import DenseKernel
 from mechint.sae import SAEloss, SparseAutoEncoder, load_sae, load_sae_checkpoint
+from mechint.train import loop
 
 ROOT = Path(__file__).resolve().parent.parent
 D_IN, N_ROWS = 32, 1500
@@ -162,7 +162,7 @@ def test_train_py_goes_on_after_ctrl_c(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     """Stopped twice, broken off once, repeated each time: the bytes of one go, and older rows of the metrics stay."""
-    flags = ["--expansion", 2, "--save-every", 20, "--kernel", "dense"]
+    flags = ["--expansion", 2, "--save-every", 20]
     old_rows = "step,loss,mse,l1,l0,dead_features\n" + "".join(f"{i},0.5,0.25,0.125,0.5,7\n" for i in range(0, 90, 30))
     (folder / "training_metrics").mkdir()
     metrics = folder / "training_metrics" / "training_metrics_2x.csv"
@@ -174,7 +174,7 @@ def test_train_py_goes_on_after_ctrl_c(
     model.unlink()
     metrics.write_text(old_rows)
 
-    step, calls = DenseKernel.step, 0
+    step, calls = loop.advance, 0
 
     class PowerCut(Exception):
         pass
@@ -188,7 +188,7 @@ def test_train_py_goes_on_after_ctrl_c(
             raise PowerCut
         return step(*args, **kwargs)
 
-    monkeypatch.setattr(DenseKernel, "step", interrupted_step)
+    monkeypatch.setattr(loop, "advance", interrupted_step)
     for expected in (1, 34):
         capsys.readouterr()
         assert train_py(*flags) == 130

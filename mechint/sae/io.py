@@ -168,7 +168,10 @@ def sae_from_tensors(tensors: dict[str, Any], *, source: str) -> SAE:
     # Shapes only: the drawn initial values are replaced at once.
     with torch.device("meta"):
         sae = cls.make(d_in, d_sae, **options)
-    sae.load_state_dict({name: tensor.float().contiguous() for name, tensor in tensors.items()}, assign=True)
+    tensors = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+    # laid out as a new SAE's: products round by layout, and an SAE should compute the same bits before and after saving
+    tensors["W_enc"] = tensors["W_enc"].t().contiguous().t()
+    sae.load_state_dict(tensors, assign=True)
     return sae.requires_grad_(True)
 
 
