@@ -203,7 +203,8 @@ def test_stopping_politely(tiny_neox_dir: Path, texts_file: Path, tmp_path: Path
     output, many = tmp_path / "store", tmp_path / "many.txt"
     many.write_text(texts_file.read_text() * 8)  # enough that the end is not reached before the signal is
     words = flags(tiny_neox_dir, many, output, "--checkpoint-every", 1, "--num-texts", 400)
-    process = start(words)
+    # a shell's background job ignores Ctrl-C, and its children with it: not the case that is meant here
+    process = start(words, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     wait_for_shards(output, 3, process)
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
