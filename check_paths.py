@@ -19,7 +19,7 @@ REQUIRED_FILES = (
     "scripts/batch_ablate.py",
     "scripts/compare_expansions.py",
     "scripts/train_builtin.py",
-    "mechint/config.py",
+    "mechint/config/__init__.py",
     "mechint/sae/__init__.py",
     "mechint/data/__init__.py",
     "mechint/eval/__init__.py",
