@@ -391,15 +391,20 @@ def test_200_steps(case, narrow):
     reference = copy.deepcopy(sae).double()
     sparse = SparseKernel(sae, adam(sae), narrow=narrow, dense_above=1.0)
     dense = DenseKernel(reference, torch.optim.Adam(reference.parameters(), lr=1e-3))
-    flips = 0
+    single = copy.deepcopy(sae)
+    rounding = DenseKernel(single, adam(single))  # the reference in float32: what rounding alone does
+    flips = flips_of_rounding = 0
     for step in range(200):
         x, settings = batch(step), StepSettings(1e-3, 1.0, Objective(sparsity=0.3))
         got, expected = sparse.step(x, settings), dense.step(x.double(), settings)
+        rounded = rounding.step(x, settings)
+        flips_of_rounding += int((rounded.fire_counts - expected.fire_counts).abs().sum())
         assert sparse.route == "sparse"
         for name, term in expected.terms.items():
             torch.testing.assert_close(got.terms[name].double(), term, rtol=3e-3, atol=1e-6, msg=f"{name}, step {step}")
         flips += int((got.fire_counts - expected.fire_counts).abs().sum())
-    assert flips <= 3e-3 * 200 * int(expected.n_active)  # seen: up to 1.2e-3, jumprelu
+    # a thousandth, or what dense float32 does itself, and half as much again: which entries flip is chance
+    assert flips <= max(1e-3 * 200 * int(expected.n_active), 1.5 * flips_of_rounding), flips_of_rounding
     for (name, p), q in zip(sae.named_parameters(), reference.parameters(), strict=True):
         difference = (p.double() - q).abs()
         assert difference.max() < 2e-2, name
