@@ -100,10 +100,10 @@ class Watch:
     # --- for the main thread ------------------------------------------------------------------------------------------
 
     def lost(self, error: Exception | None = None) -> RankLost:
-        """The error to raise after a collective failed. Takes three intervals at most, to see who is gone and why."""
-        started, before = time.monotonic(), dict(self._beats)
-        while not self.found and time.monotonic() - started < 3 * self.interval:
-            time.sleep(0.05)
+        """The error to raise after a collective failed. Takes five intervals at most, to see who is gone and why."""
+        self._wait(2 * self.interval)  # a beat from just before the end is read by then
+        before = dict(self._beats)
+        self._wait(3 * self.interval)
         if not self.found:
             silent = {rank for rank in before.keys() - self._left if self._beats[rank] == before[rank]}
             if silent:
@@ -111,6 +111,11 @@ class Watch:
             else:
                 self._find(f"the connection to another process broke ({one_line(error or '', 120)})", set())
         return RankLost(self.found)
+
+    def _wait(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not self.found and time.monotonic() < until:
+            time.sleep(0.05)
 
     def speaks(self) -> bool:
         """Whether this process is the one to print what happened: the first of those that are left."""
