@@ -21,9 +21,10 @@ GROUPS = [
     ["kernels"],
     ["data"],
     ["runs"],
+    ["subject"],
     ["eval"],
     ["train"],
-    ["ablation", "analysis", "compare"],
+    ["ablation", "analysis", "compare", "concepts", "steering"],
     ["report"],
     ["cli"],
 ]

@@ -16,6 +16,7 @@ from mechint.models import LanguageModel
 from mechint.models.bridge import is_bridge
 from mechint.models.suffix import NeoXSuffix, entry_point
 from mechint.sae import SAE
+from mechint.subject import check_processing
 
 logger = logging.getLogger(__name__)
 
@@ -98,17 +99,6 @@ def check_fit(sae: SAE, model: Model, hook_name: str) -> None:
         centred = hooked.float().mean(-1).abs().max() < 1e-4 * hooked.float().pow(2).mean().sqrt()
         processing = "centred" if centred else "raw"
     check_processing(sae, processing, model.name)
-
-
-def check_processing(sae: SAE, processing: str | None, model_name: str) -> None:
-    """Raise `MechintError` if the SAE's record names another processing. An assumed one (legacy) may be overruled."""
-    recorded = sae.metadata.get("processing")
-    if None in (recorded, processing) or recorded == processing or sae.metadata.get("legacy"):
-        return
-    raise MechintError(
-        f"the SAE was trained on {recorded} activations, but {model_name} is used with processing {processing}: load"
-        f" it with processing {recorded}"
-    )
 
 
 def make_engine(sae: SAE, model: Model, hook_name: str, sample: list[int]) -> Engine:
