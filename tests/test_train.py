@@ -21,7 +21,7 @@ from mechint.errors import MechintError
 from mechint.provenance import set_global_seed
 from mechint.runs import Run, verify
 from mechint.sae import SparseAutoEncoder, load_sae
-from mechint.train import resume, train
+from mechint.train import resume, train, training
 from mechint.train.schedule import l1_weight, learning_rate
 
 D_IN, N_ROWS = 24, 6000
@@ -257,7 +257,11 @@ def test_ctrl_c_leaves_a_resumable_run(activations_path: Path, tmp_path: Path, n
     assert state["step"] > 0
 
 
-def test_loss_that_is_not_finite_keeps_the_last_good_state(activations_path: Path, tmp_path: Path):
+@pytest.mark.parametrize("read_every", [1, 50])
+def test_loss_that_is_not_finite_keeps_the_last_good_state(
+    activations_path: Path, tmp_path: Path, read_every: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(training.READ_EVERY, "cpu", read_every)
     config = config_for(activations_path, tmp_path, learning_rate=1e30, max_grad_norm=1e30, warmup_steps=40)
     with pytest.raises(MechintError, match=r"the loss is (nan|inf) at step \d+: lower --learning-rate"):
         train(config, progress=False)

@@ -3,6 +3,7 @@
 `mechint.train.loop` drives one of these; a sweep drives several over the same batches.
 """
 
+import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -32,6 +33,9 @@ from mechint.train.state import TrainState, load_state, save_state
 
 # Training rows, evenly spaced, that decide where training starts and how inputs are scaled.
 SAMPLE_ROWS = 65_536
+# Steps whose losses are looked at together, by device: reading one makes this process wait for the GPU. A loss that is
+# not finite moves no weight, so what is found some steps late has done no harm.
+READ_EVERY = {"cuda": 50}
 # What is copied from the record of the activations into the SAE's own: an SAE is only valid on activations like these.
 ACTIVATION_KEYS = (
     "model_name",
@@ -63,6 +67,7 @@ class Training:
     team: Team = field(default_factory=Team)
     started: float = field(default_factory=time.perf_counter)
     seconds_before: float = 0.0  # of training, before this process took it up
+    unread: list[tuple[int, Tensor]] = field(default_factory=list)  # steps and losses that nobody has looked at yet
 
     @property
     def is_done(self) -> bool:
@@ -164,7 +169,8 @@ def advance(training: Training, x: Float[Tensor, "batch d_in"]) -> StepResult:
     and its row in the log if one is due.
 
     Raises:
-        MechintError: the loss is not finite; the weights are then as they were before the step.
+        MechintError: the loss of this step, or on a GPU of one of the last `READ_EVERY`, is not finite; the weights are
+            then those of the last step whose loss was.
     """
     config, state = training.config, training.state
     step = state.step
@@ -174,17 +180,28 @@ def advance(training: Training, x: Float[Tensor, "batch d_in"]) -> StepResult:
     objective = make_objective(training, lam)
     resampling_due = config.revive == "resample" and _resampling_due(config, step)
     result = training.kernel.step(x, StepSettings(lr, config.max_grad_norm, objective))
-    if not torch.isfinite(result.terms["loss"]):
-        raise MechintError(
-            f"the loss is {result.terms['loss'].item()} at step {step}: lower --learning-rate or --lam;"
-            f" the last good state is in {training.layout.state.parent}"
-        )
+    # a copy: a GPU's graph writes to the same place each step
+    training.unread.append((step, result.terms["loss"].detach().clone()))
+    if len(training.unread) >= READ_EVERY.get(x.device.type, 1) or step + 1 == config.steps:
+        read_losses(training)
     state.last_fired[result.fire_counts > 0] = step
     if resampling_due:
         resample(state.sae, state.optimizer, _dead(training, step + 1), x, seed=config.seed, step=step)
     state.step += 1
     training.log.add(step, result, state, lr=lr, lam=lam)
     return result
+
+
+def read_losses(training: Training) -> None:
+    """Look at the losses since the last look. Raises `MechintError` if one is not finite."""
+    unread, training.unread = training.unread, []
+    losses = torch.stack([loss for _, loss in unread]).tolist() if unread else []
+    for (step, _), loss in zip(unread, losses, strict=True):
+        if not math.isfinite(loss):
+            raise MechintError(
+                f"the loss is {loss} at step {step}: lower --learning-rate or --lam;"
+                f" the last good state is in {training.layout.state.parent}"
+            )
 
 
 def make_objective(training: Training, lam: float) -> Objective:
@@ -215,7 +232,8 @@ def _resampling_due(config: SAETrainConfig, step: int) -> bool:
 
 
 def save(training: Training) -> None:
-    """Write the state that a stopped run goes on from."""
+    """Write the state that a stopped run goes on from. Raises `MechintError` rather than save after a bad loss."""
+    read_losses(training)
     state, layout = training.state, training.layout
     state.training_seconds = training.seconds_before + time.perf_counter() - training.started
     state.metrics_size = layout.metrics.stat().st_size if layout.metrics.is_file() else 0
