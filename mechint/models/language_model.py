@@ -8,9 +8,10 @@ is that minus its mean over d_model, which is what TransformerLens's old default
 residual stream begins with a LayerNorm, so centring changes no log-probability.
 """
 
+import contextlib
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, final
 
 import torch
@@ -163,26 +164,36 @@ class LanguageModel:
             if self.backend == "bridge":
                 hooks = [(hook_name, lambda value, hook: edit(value))]
                 return self.bridge.run_with_hooks(tokens, fwd_hooks=hooks, return_type="logits")
-            layer, site = self._site(hook_name)
-            if site == "pre":
-
-                def before(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-                    value, put = _hidden_argument(args, kwargs)
-                    return put(edit(self._processed(value)))
-
-                handle = self.blocks[layer].register_forward_pre_hook(before, with_kwargs=True)
-            else:
-
-                def after(module: Any, args: tuple, output: Any) -> Any:
-                    if isinstance(output, tuple):
-                        return (edit(self._processed(output[0])), *output[1:])
-                    return edit(self._processed(output))
-
-                handle = self.blocks[layer].register_forward_hook(after)
-            try:
+            with self.edited(hook_name, edit):
                 return self.hf_model(input_ids=tokens, use_cache=False).logits
-            finally:
-                handle.remove()
+
+    @contextlib.contextmanager
+    def edited(self, hook_name: str, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """While the block lasts, every run of `hf_model` has the hook's value `v` replaced by `edit(v)`.
+
+        With the "transformers" backend only. `v` holds the positions of that run, which with a key-value cache are the
+        new ones.
+        """
+        layer, site = self._site(hook_name)
+        if site == "pre":
+
+            def before(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+                value, put = _hidden_argument(args, kwargs)
+                return put(edit(self._processed(value)))
+
+            handle = self.blocks[layer].register_forward_pre_hook(before, with_kwargs=True)
+        else:
+
+            def after(module: Any, args: tuple, output: Any) -> Any:
+                if isinstance(output, tuple):
+                    return (edit(self._processed(output[0])), *output[1:])
+                return edit(self._processed(output))
+
+            handle = self.blocks[layer].register_forward_hook(after)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def weights_sha256(self) -> str:
         """Hex SHA-256 over names, dtypes, shapes and bytes of all parameters as loaded, sorted by name."""
