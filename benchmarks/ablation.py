@@ -233,9 +233,9 @@ def main() -> None:
     for lens in originals.values():
         original(lens, draw(2))
     ours(draw(16))
-    counted = engines.NeoXEngine.precise_kl
+    counted = engines.NeoXEngine.precise_effect
     in_float64 = []
-    engines.NeoXEngine.precise_kl = lambda self, pairs: in_float64.append(len(pairs)) or counted(self, pairs)
+    engines.NeoXEngine.precise_effect = lambda self, pairs: in_float64.append(len(pairs)) or counted(self, pairs)
     of_original: dict[str, list[Timed]] = {name: [] for name in originals}
     of_ours: dict[str, list[Timed]] = {"ours": [], "ours without oneDNN": []}
     print("milliseconds a pair, firing or not, wall / CPU")

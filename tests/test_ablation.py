@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import mechint.subject
 from mechint import ablation
-from mechint.ablation import command, engines, kl, rank, subject
+from mechint.ablation import engines, kl, rank, subject
 from mechint.ablation.engines import GeneralEngine, NeoXEngine, Pair
 from mechint.cli.ablate import main
 from mechint.config import AblateConfig
@@ -69,7 +69,7 @@ def reference(folder, sae, texts, *, layer=3, centred=False, features=None, toke
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     W_enc, b_enc, W_dec, b_dec = (getattr(sae, n).detach().double() for n in ("W_enc", "b_enc", "W_dec", "b_dec"))
     features = list(range(sae.d_sae) if features is None else features)
-    active, per_text = [], []
+    active, per_text, ce_change = [], [], []
 
     def remove(module, args, out):
         value = out - out.mean(-1, keepdim=True) if centred else out
@@ -84,12 +84,16 @@ def reference(folder, sae, texts, *, layer=3, centred=False, features=None, toke
             log_q = F.log_softmax(hf(torch.tensor([tokens] * len(features))).logits, -1)
             handle.remove()
         per_text.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        following = torch.tensor(tokens[1:])[None, :, None]
+        lost = log_p[:, :-1].gather(2, following) - log_q[:, :-1].gather(2, following.expand(len(features), -1, -1))
+        ce_change.append(lost.mean((1, 2)) if len(tokens) > 1 else torch.zeros(len(features)))
     return [
         {
             "feature_idx": feature,
             "mean_kl": sum(float(kl[row].mean()) for kl in per_text) / len(texts),
             "mean_kl_no_bos": sum(float(kl[row][1:].mean()) for kl in per_text) / len(texts),
             "max_kl": max(float(kl[row].max()) for kl in per_text),
+            "mean_ce_change": sum(float(change[row]) for change in ce_change) / len(texts),
             "n_active_positions": sum(int(count[row]) for count in active),
             "n_active_texts": sum(bool(count[row]) for count in active),
             "kl": [kl[row] for kl in per_text],
@@ -107,7 +111,7 @@ def by_feature(rows):
     return {row["feature_idx"]: row for row in rows}
 
 
-def worst_error(rows, expected, keys=("mean_kl", "mean_kl_no_bos", "max_kl")) -> float:
+def worst_error(rows, expected, keys=("mean_kl", "mean_kl_no_bos", "max_kl", "mean_ce_change")) -> float:
     found = by_feature(rows)
     assert len(found) == len(rows) == len(expected)
     return max(abs(found[row["feature_idx"]][key] - row[key]) for row in expected for key in keys)
@@ -205,14 +209,17 @@ def test_large_effects_are_computed_again_in_float64(sae, model, monkeypatch):
         tokens = model.tokenize(TEXTS, prepend_bos=True)
         active = engine.open(tokens) != 0
         pairs = [batch for batch in engine.batches(rank._pairs(active), 10**6)][0]
-        values, precise = engine.kl(pairs), engine.precise_kl(pairs)
+        values, precise = engine.effect(pairs).kl, engine.precise_effect(pairs).kl
         again = engine.doubtful(values)
     kept = sorted(set(range(len(pairs))) - set(again))
     assert again and kept
     assert 0 < engine.limit <= kl.MAX_FLOAT32_KL
     assert (values[kept] - precise[kept]).abs().max() < engines.TOLERANCE
     nothing = torch.zeros(1, max(map(len, tokens)), dtype=torch.float64)
-    monkeypatch.setattr(NeoXEngine, "precise_kl", lambda self, batch: nothing.expand(len(batch), -1))
+    nothing = kl.Effect(*[nothing.expand(len(pairs), -1)] * 2)
+    monkeypatch.setattr(
+        NeoXEngine, "precise_effect", lambda self, batch: kl.Effect(*(p[: len(batch)] for p in nothing))
+    )
     broken = ablation.rank_features_by_ablation(sae, model, HOOK, TEXTS, show_progress=False)
     assert broken[0]["max_kl"] <= kl.MAX_FLOAT32_KL, "without it no large effect comes through"
 
@@ -626,11 +633,11 @@ def test_a_killed_run_goes_on_from_the_finished_texts(run_dir, monkeypatch):
     opened = []
     original = NeoXEngine.open
 
-    def open_then_stop(self, token_lists):
+    def open_then_stop(self, token_lists, seen=None):
         opened.append(len(token_lists))
         if len(opened) == 3:
             raise KeyboardInterrupt
-        return original(self, token_lists)
+        return original(self, token_lists, seen)
 
     monkeypatch.setattr(NeoXEngine, "open", open_then_stop)
     with pytest.raises(KeyboardInterrupt):

@@ -97,6 +97,6 @@ def _fingerprint(config: AblateConfig, subject: Subject, texts: list[str], featu
             "context_size": config.context_size,
             "texts": texts,
             "features": features,
-            "layout": 1,
+            "layout": 2,
         }
     )

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechint.ablation.kl import Unembedding, float32_limit, kl_of_log_probs
+from mechint.ablation.kl import Effect, Unembedding, effect_of_log_probs, float32_limit
 from mechint.models.suffix import CleanPass, EntryPoint, NeoXSuffix, Span, flat_positions
 from mechint.sae import SAE
 
@@ -70,16 +70,25 @@ class NeoXEngine:
         """Padded positions that a block may have."""
         return max(1, min(MAX_POSITIONS, MAX_PROBS // self.unembedding.weight.shape[0], MAX_ACTS // self.sae.d_sae))
 
-    def open(self, token_lists: Sequence[list[int]]) -> Float[Tensor, "text pos d_sae"]:
-        """Run texts unchanged, in float32 and float64; their feature activations, 0 at padding."""
+    def open(
+        self, token_lists: Sequence[list[int]], seen: Sequence[Sequence[bool]] | None = None
+    ) -> Float[Tensor, "text pos d_sae"]:
+        """Run texts unchanged, in float32 and float64; their feature activations, 0 at padding.
+
+        Where `seen` of a text is False, its latents count as not firing, so nothing is removed there; all True if not
+        given.
+        """
         tokens, self.lengths = padded(token_lists)
+        self.seen = seen_mask(tokens, self.lengths, seen)
+        self.targets = following(token_lists, tokens.shape[1])
         self.clean = self.suffix.clean(tokens, self.lengths)
         self.precise = self.precise_suffix.clean(tokens, self.lengths)
         flat = self.precise.final.flatten(0, 1)
         self.predictions = self.unembedding.clean(flat)
         error = (self.clean.final.flatten(0, 1).to(flat) - flat).to(self.predictions.mean_unembed)
         self.limit = float32_limit(self.unembedding.logit_error(error, self.predictions), TOLERANCE)
-        self.acts = without_padding(self._encode(self.sae, self.clean), self.lengths)
+        self.acts = self._encode(self.sae, self.clean)
+        self.acts.mul_(self.seen.to(self.acts)[..., None])
         self.precise_acts: dict[int, Tensor] = {}
         return self.acts
 
@@ -96,28 +105,30 @@ class NeoXEngine:
             rows += length
         return found
 
-    def kl(self, pairs: Sequence[Pair]) -> Float[Tensor, "pair pos"]:
-        """KL(clean || ablated) of one of the `batches`, in float32 arithmetic."""
+    def effect(self, pairs: Sequence[Pair]) -> Effect:
+        """KL(clean || ablated) and change of cross-entropy, each `[pair, pos]`, of one of the `batches`, in float32."""
         spans = spans_of(pairs)
         edited = self._edited(pairs, spans, self.clean, lambda text: self.acts[text], self.sae.W_dec)
         final = self.suffix.run(edited.rows, spans, self.clean, edited.changed)
         where = flat_positions(spans, self.clean).to(final.device)
         change = final - self.clean.final.flatten(0, 1)[where]
-        return self._per_pair(self.unembedding.kl(change, self.predictions, where), spans, len(pairs))
+        target = self.targets.flatten()[where.cpu()]
+        return self._per_pair(self.unembedding.effect(change, self.predictions, where, target), spans, len(pairs))
 
     def doubtful(self, kl: Float[Tensor, "pair pos"]) -> list[int]:
         """Rows of `kl` that may be off by more than `TOLERANCE` at some position, or are not finite."""
         # nan compares as false, so this also finds what is not finite.
         return torch.nonzero(~(kl.amax(1) <= self.limit)).flatten().tolist()
 
-    def precise_kl(self, pairs: Sequence[Pair]) -> Float[Tensor, "pair pos"]:
-        """As `kl`, with everything from the embedding on in float64."""
+    def precise_effect(self, pairs: Sequence[Pair]) -> Effect:
+        """As `effect`, with everything from the embedding on in float64."""
         spans = spans_of(pairs)
         edited = self._edited(pairs, spans, self.precise, self._precise_acts, self.precise_sae.W_dec)
         final = self.precise_suffix.run(edited.rows, spans, self.precise, edited.changed)
         where = flat_positions(spans, self.precise).to(final.device)
         clean = self.precise.final.flatten(0, 1)
-        return self._per_pair(self.unembedding.precise_kl(clean, final, where), spans, len(pairs))
+        target = self.targets.flatten()[where.cpu()]
+        return self._per_pair(self.unembedding.precise_effect(clean, final, where, target), spans, len(pairs))
 
     def _encode(self, sae: SAE, clean: CleanPass, text: int | None = None) -> Tensor:
         hooked = clean.hooked if text is None else clean.hooked[text]
@@ -125,7 +136,8 @@ class NeoXEngine:
 
     def _precise_acts(self, text: int) -> Tensor:
         if text not in self.precise_acts:
-            self.precise_acts[text] = self._encode(self.precise_sae, self.precise, text)
+            acts = self._encode(self.precise_sae, self.precise, text)
+            self.precise_acts[text] = acts.mul_(self.seen[text].to(acts)[:, None])
         return self.precise_acts[text]
 
     def _edited(self, pairs: Sequence[Pair], spans: list[Span], clean: CleanPass, acts: Any, W_dec: Tensor) -> "Edited":
@@ -145,16 +157,16 @@ class NeoXEngine:
             begin += span.n
         return Edited(torch.cat(rows), torch.cat(changed))
 
-    def _per_pair(self, rows: Tensor, spans: list[Span], n_pairs: int) -> Tensor:
-        rows = rows.cpu()
-        result = torch.zeros(n_pairs, self.clean.resid.shape[1], dtype=torch.float64)
+    def _per_pair(self, effect: Effect, spans: list[Span], n_pairs: int) -> Effect:
+        rows = torch.stack(effect).cpu()
+        result = torch.zeros(2, n_pairs, self.clean.resid.shape[1], dtype=torch.float64)
         pair = row = 0
         for span in spans:
             length = self.lengths[span.text] - span.start
-            values = rows[row : row + span.n * length].view(span.n, length)
-            result[pair : pair + span.n, span.start : span.start + length] = values
+            values = rows[:, row : row + span.n * length].view(2, span.n, length)
+            result[:, pair : pair + span.n, span.start : span.start + length] = values
             pair, row = pair + span.n, row + span.n * length
-        return result
+        return Effect(*result)
 
 
 class GeneralEngine:
@@ -170,11 +182,14 @@ class GeneralEngine:
     def positions_at_once(self) -> int:
         return max(1, min(MAX_POSITIONS, MAX_PROBS // self.model.d_vocab, MAX_ACTS // self.sae.d_sae))
 
-    def open(self, token_lists: Sequence[list[int]]) -> Float[Tensor, "text pos d_sae"]:
+    def open(
+        self, token_lists: Sequence[list[int]], seen: Sequence[Sequence[bool]] | None = None
+    ) -> Float[Tensor, "text pos d_sae"]:
         self.tokens, self.lengths = padded(token_lists)
+        self.targets = following(token_lists, self.tokens.shape[1])
         self.logits = self.model.logits(self.tokens)
         acts = self.sae.encode(self.model.activations(self.tokens, self.hook_name).float())
-        self.acts = without_padding(acts, self.lengths)
+        self.acts = acts * seen_mask(self.tokens, self.lengths, seen).to(acts)[..., None]
         return self.acts
 
     def batches(self, pairs: Sequence[Pair], size: int) -> list[list[Pair]]:
@@ -182,7 +197,7 @@ class GeneralEngine:
         ordered = sorted(pairs, key=lambda pair: (pair.text, pair.start))
         return [ordered[begin : begin + size] for begin in range(0, len(ordered), size)]
 
-    def kl(self, pairs: Sequence[Pair]) -> Float[Tensor, "pair pos"]:
+    def effect(self, pairs: Sequence[Pair]) -> Effect:
         n_pos = max(self.lengths[pair.text] for pair in pairs)
         texts = torch.tensor([pair.text for pair in pairs])
         latents = torch.tensor([pair.latents for pair in pairs], device=self.acts.device)
@@ -191,17 +206,20 @@ class GeneralEngine:
         changed = self.model.logits_with(
             self.tokens[texts, :n_pos], self.hook_name, lambda value: value - removed.to(value)
         )
-        result = torch.zeros(len(pairs), self.tokens.shape[1], dtype=torch.float64)
+        result = torch.zeros(2, len(pairs), self.tokens.shape[1], dtype=torch.float64)
         for row, pair in enumerate(pairs):
             here = slice(pair.start, self.lengths[pair.text])
-            result[row, here] = kl_of_log_probs(self.logits[pair.text, here], changed[row, here]).cpu()
-        return result
+            effect = effect_of_log_probs(
+                self.logits[pair.text, here], changed[row, here], self.targets[pair.text, here]
+            )
+            result[:, row, here] = torch.stack(effect).cpu()
+        return Effect(*result)
 
     def doubtful(self, kl: Float[Tensor, "pair pos"]) -> list[int]:
         return []
 
-    def precise_kl(self, pairs: Sequence[Pair]) -> Float[Tensor, "pair pos"]:
-        return self.kl(pairs)
+    def precise_effect(self, pairs: Sequence[Pair]) -> Effect:
+        return self.effect(pairs)
 
 
 Engine = NeoXEngine | GeneralEngine
@@ -214,11 +232,20 @@ def padded(token_lists: Sequence[list[int]]) -> tuple[Tensor, list[int]]:
     return torch.tensor(rows, dtype=torch.int64), lengths
 
 
-def without_padding(acts: Float[Tensor, "text pos d_sae"], lengths: list[int]) -> Float[Tensor, "text pos d_sae"]:
-    """`acts` with 0 behind the end of each text, in place."""
+def seen_mask(tokens: Tensor, lengths: list[int], seen: Sequence[Sequence[bool]] | None) -> Bool[Tensor, "text pos"]:
+    """Positions where latents may be removed: of the texts, not of their padding, and where `seen` says so."""
+    mask = torch.zeros(tokens.shape, dtype=torch.bool)
     for row, length in enumerate(lengths):
-        acts[row, length:] = 0
-    return acts
+        mask[row, :length] = True if seen is None else torch.tensor(seen[row], dtype=torch.bool)
+    return mask
+
+
+def following(token_lists: Sequence[list[int]], n_pos: int) -> Int[Tensor, "text pos"]:
+    """The token after each position; -1 at the last one of a text and behind it."""
+    targets = torch.full((len(token_lists), n_pos), -1, dtype=torch.int64)
+    for row, tokens in enumerate(token_lists):
+        targets[row, : len(tokens) - 1] = torch.tensor(tokens[1:], dtype=torch.int64)
+    return targets
 
 
 def spans_of(pairs: Sequence[Pair]) -> list[Span]:

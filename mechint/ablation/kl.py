@@ -17,6 +17,9 @@ sum (q - p)^2 / (q + p) <= 2 sum (sqrt q - sqrt p)^2 <= 2 KL,
 
 `float32_limit` turns that into the largest KL that float32 may report within an error, given rms(e) as it is measured
 on the clean texts (float32 against float64); what lies above is computed again in float64.
+
+The change of the cross-entropy of a token y falls out of the same sums: log E_p[exp D] - D_y. Nothing cancels in it, so
+it carries the error of D_y itself, about `e`.
 """
 
 from typing import NamedTuple
@@ -40,6 +43,13 @@ class CleanPredictions(NamedTuple):
 
     probs: list[Float[Tensor, "pos _"]]  # one tensor a tile of the vocabulary
     mean_unembed: Float[Tensor, "pos d_model"]  # E_p[W_U], so that E_p[D] = change @ E_p[W_U]
+
+
+class Effect(NamedTuple):
+    """What a change of the final residual does at each row: both in nats, float64 (on the CPU)."""
+
+    kl: Float[Tensor, " *rows"]  # KL(clean || changed)
+    ce_change: Float[Tensor, " *rows"]  # of the row's own next token; 0 where it has none
 
 
 class Unembedding:
@@ -67,22 +77,38 @@ class Unembedding:
     def kl(
         self, change: Float[Tensor, "rows d_model"], clean: CleanPredictions, position: Int[Tensor, " rows"]
     ) -> Float[Tensor, " rows"]:
-        """KL(clean || changed) of each row, as float64 on the CPU; nan or inf where float32's exp overflows.
+        """KL(clean || changed) of each row, as float64 on the CPU; nan or inf where float32's exp overflows."""
+        nothing = torch.full((change.shape[0],), -1, dtype=torch.int64)
+        return self.effect(change, clean, position, nothing).kl
 
-        `change` is h_changed - h_clean, `position` the row's place in `clean`. Rows that share a position are brought
-        together, so that each distribution is read once for all of them.
+    def effect(
+        self,
+        change: Float[Tensor, "rows d_model"],
+        clean: CleanPredictions,
+        position: Int[Tensor, " rows"],
+        target: Int[Tensor, " rows"],
+    ) -> Effect:
+        """KL and change of the cross-entropy of each row; nan or inf where float32's exp overflows.
+
+        `change` is h_changed - h_clean, `position` the row's place in `clean`, `target` its next token (-1: none). Rows
+        that share a position are brought together, so that each distribution is read once for all of them.
         """
         order = torch.argsort(position, stable=True)
         change, sorted_position = change[order], position[order]
+        sorted_target = target.to(order.device)[order]
         parts = [
-            self._kl_sorted(rows, clean, where)
-            for rows, where in zip(change.split(ROWS), sorted_position.split(ROWS), strict=True)
+            self._effect_sorted(rows, clean, where, tokens)
+            for rows, where, tokens in zip(
+                change.split(ROWS), sorted_position.split(ROWS), sorted_target.split(ROWS), strict=True
+            )
         ]
-        result = torch.empty(change.shape[0], dtype=torch.float64)
-        result[order.cpu()] = torch.cat(parts)
-        return result
+        result = torch.empty(2, change.shape[0], dtype=torch.float64)
+        result[:, order.cpu()] = torch.cat(parts, dim=1)
+        return Effect(*result)
 
-    def _kl_sorted(self, change: Tensor, clean: CleanPredictions, position: Tensor) -> Tensor:
+    def _effect_sorted(
+        self, change: Tensor, clean: CleanPredictions, position: Tensor, target: Tensor
+    ) -> Float[Tensor, "2 rows"]:
         where, counts = (part.tolist() for part in torch.unique_consecutive(position, return_counts=True))
         shift = (change * clean.mean_unembed[position]).sum(1, keepdim=True)
         grown = change.new_empty(len(self.tiles), change.shape[0])  # sum over a tile of p * expm1(D)
@@ -93,8 +119,11 @@ class Unembedding:
             torch.cat([rows @ p for rows, p in groups], out=moved[index])
             logits.expm1_()
             torch.cat([rows @ p for rows, p in groups], out=grown[index])
+        of_target = (change * self.weight[target.clamp(min=0)]).sum(1) - shift[:, 0]
         # On the CPU, because Apple's GPUs have no float64.
-        return torch.log1p(grown.cpu().double().sum(0)) - moved.cpu().double().sum(0)
+        normaliser = torch.log1p(grown.cpu().double().sum(0))
+        ce_change = (normaliser - of_target.cpu().double()).where(target.cpu() >= 0, 0.0)
+        return torch.stack((normaliser - moved.cpu().double().sum(0), ce_change))
 
     def precise_kl(
         self,
@@ -103,14 +132,29 @@ class Unembedding:
         position: Int[Tensor, " rows"],
     ) -> Float[Tensor, " rows"]:
         """As `kl`, from the residuals themselves, in their precision, safe from overflow whatever the change."""
-        result = torch.empty(changed.shape[0], dtype=changed.dtype, device=changed.device)
+        nothing = torch.full((changed.shape[0],), -1, dtype=torch.int64)
+        return self.precise_effect(clean, changed, position, nothing).kl
+
+    def precise_effect(
+        self,
+        clean: Float[Tensor, "pos d_model"],
+        changed: Float[Tensor, "rows d_model"],
+        position: Int[Tensor, " rows"],
+        target: Int[Tensor, " rows"],
+    ) -> Effect:
+        """As `effect`, from the residuals themselves, in their precision (and on their device)."""
+        target = target.to(changed.device)
+        result = torch.empty(2, changed.shape[0], dtype=changed.dtype, device=changed.device)
         order = torch.argsort(position, stable=True)
         for rows in order.split(ROWS_FLOAT64):
             where, back = torch.unique_consecutive(position[rows], return_inverse=True)
             log_p = self.log_probs(clean[where])[back]
             difference = self._product(changed[rows] - clean[position[rows]])
-            result[rows] = torch.logsumexp(log_p + difference, dim=-1) - (log_p.exp() * difference).sum(-1)
-        return result
+            normaliser = torch.logsumexp(log_p + difference, dim=-1)
+            of_target = difference.gather(1, target[rows].clamp(min=0)[:, None])[:, 0]
+            result[0, rows] = normaliser - (log_p.exp() * difference).sum(-1)
+            result[1, rows] = (normaliser - of_target).where(target[rows] >= 0, 0.0)
+        return Effect(*result)
 
     def logit_error(self, error: Float[Tensor, "pos d_model"], clean: CleanPredictions) -> float:
         """The largest, over positions, root mean square under p of what an error of the residual does to the logits."""
@@ -133,11 +177,23 @@ def kl_of_log_probs(
     clean: Float[Tensor, "rows d_vocab"], changed: Float[Tensor, "rows d_vocab"]
 ) -> Float[Tensor, " rows"]:
     """KL(clean || changed) per row, in the delta form, in float64. Either may be logits: constants cancel."""
+    nothing = torch.full((clean.shape[0],), -1, dtype=torch.int64)
+    return effect_of_log_probs(clean, changed, nothing).kl
+
+
+def effect_of_log_probs(
+    clean: Float[Tensor, "rows d_vocab"], changed: Float[Tensor, "rows d_vocab"], target: Int[Tensor, " rows"]
+) -> Effect:
+    """KL(clean || changed) and the change of the cross-entropy of `target` (-1: none), as in `kl_of_log_probs`."""
     if clean.device.type == "mps":  # no float64 there
         clean, changed = clean.cpu(), changed.cpu()
+    target = target.to(clean.device)
     log_p = torch.log_softmax(clean.double(), dim=-1)
     difference = changed.double() - clean.double()
-    return torch.logsumexp(log_p + difference, dim=-1) - (log_p.exp() * difference).sum(-1)
+    normaliser = torch.logsumexp(log_p + difference, dim=-1)
+    of_target = difference.gather(1, target.clamp(min=0)[:, None])[:, 0]
+    ce_change = (normaliser - of_target).where(target >= 0, 0.0)
+    return Effect(normaliser - (log_p.exp() * difference).sum(-1), ce_change)
 
 
 def float32_limit(logit_error: float, tolerance: float) -> float:

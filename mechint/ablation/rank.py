@@ -20,6 +20,7 @@ from tqdm import tqdm
 from mechint.ablation.engines import Engine, Pair
 from mechint.ablation.subject import Model, as_model, check_fit, make_engine
 from mechint.errors import MechintError
+from mechint.eval.language import Text
 from mechint.models.matmul import full_float32
 from mechint.provenance import atomic_path
 from mechint.sae import SAE
@@ -36,6 +37,7 @@ COLUMNS = (
     "mean_kl_no_bos",
     "n_active_positions",
     "n_active_texts",
+    "mean_ce_change",
 )
 # Texts x latents of a block, so that a block ends, and its result is kept, every minute or so.
 MAX_TEXT_LATENTS = 2**16
@@ -53,16 +55,18 @@ class Totals:
     max_position: Tensor
     n_active_positions: Tensor
     n_active_texts: Tensor
+    mean_ce_change: Float[Tensor, " latent"]
+    kl_squares: Float[Tensor, " latent"]  # of each text's mean over positions, for a standard error over texts
 
     @classmethod
     def zeros(cls, n: int) -> "Totals":
-        values = {"mean_kl": 0.0, "mean_kl_no_bos": 0.0, "max_kl": 0.0, "max_text": -1, "max_position": -1}
+        counts = ("max_text", "max_position", "n_active_positions", "n_active_texts")
         return cls(
             **{
                 field.name: torch.full(
                     (n,),
-                    values.get(field.name, 0),
-                    dtype=torch.float64 if "_kl" in field.name else torch.int64,
+                    -1 if field.name in ("max_text", "max_position") else 0,
+                    dtype=torch.int64 if field.name in counts else torch.float64,
                 )
                 for field in fields(cls)
             }
@@ -91,7 +95,9 @@ def rank_features_by_ablation(
     - `mean_kl`: mean over texts of the mean over positions, BOS included (the original's definition);
     - `mean_kl_no_bos`: the same without the position of the prepended BOS;
     - `max_kl`, with its text, token and position (counted from 0, BOS included; empty and -1 if never above 0);
-    - `n_active_positions`, `n_active_texts`: where the latent fires; 0 means that every KL is exactly 0.
+    - `n_active_positions`, `n_active_texts`: where the latent fires; 0 means that every KL is exactly 0;
+    - `mean_ce_change`: mean over texts of the mean change of the cross-entropy of a text's own next tokens (above 0:
+      the text becomes less likely without the latent).
 
     For a GPT-NeoX the error of every KL against float64 is below 1e-6; for others see `GeneralEngine`.
 
@@ -120,11 +126,37 @@ def rank_features_by_ablation(
         for text, tokens in zip(texts, token_lists, strict=True):
             if not tokens:
                 raise MechintError(f"the text {text[:40]!r} has no tokens: remove it or prepend BOS")
-        engine = make_engine(sae, subject, hook_name, token_lists[0])
-        totals = _all_texts(
-            engine, token_lists, features, sae.d_sae, prepend_bos, batch_size, show_progress, partial_path, fingerprint
-        )
+    whole = [Text(tokens, [True] * len(tokens)) for tokens in token_lists]
+    totals = ablate_texts(
+        sae, subject, hook_name, whole, features, prepend_bos=prepend_bos, batch_size=batch_size,
+        progress=show_progress, partial_path=partial_path, fingerprint=fingerprint,
+    )  # fmt: skip
     return _rows(totals, features, texts, token_lists, subject)
+
+
+def ablate_texts(
+    sae: SAE,
+    model: Model,
+    hook_name: str,
+    texts: Sequence[Text],
+    latents: list[int],
+    *,
+    prepend_bos: bool = True,
+    batch_size: int = 128,
+    progress: bool = False,
+    partial_path: Path | None = None,
+    fingerprint: str = "",
+) -> Totals:
+    """Sums over `texts` of what removing each of `latents` does, for an SAE that is known to fit.
+
+    A latent is removed at the positions of a text that the SAE may touch (`Text.seen`). The rest is as in
+    `rank_features_by_ablation`.
+    """
+    with torch.inference_mode(), full_float32():
+        engine = make_engine(sae, model, hook_name, texts[0].tokens)
+        return _all_texts(
+            engine, list(texts), latents, sae.d_sae, prepend_bos, batch_size, progress, partial_path, fingerprint
+        )
 
 
 def feature_indices(subset: Iterable[Any] | str | None, d_sae: int) -> list[int]:
@@ -174,7 +206,7 @@ def save_ablation_rows(rows: Sequence[dict[str, Any]], path: str | Path, *, over
 
 def _all_texts(
     engine: Engine,
-    token_lists: list[list[int]],
+    texts: list[Text],
     features: list[int],
     d_sae: int,
     prepend_bos: bool,
@@ -195,16 +227,18 @@ def _all_texts(
     # In a log file a line a minute will do.
     every = 0.1 if sys.stderr.isatty() else 60.0
     with tqdm(desc="ablating", unit=" pairs", disable=not show_progress, smoothing=0.05, mininterval=every) as bar:
-        while done < len(token_lists):
-            block = _block(token_lists[done:], engine.positions_at_once(), max(1, MAX_TEXT_LATENTS // len(features)))
-            active = (engine.open(block) != 0).cpu() & wanted
+        while done < len(texts):
+            rest = [text.tokens for text in texts[done:]]
+            block = _block(rest, engine.positions_at_once(), max(1, MAX_TEXT_LATENTS // len(features)))
+            seen_block = [text.seen for text in texts[done : done + len(block)]]
+            active = (engine.open(block, seen_block) != 0).cpu() & wanted
             pairs = _pairs(active)
             seen += len(pairs)
             # How many pairs the texts to come hold is not known yet; they are taken to be like those seen.
-            bar.total = round(seen * (len(token_lists) - begun) / (done + len(block) - begun))
+            bar.total = round(seen * (len(texts) - begun) / (done + len(block) - begun))
             _one_block(engine, block, pairs, active, totals, column, done, prepend_bos, batch_size, bar)
             done += len(block)
-            if partial_path is not None and done < len(token_lists) and time.monotonic() - saved > SAVE_SECONDS:
+            if partial_path is not None and done < len(texts) and time.monotonic() - saved > SAVE_SECONDS:
                 _write_partial(partial_path, fingerprint, totals, done)
                 saved = time.monotonic()
     return totals
@@ -243,20 +277,21 @@ def _one_block(
     bar: tqdm,
 ) -> None:
     """Add a block's pairs to `totals`."""
-    result = torch.zeros(len(pairs), active.shape[1], dtype=torch.float64)
+    both = torch.zeros(2, len(pairs), active.shape[1], dtype=torch.float64)
     row_of = {pair: row for row, pair in enumerate(pairs)}
     doubtful: list[Pair] = []
     for batch in engine.batches(pairs, batch_size):
-        kl = engine.kl(batch)
-        again = set(engine.doubtful(kl))
-        result[[row_of[pair] for pair in batch]] = kl
+        effect = engine.effect(batch)
+        again = set(engine.doubtful(effect.kl))
+        both[:, [row_of[pair] for pair in batch]] = torch.stack(effect)
         doubtful += [pair for row, pair in enumerate(batch) if row in again]
         bar.update(len(batch) - len(again))
     for batch in engine.batches(doubtful, batch_size):
-        result[[row_of[pair] for pair in batch]] = engine.precise_kl(batch)
+        both[:, [row_of[pair] for pair in batch]] = torch.stack(engine.precise_effect(batch))
         bar.update(len(batch))
-    if not bool(torch.isfinite(result).all()):
-        pair = pairs[int(torch.nonzero(~torch.isfinite(result))[0, 0])]
+    result, ce_change = both
+    if not bool(torch.isfinite(both).all()):
+        pair = pairs[int(torch.nonzero(~torch.isfinite(both))[0, 1])]
         raise MechintError(
             f"removing latent {pair.latents[0]} from text {first_text + pair.text + 1} gives predictions that are not"
             " finite: check the model and the SAE with scripts/eval_sae.py"
@@ -268,7 +303,10 @@ def _one_block(
     lengths = torch.tensor([len(tokens) for tokens in block])[text]
     # A KL is not negative; what rounding leaves below 0 is 0.
     result.clamp_(min=0)
-    totals.mean_kl.index_add_(0, at, result.sum(1) / lengths)
+    mean_kl = result.sum(1) / lengths
+    totals.mean_kl.index_add_(0, at, mean_kl)
+    totals.kl_squares.index_add_(0, at, mean_kl.square())
+    totals.mean_ce_change.index_add_(0, at, ce_change.sum(1) / (lengths - 1).clamp(min=1))
     bos = int(prepend_bos)
     totals.mean_kl_no_bos.index_add_(0, at, result[:, bos:].sum(1) / (lengths - bos).clamp(min=1))
     count = active[text, :, torch.tensor([pair.latents[0] for pair in pairs])].sum(1)
@@ -302,6 +340,7 @@ def _rows(
             float(totals.mean_kl_no_bos[index]) / len(texts),
             int(totals.n_active_positions[index]),
             int(totals.n_active_texts[index]),
+            float(totals.mean_ce_change[index]) / len(texts),
         )
         rows.append(dict(zip(COLUMNS, values, strict=True)))
     return sorted(rows, key=lambda row: -row["mean_kl"])

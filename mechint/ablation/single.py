@@ -55,7 +55,8 @@ def compute_text_kl(
     Returns:
         `text`, `features`, `token_ids`, `tokens` (strings), and per position `kl` (nats, clean || ablated) and
         `feature_acts` (summed over the latents); `mean_kl`, `mean_kl_no_bos`, `max_kl`, `max_kl_token`,
-        `max_kl_token_position`, `n_active_positions`. In float64 from the embedding on for a GPT-NeoX.
+        `max_kl_token_position`, `n_active_positions`; `ce_change`, per position, of the text's own next token (0 at the
+        last). In float64 from the embedding on for a GPT-NeoX.
     """
     subject = as_model(model)
     features = feature_indices([feature_idx] if isinstance(feature_idx, int) else feature_idx, sae.d_sae)
@@ -67,9 +68,10 @@ def compute_text_kl(
         engine = make_engine(sae, subject, hook_name, tokens)
         acts = engine.open([tokens])[0][:, features].cpu()
         active = torch.nonzero((acts != 0).any(1)).flatten().tolist()
-        kl = torch.zeros(len(tokens), dtype=torch.float64)
+        kl = ce_change = torch.zeros(len(tokens), dtype=torch.float64)
         if active:
-            kl = engine.precise_kl([Pair(0, tuple(features), active[0])])[0].clamp(min=0)
+            kl, ce_change = (part[0] for part in engine.precise_effect([Pair(0, tuple(features), active[0])]))
+            kl = kl.clamp(min=0)
     names = [subject.tokenizer.decode([token]) for token in tokens]
     highest = int(kl.argmax())
     rest = kl[int(prepend_bos) :]
@@ -79,6 +81,7 @@ def compute_text_kl(
         "token_ids": tokens,
         "tokens": names,
         "kl": kl.tolist(),
+        "ce_change": ce_change.tolist(),
         "feature_acts": acts.sum(1).tolist(),
         "mean_kl": float(kl.mean()),
         "mean_kl_no_bos": float(rest.mean()) if len(rest) else 0.0,
