@@ -13,6 +13,7 @@ from mechint.config.base import (
 )
 from mechint.config.collect import COLLECT_PRESETS, CollectConfig
 from mechint.config.readers import AblateConfig, CompareConfig, EvalConfig
+from mechint.config.steering import ExtractConfig, SteerConfig
 from mechint.config.sweep import SweepConfig
 from mechint.config.train import TRAIN_PRESETS, SAETrainConfig
 
@@ -28,8 +29,10 @@ __all__ = [
     "Config",
     "Dtype",
     "EvalConfig",
+    "ExtractConfig",
     "Processing",
     "SAETrainConfig",
+    "SteerConfig",
     "SweepConfig",
     "check_run_name",
     "layer_of_hook",
