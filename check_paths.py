@@ -24,7 +24,7 @@ REQUIRED_FILES = (
     "mechint/data/__init__.py",
     "mechint/eval/__init__.py",
     "mechint/ablation/__init__.py",
-    "mechint/analysis.py",
+    "mechint/analysis/__init__.py",
     "mechint/builtin/pythia-tiny/model.safetensors",
     "notebooks/inspect-features.ipynb",
     "notebooks/ablation.ipynb",

@@ -1,0 +1,151 @@
+"""Rows of stored activations among their neighbours in the text, and how a line of text is shown."""
+
+import html
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechint.analysis.entries import MAX_BLOCK_ELEMENTS
+from mechint.data.store import Activations
+from mechint.errors import MechintError
+from mechint.sae import SAE
+
+
+class Context(NamedTuple):
+    """A row of the activations among its neighbours in the text."""
+
+    row: int
+    text_id: int
+    position: int  # of the firing token in its text, as the model saw it
+    rows: list[int]  # rows of the tokens shown; `activations.rows(torch.tensor(rows))` are their activations
+    tokens: list[int]  # token ids shown
+    center: int  # index in `tokens` of the firing token
+
+
+def needs_tokens(
+    activations: Activations,
+) -> tuple[Int[Tensor, " n_rows"], Int[Tensor, " n_rows"], Int[Tensor, " n_rows"]]:
+    """Token, text and position of each row. Raises `MechintError` where they were not stored."""
+    tokens, text_ids, positions = activations.tokens, activations.text_ids, activations.positions
+    if tokens is None or text_ids is None or positions is None:
+        raise MechintError(
+            f"{activations.path} was stored without its tokens, so contexts cannot be shown: collect it again with"
+            " collect_activations.py"
+        )
+    return tokens, text_ids, positions
+
+
+def contexts(activations: Activations, rows: Sequence[int] | Int[Tensor, " n"], window: int = 10) -> list[Context]:
+    """The `window` tokens before and after each row, within its text, from the tokens stored with the activations.
+
+    Rows of -1 (unfilled entries of `collect_top_activations`) are left out.
+
+    Raises:
+        MechintError: the activations were stored without tokens, or a row is out of range.
+    """
+    tokens, text_ids, positions = needs_tokens(activations)
+    found = []
+    for row in rows.tolist() if isinstance(rows, Tensor) else rows:
+        if row == -1:
+            continue
+        if not 0 <= row < activations.n_rows:
+            raise MechintError(f"row {row} is not among the {activations.n_rows} rows of {activations.path}")
+        start, stop = max(0, row - window), min(activations.n_rows, row + window + 1)
+        same = (text_ids[start:stop] == text_ids[row]).nonzero().flatten() + start
+        shown = same.tolist()
+        found.append(
+            Context(
+                row=row,
+                text_id=int(text_ids[row]),
+                position=int(positions[row]),
+                rows=shown,
+                tokens=tokens[same].tolist(),
+                center=shown.index(row),
+            )
+        )
+    return found
+
+
+def context_values(sae: SAE, activations: Activations, context: Context, latent: int) -> Float[Tensor, " shown"]:
+    """What `latent` is on each token of the context, from the stored activations (no model is needed)."""
+    with torch.inference_mode():
+        x = activations.rows(torch.tensor(context.rows)).to(sae.W_enc.device)
+        return sae.encode(x)[:, latent].cpu()
+
+
+def latent_values(
+    sae: SAE, activations: Activations, latents: Int[Tensor, " pairs"], rows: Int[Tensor, " pairs"]
+) -> Float[Tensor, " pairs"]:
+    """What latent `latents[i]` is on row `rows[i]`, for many pairs at once, from the stored activations.
+
+    Where a latent's value depends on no other latent, only the products that are asked for are made, latent by latent;
+    else (topk) the rows asked for are encoded whole, each once. Pairs sorted by latent are fastest.
+    """
+    values = torch.zeros(len(rows))
+    if len(rows) == 0:
+        return values
+    if int(latents.min()) < 0 or int(latents.max()) >= sae.d_sae:
+        raise MechintError(f"latents must lie between 0 and {sae.d_sae - 1}")
+    with torch.inference_mode():
+        if sae.architecture not in ("standard", "jumprelu", "gated"):
+            wanted, place = rows.unique(return_inverse=True)
+            size = max(1, min(4096, MAX_BLOCK_ELEMENTS // sae.d_sae))
+            for first in range(0, len(wanted), size):
+                feature_acts = sae.encode(activations.rows(wanted[first : first + size]).to(sae.W_enc.device))
+                here = ((place >= first) & (place < first + size)).nonzero().flatten()
+                values[here] = feature_acts[place[here] - first, latents[here]].float().cpu()
+            return values
+        order = latents.argsort(stable=True)
+        numbers, counts = latents[order].unique_consecutive(return_counts=True)
+        start = 0
+        for latent, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+            here = order[start : start + count]
+            start += count
+            x = activations.rows(rows[here]).to(sae.W_enc.device)
+            u = (x - sae.b_dec) @ sae.W_enc[:, latent]
+            values[here] = _one_latent(sae, u, latent).float().cpu()
+    return values
+
+
+def _one_latent(sae: SAE, u: Float[Tensor, " n"], latent: int) -> Float[Tensor, " n"]:
+    """`encode` of one latent from its product with the centred activations."""
+    if sae.architecture == "gated":
+        gate, mag, gain = (sae.get_parameter(name)[latent] for name in ("b_gate", "b_mag", "r_mag"))
+        return (u + gate > 0) * (u * gain.exp() + mag).relu()
+    pre = u + sae.b_enc[latent]
+    return pre.relu() if sae.architecture == "standard" else pre * (pre > sae.get_parameter("threshold")[latent])
+
+
+def highlight_text(tokens: Sequence[str], center: int) -> str:
+    """The tokens in a row, the one at `center` between >>> and <<<; line breaks are shown as the sign for return."""
+    shown = [token.replace("\n", "\u21b5") for token in tokens]
+    return "".join(shown[:center]) + ">>>" + shown[center] + "<<<" + "".join(shown[center + 1 :])
+
+
+def highlight_html(
+    tokens: Sequence[str], values: Sequence[float] | Float[Tensor, " shown"], center: int | None = None
+) -> str:
+    """One line of HTML for a notebook: each token on a background as strong as its value, `center` in bold.
+
+    Values are scaled to the largest one; the value itself is in the tooltip. The tokens are escaped.
+    """
+    numbers = [float(value) for value in values]
+    if len(numbers) != len(tokens):
+        raise MechintError(f"{len(tokens)} tokens but {len(numbers)} values")
+    highest = max([*numbers, 0.0]) or 1.0
+    parts = []
+    for index, (token, value) in enumerate(zip(tokens, numbers, strict=True)):
+        style = f"background:rgba(255,140,0,{max(value, 0.0) / highest:.2f})"
+        if index == center:
+            style += ";font-weight:bold;text-decoration:underline"
+        text = html.escape(token).replace("\n", "\u21b5")
+        parts.append(f'<span style="{style}" title="{value:.3g}">{text}</span>')
+    return '<div style="white-space:pre-wrap;font-family:monospace">' + "".join(parts) + "</div>"
+
+
+def token_strings(decode: Callable[[list[int]], str], tokens: Sequence[int]) -> list[str]:
+    """Each token as text; `decode` is a tokenizer's, such as `model.tokenizer.decode`."""
+    return [decode([token]) for token in tokens]

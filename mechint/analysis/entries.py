@@ -1,0 +1,154 @@
+"""The active entries of stored activations, batch by batch: which latents fire on which rows, and how strongly.
+
+On a CPU the encoder product and the choice of entries are those of the sparse training kernel: bfloat16 proposes where
+the processor is fast at it, every proposed entry is computed again in float32, and a proven bound leaves none out, so
+that values are float32's to rounding. Elsewhere, and for architectures that it does not know, `SAE.encode` decides.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechint.data.store import Activations
+from mechint.errors import MechintError
+from mechint.sae import SAE
+
+# Entries of a [rows, d_sae] block that exist at once: 128 MB in float32, whatever the size of the dictionary.
+MAX_BLOCK_ELEMENTS = 2**25
+BATCH_ROWS = 4096
+# Share of active entries above which a batch is encoded densely.
+DENSE_ABOVE = 0.17
+
+
+class Entries(NamedTuple):
+    """Active entries of `n_rows` rows from `row` on, row by row and by ascending latent.
+
+    Row r's end at `ends[r]`; they begin where those of the row before end, or at `c * capacity` for the first row of
+    chunk c = r // chunk. The arrays are used again for the next batch.
+    """
+
+    row: int
+    n_rows: int
+    chunk: int
+    capacity: int
+    cols: np.ndarray  # int32
+    values: np.ndarray  # float32
+    ends: np.ndarray  # int64
+
+    def flat(self, which: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`(row, latent, value)` of each entry that is above 0, as arrays of their own; rows counted from `row`.
+
+        `which` are the rows wanted, ascending; all if not given.
+        """
+        r = np.arange(self.n_rows) if which is None else which
+        starts = np.where(r % self.chunk == 0, r // self.chunk * self.capacity, self.ends[r - 1])
+        lengths = self.ends[r] - starts
+        before = np.cumsum(lengths) - lengths
+        at = np.repeat(starts - before, lengths) + np.arange(lengths.sum())
+        rows, cols, values = np.repeat(r, lengths), self.cols[at], self.values[at]
+        fired = values > 0
+        return rows[fired], cols[fired], values[fired]
+
+
+def active_entries(
+    sae: SAE, acts: Float[Tensor, "n d_in"] | Activations, *, batch_size: int = BATCH_ROWS
+) -> Iterator[Entries]:
+    """All rows in order. What is yielded is valid until the next is asked for.
+
+    Raises:
+        MechintError: the activations are not as wide as the SAE, or a row holds NaN or Inf.
+    """
+    d_in = acts.shape[1] if isinstance(acts, Tensor) else acts.d_in
+    if d_in != sae.d_in:
+        raise MechintError(f"the activations are {d_in} wide (d_in), the SAE expects {sae.d_in}")
+    batch_size = max(1, min(batch_size, MAX_BLOCK_ELEMENTS // sae.d_sae))
+    finder = _finder(sae)
+    batches = acts.split(batch_size) if isinstance(acts, Tensor) else acts.batches(batch_size)
+    row = 0
+    for x in batches:
+        if len(x) == 0:
+            continue
+        with torch.inference_mode():
+            found = finder.find(x, row, batch_size) if finder is not None else None
+            yield _dense(sae, x, row) if found is None else found
+        row += len(x)
+
+
+def _dense(sae: SAE, x: Float[Tensor, "batch d_in"], row: int) -> Entries:
+    if not bool(x.isfinite().all()):
+        bad = int((~x.isfinite()).any(dim=1).nonzero()[0])
+        raise MechintError(f"row {row + bad} of the activations holds NaN or Inf: collect again, or leave that row out")
+    feature_acts = sae.encode(x.to(sae.W_enc.device, torch.float32))
+    rows, cols = feature_acts.nonzero(as_tuple=True)
+    values = feature_acts[rows, cols].float().cpu().numpy()
+    ends = torch.bincount(rows, minlength=len(x)).cumsum(0).cpu().numpy()
+    return Entries(row, len(x), len(x), 0, cols.to(torch.int32).cpu().numpy(), values, ends)
+
+
+class _Finder:
+    """Entries through the sparse kernel's buffers. `find` returns None for a batch that it cannot take."""
+
+    def __init__(self, sae: SAE, narrow: bool):
+        self.sae, self.narrow = sae, narrow
+        self.space: Any = None
+
+    def find(self, x: Float[Tensor, "batch d_in"], row: int, batch_size: int) -> Entries | None:
+        from mechint.kernels.sparse_pool import pool
+        from mechint.kernels.sparse_space import Space
+
+        threads = pool()
+        x = x.to(torch.float32).contiguous()
+        if self.space is None or self.space.batch != len(x):
+            self.space = Space(
+                self.sae, len(x), narrow=self.narrow, dense_above=DENSE_ABOVE, n_threads=threads.n_threads
+            )
+        space, sae = self.space, self.sae
+        if not space.start(sae, x, threads):
+            return None
+        if sae.architecture == "jumprelu":
+            space.set_bound(sae.get_parameter("threshold").detach().numpy())
+        k = int(getattr(sae, "k", 0)) if sae.architecture == "topk" else 0
+
+        def chunk(c: int, thread: int) -> None:
+            if space.finite and not space.too_dense and space.encode(c, thread):
+                space.find(c, thread, k=k)
+
+        threads.run(chunk, space.n_chunks)
+        if space.too_dense or not space.finite:
+            return None
+        values = space.pre
+        if sae.architecture == "gated":
+            values = self._magnitudes(space)
+        return Entries(row, len(x), space.chunk, space.capacity, space.cols, values, space.ends)
+
+    def _magnitudes(self, space: Any) -> np.ndarray:
+        from mechint.kernels import sparse_choice as choice
+
+        b_gate, b_mag, r_mag = (self.sae.get_parameter(name).detach() for name in ("b_gate", "b_mag", "r_mag"))
+        space.separate_acts()
+        for c in range(space.n_chunks):
+            entries = (space.span(c)[0], space.n_entries[c], space.cols, space.pre)
+            choice.gate(*entries, b_gate.numpy(), r_mag.exp().numpy(), b_mag.numpy(), space.acts)
+        return space.acts
+
+
+def _finder(sae: SAE) -> _Finder | None:
+    """None where the sparse kernel's stages do not give what `encode` gives."""
+    plain = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in sae.parameters())
+    if not plain or sae.d_sae < 16 or not sae.W_enc.t().is_contiguous() or not sae.W_dec.is_contiguous():
+        return None
+    if sae.architecture not in ("standard", "topk", "jumprelu", "gated") or sae.peers.several_shares:
+        return None
+    if sae.architecture == "topk" and not sae.unit_decoder:  # its choice weighs latents by their decoder rows
+        return None
+    if sae.architecture == "jumprelu" and bool((sae.get_parameter("threshold") < 0).any()):
+        return None  # negative pre-activations may pass
+    try:
+        from mechint.kernels.sparse import broken, has_bfloat16_products
+    except (ImportError, OSError, RuntimeError):  # no numba here
+        return None
+    return None if broken(sae.architecture) else _Finder(sae, has_bfloat16_products())
