@@ -24,9 +24,9 @@ class EvalConfig(Config):
     rows: Literal["heldout", "all"] = "heldout"
     """Rows to measure on: those that the run held out, or all (for activations that the SAE was not trained on)."""
     output: Path | None = None
-    """Also write the results to this JSON file."""
+    """JSON file to write the results to; eval.json in --run-dir if not given."""
     overwrite: bool = False
-    """Replace --output if it exists."""
+    """Replace the output if it exists."""
     eval_texts_path: Path | None = None
     """Texts, one a line, for the cross-entropy; the held-out texts of the activations if not given."""
     max_eval_texts: int = 200
@@ -37,8 +37,16 @@ class EvalConfig(Config):
     """How to run the model, as in collect."""
     batch_size: int = 16
     """Texts through the model at once."""
+    resamples: int = 1000
+    """Resamples of texts for the 95 % intervals; 0 leaves them out."""
+    seed: int = 0
+    """Seed of the resamples."""
     device: str | None = None
     """cuda, mps or cpu; the best that works if not given."""
+
+    def asks_for_more_texts_than(self, n_texts: int) -> bool:
+        """Whether a number of texts was named (the default is a limit, not a wish) and there are fewer."""
+        return self.max_eval_texts not in (0, EvalConfig.max_eval_texts) and n_texts < self.max_eval_texts
 
 
 @dataclass(frozen=True)
@@ -87,3 +95,49 @@ class CompareConfig(Config):
     """Width that the checkpoints must have; only checked."""
     block_size: int = 1024
     """Latents compared at once; bounds the memory."""
+
+
+@dataclass(frozen=True)
+class RankConfig(Config):
+    """Rank all latents by an estimate of what removing each does, and measure how far the estimate can be trusted."""
+
+    run_dir: Path | None = None
+    """A run directory; wins over --checkpoint."""
+    checkpoint: Path | None = None
+    """A checkpoint.pt, an old saved_models/*.pt, or a folder in SAELens's layout."""
+    config: Path | None = None
+    """config.json that belongs to the checkpoint; found beside it if not given."""
+    output: Path | None = None
+    """CSV to write, with its .json beside it; ranking.csv in the run directory if not given."""
+    eval_texts_path: Path | None = None
+    """Texts, one a line; the run's own held-out texts if not given."""
+    activations_path: str | None = None
+    """Activations whose stored tokens are the texts, split as the run says; the run's own if not given."""
+    num_texts: int | None = None
+    """Texts to rank on, from the first on; all if not given."""
+    by: Literal["kl", "ce"] = "kl"
+    """Rank by the estimated KL, or by the first-order change of the cross-entropy."""
+    draws: int = 4
+    """Backward passes for the KL estimate; more make it steadier."""
+    top: int = 100
+    """First latents of the ranking to ablate exactly."""
+    control: int = 100
+    """Latents to ablate exactly that are drawn at random from the others."""
+    latents: str | None = None
+    """Latents to ablate exactly in any case, such as 1,2,3 or 0-99,512."""
+    exact_texts: int = 20
+    """Texts to ablate on, drawn at random from those ranked on; all if there are fewer."""
+    seed: int = 0
+    """Of the draws, the control and the choice of texts."""
+    model: str | None = None
+    """Language model; the one that the run names if not given."""
+    hook: Annotated[str | None, arg(aliases=["--hook-name"])] = None
+    """Hook of the SAE, for one that does not say; only checked for one that does."""
+    processing: Processing | None = None
+    """As in collect, for an SAE that does not say; only checked for one that does."""
+    batch_size: int = 128
+    """(latent, text) pairs ablated at once."""
+    overwrite: bool = False
+    """Replace --output if it exists."""
+    device: str | None = None
+    """cuda, mps or cpu; the best that works if not given."""
