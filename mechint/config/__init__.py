@@ -12,7 +12,7 @@ from mechint.config.base import (
     require,
 )
 from mechint.config.collect import COLLECT_PRESETS, CollectConfig
-from mechint.config.readers import AblateConfig, CompareConfig, EvalConfig
+from mechint.config.readers import AblateConfig, CompareConfig, EvalConfig, RankConfig
 from mechint.config.steering import ExtractConfig, SteerConfig
 from mechint.config.sweep import SweepConfig
 from mechint.config.train import TRAIN_PRESETS, SAETrainConfig
@@ -31,6 +31,7 @@ __all__ = [
     "EvalConfig",
     "ExtractConfig",
     "Processing",
+    "RankConfig",
     "SAETrainConfig",
     "SteerConfig",
     "SweepConfig",
