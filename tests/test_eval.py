@@ -17,9 +17,10 @@ from mechint.eval import (
     append_metrics_row,
     collect_feature_activity,
     evaluate_sae,
-    language,
     language_metrics,
     measure_activity,
+    one_pass,
+    predictions,
     print_eval_summary,
     read_metrics_csv,
     reconstruction,
@@ -63,13 +64,21 @@ def test_each_metric_by_hand() -> None:
         "l1": (4 + 2 + 2) / 3,
         "fvu": squared_error / scatter,
         "explained_variance": 1 - squared_error / scatter,
+        # each row's squared distance from the mean: (10/3)^2 + (2/3)^2 = 104/9, 20/9 and 68/9
+        "explained_variance_legacy": (1 - 4 * 9 / 104 + 1 - 1 * 9 / 20 + 1 - 4 * 9 / 68) / 3,
         "cosine": (1 + 1 + 0) / 3,
         "l2_ratio": (0.5 + 0.5 + 0) / 3,
+        # |x_hat|^2 = 4, 1, 0 and <x, x_hat> = 8, 2, 0
+        "relative_reconstruction_bias": 5 / 10,
         "n_val": 3,
         "n_train": 3,
         "n_dead_val": 1,
         "dead_features": 1,
         "dead_fraction": 0.25,
+        "alive_features": 3,
+        "dense_features": 3,  # on one row of three each
+        "dense_fraction": 0.75,
+        "features_over_1_percent": 3,
     }
     assert found == pytest.approx(expected, rel=1e-12)
 
@@ -180,7 +189,7 @@ def expected_language(texts: list[Text], mean: torch.Tensor) -> dict[str, float]
         "mean": lambda x: mean,
     }
     nll = dict.fromkeys(edits, 0.0)
-    kl, n = 0.0, 0
+    kl, n = dict.fromkeys(edits, 0.0), 0
     for text in texts:
         for position in range(len(text.tokens) - 1):
             value = model.embedding[text.tokens[position]]
@@ -189,20 +198,24 @@ def expected_language(texts: list[Text], mean: torch.Tensor) -> dict[str, float]
                 used = edit(value) if text.seen[position] else value
                 log_probs[name] = (used.double() @ model.unembedding.double()).log_softmax(0)
                 nll[name] -= float(log_probs[name][text.tokens[position + 1]])
-            kl += float((log_probs["clean"].exp() * (log_probs["clean"] - log_probs["sae"])).sum())
+            for name in edits:
+                kl[name] += float((log_probs["clean"].exp() * (log_probs["clean"] - log_probs[name])).sum())
             n += 1
     ce = {f"ce_{name}": total / n for name, total in nll.items()}
     for baseline in ("zero", "mean"):
         lost = ce[f"ce_{baseline}"] - ce["ce_clean"]
         ce[f"ce_recovered_{baseline}"] = (ce[f"ce_{baseline}"] - ce["ce_sae"]) / lost if lost > 0 else None
-    return {**ce, "kl_clean_sae": kl / n, "n_texts_ce": len(texts), "n_predicted": n}
+        ce[f"kl_score_{baseline}"] = (kl[baseline] - kl["sae"]) / kl[baseline]
+    ce |= {f"kl_clean_{name}": kl[name] / n for name in edits if name != "clean"}
+    return {**ce, "n_texts_ce": len(texts), "n_predicted": n}
 
 
 @pytest.mark.parametrize("limit", [1, 2**26])
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
 def test_language_metrics_by_hand(batch_size: int, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(language, "MAX_LOGIT_ELEMENTS", limit)
-    monkeypatch.setattr(language, "POSITIONS_PER_BLOCK", 2)
+    monkeypatch.setattr(one_pass, "MAX_LOGIT_ELEMENTS", limit)
+    monkeypatch.setattr(predictions, "ROWS", 2)
+    monkeypatch.setattr(predictions, "TILE", 2)  # of a vocabulary of three
     # Lengths differ, so that padding and a short last batch would show; one position 0 was not seen by the SAE.
     texts = [
         Text([0, 0, 0, 0, 0, 1, 1, 1, 1], [False] + [True] * 8),
@@ -227,7 +240,7 @@ def test_batches_hold_the_texts_and_the_logits_asked_for(monkeypatch: pytest.Mon
     language_metrics(by_hand_sae(), OneStep(), texts, torch.zeros(2), "hook", batch_size=2)
     assert shapes == [(2, 2), (2, 3), (2, 7), (1, 9)]  # sorted by length
     shapes.clear()
-    monkeypatch.setattr(language, "MAX_LOGIT_ELEMENTS", 3 * 8)  # eight positions; a longer text goes alone
+    monkeypatch.setattr(one_pass, "MAX_LOGIT_ELEMENTS", 3 * 8)  # eight positions; a longer text goes alone
     language_metrics(by_hand_sae(), OneStep(), texts, torch.zeros(2), "hook", batch_size=100)
     assert shapes == [(3, 2), (2, 4), (1, 7), (1, 9)]
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mechint.config import EvalConfig, SAETrainConfig
@@ -14,12 +13,16 @@ from mechint.data.batches import split_indices
 from mechint.data.store import Activations, open_activations
 from mechint.data.text import iter_texts_from_path
 from mechint.errors import MechintError
-from mechint.eval.language import Text, language_metrics, texts_from_rows, texts_from_tokens
-from mechint.eval.reconstruction import evaluate_sae, measure_activity
+from mechint.eval.bootstrap import group_of_texts, reconstruction_intervals
+from mechint.eval.from_texts import evaluate_texts
+from mechint.eval.histograms import DENSE, activity_metrics, density_histogram, l0_histogram
+from mechint.eval.reconstruction import measure_activity, measure_rows
+from mechint.eval.texts import Text, texts_from_rows, texts_from_tokens
 from mechint.models import LanguageModel, load_model
 from mechint.provenance import check_output_path, detect_device, get_git_commit, read_json
 from mechint.runs import Run
 from mechint.sae import SAE, load_sae
+from mechint.subject import Subject, check_width
 
 # What must be the same for an SAE and the activations it is applied to, beside the width.
 SETTING = ("hook_name", "processing", "prepend_bos")
@@ -36,12 +39,17 @@ class Target:
     notes: tuple[str, ...] = ()
 
 
+# Keys of `evaluate_texts` that the command reports of texts; those of rows are measured on the stored ones.
+OF_TEXTS = ("ce_", "kl_", "n_texts_ce", "n_predicted")
+
+
 def evaluate_checkpoint(config: EvalConfig, *, progress: bool = False) -> dict[str, Any]:
     """Evaluate what `config` names. Everything that can be wrong is checked before the first pass over the data.
 
     Returns:
-        The original's keys (val_mse, val_l0, dead_features, ...) and the newer metrics; `notes` says in words what was
-        assumed or left out, such as a language model that cannot be reached.
+        The original's keys (val_mse, val_l0, dead_features, ...) and the newer metrics; nested ones hold intervals,
+        histograms, windows, and the values with and without special tokens (docs/metrics.md). `notes` says in words
+        what was assumed or left out, such as a language model that cannot be reached.
 
     Raises:
         MechintError: nothing to evaluate, files that are missing, broken or do not belong together, an existing output.
@@ -50,8 +58,8 @@ def evaluate_checkpoint(config: EvalConfig, *, progress: bool = False) -> dict[s
         raise MechintError(f"{config.output} exists: give another --output, or --overwrite to replace it")
     if config.output is not None:
         check_output_path(config.output)
-    if config.max_eval_texts < 0 or config.batch_size < 1:
-        raise MechintError("--max-eval-texts must not be negative, and --batch-size must be at least 1")
+    if config.max_eval_texts < 0 or config.batch_size < 1 or config.resamples < 0:
+        raise MechintError("--max-eval-texts and --resamples must not be negative, and --batch-size must be at least 1")
     given_texts = None if config.eval_texts_path is None else iter_texts_from_path(config.eval_texts_path)
     device = detect_device(config.device)
     target = find_target(config)
@@ -66,24 +74,58 @@ def evaluate_checkpoint(config: EvalConfig, *, progress: bool = False) -> dict[s
     spliced, note = prepare_language(config, target, sae, activations, val_indices, given_texts, device)
     if note is not None:
         notes.append(note)
+    if spliced is not None and config.asks_for_more_texts_than(len(spliced[1])):
+        notes.append(f"{config.max_eval_texts} texts were asked for, but there are only {len(spliced[1])} to read")
 
+    batch_size = target.config.eval_batch_size
     activity = measure_activity(
-        sae, activations, train_indices, batch_size=target.config.eval_batch_size, device=device, progress=progress
+        sae, activations, train_indices, batch_size=batch_size, device=device, progress=progress
     )
-    result = evaluate_sae(
+    groups, n_groups = (None, 1) if activations.text_ids is None else group_of_texts(activations.text_ids)
+    rows = measure_rows(
         sae,
         activations,
         val_indices,
-        batch_size=target.config.eval_batch_size,
+        groups=groups,
+        n_groups=n_groups,
+        batch_size=batch_size,
         device=device,
-        activity=activity,
         progress=progress,
     )
+    result = {
+        **rows.metrics(),
+        **activity_metrics(activity.fire_counts, activity.n_rows),
+        "n_train": activity.n_rows,
+        "n_dense_val": int((rows.fire_counts > DENSE * rows.n).sum()),
+        "l0_histogram": l0_histogram(rows.l0_counts),
+        "density_histogram": density_histogram(activity.fire_counts, activity.n_rows),
+        "windows": windows(activity.n_rows, rows.n),
+        "ci95": {},
+    }
+    if groups is None:
+        notes.append(f"intervals left out: {activations.path} does not say which text a row is from")
+    else:
+        used = rows.table[:, 0] > 0
+        result["ci95"] = reconstruction_intervals(
+            rows.table[used], rows.deviation[used], n_resamples=config.resamples, seed=config.seed
+        )
     if spliced is not None:
         model, texts, hook_name = spliced
-        result |= language_metrics(
-            sae, model, texts, activity.mean.float(), hook_name, batch_size=config.batch_size, progress=progress
+        known = _known(sae, activations)
+        bos, context_size = known.get("prepend_bos", True), known.get("context_size")
+        subject = Subject(sae, model, hook_name, target.checkpoint, None, bos, _keeps_bos(known), context_size)
+        of_texts = evaluate_texts(
+            subject,
+            texts,
+            mean=activity.mean.float(),
+            batch_size=config.batch_size,
+            n_resamples=config.resamples,
+            seed=config.seed,
+            progress=progress,
         )
+        result |= {key: value for key, value in of_texts.items() if key.startswith(OF_TEXTS)}
+        result["ci95"] |= {key: value for key, value in of_texts["ci95"].items() if key.startswith(OF_TEXTS)}
+        result |= {key: value for key, value in of_texts.items() if key.endswith("_special")}
         result["model_name"] = config.model or activations.info.get("model_name") or model.name
     return {
         **result,
@@ -97,6 +139,20 @@ def evaluate_checkpoint(config: EvalConfig, *, progress: bool = False) -> dict[s
         "rows": config.rows if config.rows == "all" else f"{config.rows} by {target.config.split_by}",
         "notes": notes,
     }
+
+
+def windows(n_train: int, n_val: int) -> dict[str, Any]:
+    """On how many rows of which set each count of latents was made."""
+    train, held_out = {"set": "training rows", "n_rows": n_train}, {"set": "held-out rows", "n_rows": n_val}
+    counts = {
+        "dead_features": train | {"rule": "active on none"},
+        "alive_features": train | {"rule": "active on at least one"},
+        "dense_features": train | {"rule": "active on more than 10 %"},
+        "features_over_1_percent": train | {"rule": "active on more than 1 %"},
+        "n_dead_val": held_out | {"rule": "active on none"},
+        "n_dense_val": held_out | {"rule": "active on more than 10 %"},
+    }
+    return {**counts, "density_histogram": train, "l0_histogram": held_out}
 
 
 def find_target(config: EvalConfig) -> Target:
@@ -206,7 +262,7 @@ def prepare_language(
     """The model and the texts for the cross-entropy, checked to fit the SAE; or why there are none."""
     if config.max_eval_texts == 0:
         return None, "cross-entropy left out (--max-eval-texts 0)"
-    known = {**activations.info, **{key: value for key, value in sae.metadata.items() if value is not None}}
+    known = _known(sae, activations)
     if given_texts is None and activations.tokens is None:
         return None, (
             f"cross-entropy left out: {activations.path} was stored without its tokens; give texts, one a line, with"
@@ -224,12 +280,7 @@ def prepare_language(
             raise
         return None, f"cross-entropy left out: {error} (with --model)"
     model = _with_hook(model, hook_name, config.backend)
-    width = model.activations(torch.zeros(1, 1, dtype=torch.int64), hook_name).shape[-1]
-    if width != sae.d_in:
-        raise MechintError(
-            f"{hook_name} of {name} is {width} wide, but {target.checkpoint} has d_in {sae.d_in}: give the model that"
-            " it was trained on with --model"
-        )
+    check_width(sae, model, hook_name)
     if given_texts is None:
         texts = texts_from_rows(activations, val_indices, max_texts=config.max_eval_texts)
     else:
@@ -244,6 +295,11 @@ def prepare_language(
             f"{activations.path} holds token {highest}, but {name} has {model.d_vocab} tokens: another model made them"
         )
     return (model, texts, hook_name), _other_weights(known, model)
+
+
+def _known(sae: SAE, activations: Activations) -> dict[str, Any]:
+    """What is recorded of how the activations were made: by the SAE, else by the activations."""
+    return {**activations.info, **{key: value for key, value in sae.metadata.items() if value is not None}}
 
 
 def _model_name(known: dict[str, Any], settings: SAETrainConfig) -> str:

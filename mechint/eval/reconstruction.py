@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mechint.data.store import Activations
 from mechint.errors import MechintError
+from mechint.eval.histograms import activity_metrics
 from mechint.eval.sums import ReconstructionSums, count_active
 from mechint.sae import SAE
 
@@ -133,24 +134,53 @@ def evaluate_sae(
         activity = measure_activity(
             sae, activations, train_indices, batch_size=batch_size, device=device, progress=progress
         )
+    sums = measure_rows(sae, activations, val_indices, batch_size=batch_size, device=device, progress=progress)
+    return {**sums.metrics(), **activity_metrics(activity.fire_counts, activity.n_rows), "n_train": activity.n_rows}
+
+
+def measure_rows(
+    sae: SAE,
+    activations: Float[Tensor, "n d_in"] | Activations,
+    indices: Int[Tensor, " rows"] | None = None,
+    *,
+    groups: Int[Tensor, " n"] | None = None,
+    n_groups: int = 1,
+    batch_size: int = 8192,
+    device: str | None = None,
+    progress: bool = False,
+) -> ReconstructionSums:
+    """Sums over the rows `indices` (all if None), in two passes: their mean first, then their reconstruction.
+
+    Args:
+        groups: the group (text) of every row of `activations`; the sums are kept apart by group.
+
+    Raises:
+        MechintError: no rows to measure on, the wrong width, NaN or Inf in the activations.
+    """
     sae, batch_size = _prepared(sae, activations, batch_size, device)
-    sums = ReconstructionSums(sae.d_in, sae.d_sae)
-    with torch.inference_mode():
-        for x in row_batches(activations, val_indices, batch_size, what="held-out rows", progress=progress):
-            x = x.to(sae.W_enc.device)
-            sums.add(x, *sae(x))
-    if sums.n == 0:
+    if indices is not None:
+        indices = indices.sort().values
+    total, n_rows = torch.zeros(sae.d_in, dtype=torch.float64), 0
+    for x in row_batches(activations, indices, batch_size):
+        total += x.double().sum(dim=0)
+        n_rows += len(x)
+    if n_rows == 0:
         raise MechintError(
             "there are no held-out rows to evaluate on (val_fraction is 0 or rounds to no text): give other"
             " activations with --activations-path, and --rows all"
         )
-    n_dead = int((activity.fire_counts == 0).sum())
-    return {
-        **sums.metrics(),
-        "dead_features": n_dead,
-        "dead_fraction": n_dead / sae.d_sae,
-        "n_train": activity.n_rows,
-    }
+    if groups is not None and indices is not None:
+        groups = groups[indices]
+    sums = ReconstructionSums(sae.d_in, sae.d_sae, n_groups=n_groups, centre=total / n_rows)
+    start = 0
+    with torch.inference_mode():
+        for x in row_batches(activations, indices, batch_size, what="held-out rows", progress=progress):
+            of_row = None if groups is None else groups[start : start + len(x)]
+            start += len(x)
+            x = x.to(sae.W_enc.device)
+            x_hat, feature_acts = sae(x)
+            sums.add(x, x_hat, feature_acts, of_row)
+    return sums
 
 
 def _prepared(

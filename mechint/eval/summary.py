@@ -25,11 +25,18 @@ PRINTED = (
     "mse_per_token",
     "fvu",
     "explained_variance",
+    "explained_variance_legacy",
     "cosine",
     "l2_ratio",
+    "relative_reconstruction_bias",
     "n_train",
     "n_val",
     "n_dead_val",
+    "n_dense_val",
+    "alive_features",
+    "dense_features",
+    "dense_fraction",
+    "features_over_1_percent",
     "ce_clean",
     "ce_sae",
     "ce_zero",
@@ -37,18 +44,25 @@ PRINTED = (
     "ce_recovered_zero",
     "ce_recovered_mean",
     "kl_clean_sae",
+    "kl_clean_zero",
+    "kl_clean_mean",
+    "kl_score_zero",
+    "kl_score_mean",
     "n_texts_ce",
     "n_predicted",
 )
 
 
 def print_eval_summary(summary: Mapping[str, Any]) -> None:
-    """Print an empty line, `---` and one `key: value` a line; floats to six digits (the JSON holds them in full)."""
+    """Print an empty line, `---` and one `key: value` a line; floats to six digits (the JSON holds them in full).
+
+    Nested values (intervals, histograms, values with and without special tokens) are in the JSON alone.
+    """
     print()
     print("---")
     for key in [*(key for key in PRINTED if key in summary), *(key for key in summary if key not in PRINTED)]:
         value = summary[key]
-        if key == "notes":
+        if key == "notes" or isinstance(value, dict):
             continue
         if value is None:
             value = "undefined"
