@@ -20,8 +20,8 @@ from mechint.analysis.decoder import (
     decoder_similarity_blocks,
     top_decoder_pairs,
 )
-from mechint.analysis.gather import GatherSettings, Latents, gather, load_latents, load_or_gather, save_latents
 from mechint.analysis.geometry import Neighbours, decoder_clusters, decoder_map, nearest_latents
+from mechint.analysis.latents import GatherSettings, Latents, gather, load_latents, load_or_gather, save_latents
 from mechint.analysis.logits import LogitEffects, logit_effects
 from mechint.analysis.search import (
     Firing,

@@ -72,7 +72,7 @@ def active_entries(
     for x in batches:
         if len(x) == 0:
             continue
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: buffers made in it are closed to other threads
             found = finder.find(x, row, batch_size) if finder is not None else None
             yield _dense(sae, x, row) if found is None else found
         row += len(x)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechint.analysis.contexts import needs_tokens
-from mechint.analysis.gather import Latents
+from mechint.analysis.latents import Latents
 from mechint.data.store import Activations
 from mechint.errors import MechintError
 from mechint.subject import Subject
