@@ -1,0 +1,257 @@
+"""What a run's own files say, for the first screen of its report: nothing here opens weights or activations."""
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+from mechint.config import SAETrainConfig
+from mechint.errors import MechintError
+from mechint.eval import read_metrics_csv
+from mechint.provenance import read_json
+from mechint.runs import Run
+
+# Fields of the settings that say where things are, not what was done.
+PLACES = frozenset({"activations_path", "runs_root", "run_name", "device", "track", "log_every", "save_every"})
+# What a row of the quality table is: key, its names under the zero and the mean baseline, what a reader is told.
+CURVES = ("step", "loss", "mse", "fvu", "l0_count", "dead_features", "dead", "dense", "lr")
+MAX_CURVE_POINTS = 400
+
+
+def check_finished(path: str | Path) -> Run:
+    """The run at `path`.
+
+    Raises:
+        MechintError: not a run directory, one that is empty, or one that is still training; names the next command.
+    """
+    path = Path(path)
+    if path.is_dir() and not any(path.iterdir()):
+        raise MechintError(f"{path} is empty: no run was trained there; `python scripts/train_sae.py` makes one")
+    run = Run(path)
+    if not run.is_done:
+        at = _steps_so_far(run)
+        raise MechintError(
+            f"{path} is not finished{at}: wait until its training ends, or go on with"
+            f" `python scripts/train_sae.py --resume {path}`"
+        )
+    return run
+
+
+def _steps_so_far(run: Run) -> str:
+    try:
+        rows = read_metrics_csv(run.metrics_path)
+        return f" (step {rows[-1]['step']:,} of {run.config.steps:,})" if rows else ""
+    except (MechintError, TypeError):
+        return ""
+
+
+def run_facts(run: Run) -> dict[str, Any]:
+    """What the report's first screen needs of a finished run, as JSON values; missing files are named in `missing`.
+
+    Keys: name, model, hook, data, architecture, d_in, d_sae, settings (those that differ from the defaults), curves,
+    quality, concepts, ranking, provenance, missing ({what, command} each).
+    """
+    config, manifest, summary = run.config, run.manifest, run.summary
+    missing: list[dict[str, str]] = []
+    quality = {key: value for key, value in summary.items() if isinstance(value, (int, float))}
+    evaluated = _optional_json(
+        run, "eval.json", missing, "how well the model works with it", "eval --output {run}/eval.json"
+    )
+    quality |= evaluated or {}
+    source = manifest.get("inputs", {}).get("activations", {})
+    d_sae = int(quality.get("num_features") or config.activation_dim * config.expansion)
+    facts = {
+        "name": run.path.resolve().name,
+        "model": config.model_name,
+        "hook": config.hook_name,
+        "dataset": source.get("dataset_name") or config.dataset_name,
+        "n_rows": source.get("n_rows"),
+        "architecture": config.architecture,
+        "d_in": config.activation_dim,
+        "d_sae": d_sae,
+        "steps": config.steps,
+        "batch_size": config.batch_size,
+        "sparsity": sparsity_words(config),
+        "settings": changed_settings(config),
+        "all_settings": {name: _shown(value) for name, value in config.to_dict().items()},
+        "curves": _curves(run, d_sae),
+        "quality": {key: value for key, value in quality.items() if not isinstance(value, str) or key == "rows"},
+        "evaluated": evaluated is not None,
+        "concepts": _concepts(run, missing),
+        "ranking": _ranking(run, missing),
+        "provenance": _provenance(run, manifest, source),
+        "missing": missing,
+    }
+    return facts
+
+
+def sparsity_words(config: SAETrainConfig) -> str:
+    """What decides how sparse the code is."""
+    for name, text in (("k", "k = {:g}"), ("target_l0", "target L0 {:g}")):
+        if (value := getattr(config, name)) is not None:
+            return text.format(value)
+    return f"penalty weight {config.l1_lambda:g}"
+
+
+def changed_settings(config: SAETrainConfig) -> list[dict[str, str]]:
+    """The settings that are not the defaults: name, value, default, as text."""
+    ours, defaults = config.to_dict(), SAETrainConfig().to_dict()
+    return [
+        {"name": name, "value": _shown(value), "default": _shown(defaults[name])}
+        for name, value in ours.items()
+        if value != defaults[name] and name not in PLACES
+    ]
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _curves(run: Run, d_sae: int) -> dict[str, list[float | None]]:
+    """Columns of metrics.csv, thinned out evenly to at most 400 rows, the last one kept."""
+    rows = read_metrics_csv(run.metrics_path)
+    stride = max(1, math.ceil(len(rows) / MAX_CURVE_POINTS))
+    rows = [row for index, row in enumerate(rows) if index % stride == 0 or index == len(rows) - 1]
+    found = {name: [row.get(name) for row in rows] for name in CURVES}
+    if all(value is None for value in found["l0_count"]):  # older files have the fraction only
+        found["l0_count"] = [None if row["l0"] is None else row["l0"] * d_sae for row in rows]
+    return {name: values for name, values in found.items() if any(value is not None for value in values)}
+
+
+def _provenance(run: Run, manifest: dict[str, Any], source: dict[str, Any]) -> list[list[str]]:
+    """Label and value, in the order in which one thing was made from the other."""
+    outputs = manifest.get("outputs", {})
+    versions = manifest.get("versions", {})
+    lines = [
+        ("data set", source.get("dataset_name") or run.config.dataset_name),
+        ("data revision", source.get("dataset_revision")),
+        ("texts, SHA-256", source.get("texts_sha256")),
+        ("model", source.get("model_source") or run.config.model_name),
+        ("model revision", source.get("model_revision")),
+        ("model weights, SHA-256", source.get("model_sha256")),
+        ("activations", source.get("path")),
+        ("activations, SHA-256", source.get("sha256")),
+        ("config.json, SHA-256", outputs.get("config.json")),
+        ("checkpoint.pt, SHA-256", outputs.get("checkpoint.pt")),
+        ("commit that trained", manifest.get("git_commit")),
+        ("device, kernel", ", ".join(str(manifest[key]) for key in ("device", "kernel") if manifest.get(key))),
+        ("resumed at step", ", ".join(map(str, manifest.get("resumed_at", [])))),
+        ("versions", ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))),
+    ]
+    return [[label, str(value)] for label, value in lines if value]
+
+
+def _optional_json(
+    run: Run, name: str, missing: list[dict[str, str]] | None, what: str, command: str
+) -> dict[str, Any] | None:
+    """A JSON object of the run; None where it is not there or cannot be read, which `missing` then says."""
+    path = run.path / name
+    why = "has not been measured"
+    if path.is_file():
+        try:
+            return read_json(path, name)
+        except MechintError as error:
+            why = f"cannot be read: {error}"
+    if missing is not None:
+        missing.append({"what": f"{what} ({name}) {why}", "command": "mechint " + command.format(run=run.path)})
+    return None
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV with numbers as numbers, empty cells as None; no rows if there is no such file."""
+    if not path.is_file():
+        return []
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return [{key: _value(cell) for key, cell in row.items() if key is not None} for row in csv.DictReader(file)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise MechintError(f"table {path} cannot be read: {error}") from error
+
+
+def _value(cell: Any) -> Any:
+    if cell is None or cell == "":
+        return None
+    try:
+        return float(cell)
+    except (TypeError, ValueError):
+        return cell
+
+
+def _concepts(run: Run, missing: list[dict[str, str]]) -> dict[str, Any] | None:
+    rows = _rows(run.path / "concepts.csv")
+    if not rows:
+        command = f"mechint concepts --run-dir {run.path}"
+        what = "which latents match known concepts (concepts.csv) has not been measured"
+        missing.append({"what": what, "command": command})
+        return None
+    rows.sort(key=lambda row: -(number(row.get("f1")) or 0.0))
+    summary = _optional_json(run, "concepts.json", None, "", "") or {}
+    return {"rows": rows, "summary": {k: v for k, v in summary.items() if isinstance(v, (int, float, dict))}}
+
+
+def _ranking(run: Run, missing: list[dict[str, str]]) -> dict[str, Any] | None:
+    """Settings and rank correlations of ranking.json; the rows are in `latent_effects`."""
+    if (run.path / "ranking.csv").is_file():
+        return {"source": "ranking.csv", **(_optional_json(run, "ranking.json", None, "", "") or {})}
+    missing.append(
+        {
+            "what": "the causal ranking of all latents (ranking.csv) has not been made",
+            "command": f"mechint rank --run-dir {run.path}",
+        }
+    )
+    return {"source": "ablation.csv"} if (run.path / "ablation.csv").is_file() else None
+
+
+def number(value: Any) -> float | None:
+    """`value` if it is a finite number."""
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def latent_effects(run: Run) -> dict[str, dict[int, float]]:
+    """By column, latent -> value: `attribution`, `attribution_signed`, `exact_kl`, `exact_ce_change` (docs/ranking.md),
+    `control` (1 for a latent of the random control). exact_kl falls back on ablation.csv's mean_kl."""
+    found: dict[str, dict[int, float]] = {}
+    for row in _rows(run.path / "ranking.csv"):
+        latent = int(row["feature_idx"])
+        for name in ("attribution", "attribution_signed", "exact_kl", "exact_ce_change"):
+            if (value := number(row.get(name))) is not None:
+                found.setdefault(name, {})[latent] = value
+        if row.get("sample") == "control":
+            found.setdefault("control", {})[latent] = 1.0
+    if "exact_kl" not in found:
+        for row in _rows(run.path / "ablation.csv"):
+            if (value := number(row.get("mean_kl"))) is not None:
+                found.setdefault("exact_kl", {})[int(row["feature_idx"])] = value
+    return found
+
+
+def latent_concepts(run: Run) -> dict[int, tuple[str, float]]:
+    """Latent -> (its best concept, F1), of latent_concepts.csv; empty without it."""
+    found = {}
+    for row in _rows(run.path / "latent_concepts.csv"):
+        if row.get("concept") is not None and (f1 := number(row.get("f1"))) is not None:
+            found[int(row["feature_idx"])] = (str(row["concept"]), f1)
+    return found
+
+
+def facts_text(facts: dict[str, Any]) -> str:
+    """One sentence that says what the run is; the page's description."""
+    quality = facts["quality"]
+    text = (
+        f"{facts['name']}: a {facts['architecture']} sparse autoencoder with {facts['d_sae']:,} latents on"
+        f" {facts['hook']} of {facts['model']} ({facts['d_in']} dimensions)"
+    )
+    parts = []
+    if (l0 := number(quality.get("l0"))) is not None:
+        parts.append(f"L0 {l0:.1f}")
+    if (fvu := number(quality.get("fvu"))) is not None:
+        parts.append(f"{100 * fvu:.1f} % of the variance unexplained")
+    if (recovered := number(quality.get("ce_recovered_mean"))) is not None:
+        parts.append(f"{100 * recovered:.2f} % of the cross-entropy recovered against mean ablation")
+    return text + (f". Held-out: {', '.join(parts)}." if parts else ".")

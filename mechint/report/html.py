@@ -1,0 +1,255 @@
+"""`make_report`: from run directories to one HTML file, and to figures for papers."""
+
+import datetime
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import numpy as np
+
+from mechint.analysis import Latents, load_or_gather
+from mechint.config import ReportConfig
+from mechint.data.store import Activations, open_activations
+from mechint.errors import MechintError, one_line
+from mechint.models import LanguageModel
+from mechint.provenance import check_output_path, get_git_commit, write_text
+from mechint.report import facts as run_files
+from mechint.report.latents import Look, contexts_of, look, spelled, strata_names
+from mechint.report.pack import pack
+from mechint.report.page import page
+from mechint.report.side_by_side import compare_facts
+from mechint.report.story import story
+from mechint.runs import Run
+from mechint.sae import SAE, load_sae
+from mechint.subject import open_subject
+
+# Shares of the contexts asked for that are tried until the file is small enough.
+SMALLER = (1.0, 0.6, 0.4, 0.25, 0.12, 0.0)
+FOLDER = "figures"
+
+
+@final
+class Made(NamedTuple):
+    """What `make_report` wrote, and what it took."""
+
+    path: Path
+    n_bytes: int
+    figures: list[Path]
+    seconds: float
+    gather_seconds: float  # of the passes over activations that had to be made
+    notes: list[str]
+
+
+@final
+class _Opened(NamedTuple):
+    run: Run
+    facts: dict[str, Any]
+    sae: SAE
+    model: LanguageModel | None
+    activations: Activations | None
+    gathered: Latents | None
+
+
+def make_report(config: ReportConfig, *, progress: bool = False) -> Made:
+    """Write the report of `config.runs`, and `figures/` in each run.
+
+    Everything that can be wrong with the runs and the outputs is checked before the first weights are read.
+
+    Raises:
+        MechintError: a run that is empty, unfinished or none; outputs that exist; a --model that cannot be loaded.
+    """
+    started = time.perf_counter()
+    runs = [run_files.check_finished(path) for path in config.runs]
+    output = config.output or runs[0].path / "report.html"
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise MechintError(f"--output {output} should end in .html")
+    check_output_path(output)
+    if not config.overwrite:
+        if output.exists():
+            raise MechintError(f"{output} exists: --overwrite replaces it, --output writes elsewhere")
+        for folder in (run.path / FOLDER for run in runs if config.figures):
+            if folder.exists():
+                raise MechintError(f"{folder} exists: --overwrite replaces its figures, --no-figures leaves them alone")
+    opened, gather_seconds, notes = [], 0.0, []
+    for run in runs:
+        one, seconds = _open(run, config, notes, progress)
+        opened.append(one)
+        gather_seconds += seconds
+    looks = [_look(one, notes) for one in opened]
+    for one, shown in zip(opened, looks, strict=True):
+        arrays = None if shown is None else shown.arrays
+        one.facts["story"] = story(one.facts, arrays, 0 if one.gathered is None else one.gathered.n_rows)
+        one.facts["examples"] = [] if shown is None else examples(shown)
+    all_facts = [one.facts for one in opened]
+    facts: dict[str, Any] = {
+        "made": _made(),
+        "runs": all_facts,
+        "title": f"{all_facts[0]['name']} \u2013 mechint report",
+    }
+    if len(opened) > 1:
+        facts["compare"] = compare_facts(all_facts, [one.sae for one in opened], looks)
+        facts["title"] = f"{facts['compare']['title']} \u2013 mechint report"
+    text = _fitting_page(facts, opened, looks, config)
+    write_text(output, text, overwrite=True)
+    figures: list[Path] = []
+    if config.figures:
+        from mechint.report.files import write_figures
+
+        for one, shown in zip(opened, looks, strict=True):
+            figures += write_figures(one.run, one.facts, one.sae, one.gathered, shown)
+    for shown in looks:
+        notes += [] if shown is None else [note for note in shown.notes if note not in notes]
+    return Made(output, len(text.encode("utf-8")), figures, time.perf_counter() - started, gather_seconds, notes)
+
+
+def _made() -> dict[str, str]:
+    from mechint import __version__
+
+    return {"version": __version__, "commit": get_git_commit(), "date": datetime.date.today().isoformat()}
+
+
+def _open(run: Run, config: ReportConfig, notes: list[str], progress: bool) -> tuple[_Opened, float]:
+    """The run with its weights; the model and the activations where they are to be had, else a line in `missing`."""
+    facts = run_files.run_facts(run)
+    facts["path"] = str(run.path)
+    missing = facts["missing"]
+    model: LanguageModel | None = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is assumed of an old checkpoint is told in the page's settings
+        try:
+            subject = open_subject(run.path, model=config.model, device=config.device)
+        except MechintError as error:
+            if config.model is not None:
+                raise
+            sae = load_sae(run.checkpoint_path)
+            why = f"tokens are shown as numbers, and output tokens not at all: {one_line(error)}"
+            missing.append({"what": why, "command": f"mechint report {run.path} --overwrite --model NAME"})
+        else:
+            sae, model = subject.sae, subject.model
+            notes += [f"{run.path}: {note}" for note in subject.notes]
+    activations, gathered, seconds = None, None, 0.0
+    try:
+        activations = open_activations(run.activations_path())
+        began = time.perf_counter()
+        gathered = load_or_gather(run, sae=sae, activations=activations, progress=progress)
+        seconds = time.perf_counter() - began
+    except MechintError as error:
+        missing.append({"what": f"latents are not shown: {one_line(error)}", "command": ""})
+        activations = None
+    return _Opened(run, facts, sae, model, activations, gathered), seconds
+
+
+def _look(one: _Opened, notes: list[str]) -> Look | None:
+    if one.gathered is None or one.activations is None:
+        return None
+    return look(
+        one.sae,
+        one.gathered,
+        one.activations,
+        one.model,
+        effects=run_files.latent_effects(one.run),
+        concepts=run_files.latent_concepts(one.run),
+    )
+
+
+def _fitting_page(
+    facts: dict[str, Any], opened: Sequence[_Opened], looks: Sequence[Look | None], config: ReportConfig
+) -> str:
+    """The page with as many contexts as fit into --max-megabytes; says so where they are fewer than asked for."""
+    text = ""
+    for part in SMALLER:
+        n_top = max(1, round(config.top_contexts * part)) if part else 0
+        n_quantile = round(config.quantile_contexts * part)
+        blobs = [
+            None if shown is None else _blob(one, shown, n_top, n_quantile, config.window, asked=part == 1.0)
+            for one, shown in zip(opened, looks, strict=True)
+        ]
+        description = " ".join(run_files.facts_text(one.facts) for one in opened)
+        text = page(facts, blobs, title=facts["title"], description=description, version=facts["made"]["version"])
+        if len(text.encode("utf-8")) <= config.max_megabytes * 1e6:
+            return text
+    size = len(text.encode("utf-8")) / 1e6
+    raise MechintError(
+        f"the report takes {size:.1f} MB even without contexts, more than --max-megabytes {config.max_megabytes:g}"
+    )
+
+
+def _blob(one: _Opened, shown: Look, n_top: int, n_quantile: int, window: int, *, asked: bool) -> str:
+    arrays, tokens = dict(shown.arrays), dict(shown.tokens)
+    header = {**shown.header, "strata": [], "strata_note": "", "notes": shown.notes}
+    assert one.activations is not None and one.gathered is not None
+    if one.activations.tokens is not None and n_top:
+        found = contexts_of(one.sae, one.gathered, one.activations, n_top=n_top, n_quantile=n_quantile, window=window)
+        arrays |= found.arrays
+        tokens["stream"] = found.stream
+        settings = one.gathered.settings
+        header["strata"] = strata_names(settings.n_strata)
+        header["strata_note"] = (
+            f"Random examples out of {settings.n_sample} tokens on which it fires (all, where there are fewer)."
+        )
+    else:
+        arrays["ctx_first"] = np.zeros(one.sae.d_sae + 1, np.uint32)
+    if not asked:
+        header["contexts_note"] = "Contexts were left out to keep this file small (--max-megabytes)."
+        header["notes"] = [
+            *shown.notes,
+            f"To keep this file small, {n_top} strongest contexts of each latent are shown.",
+        ]
+    placed, header["vocab"] = spelled(tokens, one.model)
+    return pack(header, arrays | placed)
+
+
+def examples(shown: Look, most: int = 6) -> list[dict[str, Any]]:
+    """Latents for the first screen, each by a rule that its card tells: largest effects, best concepts, extremes."""
+    arrays, header = shown.arrays, shown.header
+    fires, n_rows = arrays["fires"].astype(np.int64), header["n_rows"]
+    found: dict[int, str] = {}
+
+    def add(latent: int, why: str) -> None:
+        if fires[latent] > 0 and len(found) < most:
+            found.setdefault(int(latent), why)
+
+    words = (shown.tokens["label"] != 0xFFFFFFFF).sum(axis=1)
+    for latent in _best(arrays["effect"])[:2]:
+        rank = "largest" if not found else "second largest"
+        add(
+            latent,
+            f"The {rank} effect on the model: removing it changes predictions by {arrays['effect'][latent]:.3g} nats.",
+        )
+    matched = np.where((arrays["concept"] >= 0) & (words == words.max()), arrays["concept_f1"], np.nan)
+    seen: set[int] = set()
+    for latent in _best(matched):
+        concept = int(arrays["concept"][latent])
+        if len(seen) < 2 and concept not in seen:
+            seen.add(concept)
+            name, f1 = header["concepts"][concept], arrays["concept_f1"][latent]
+            add(
+                latent,
+                f"A best match among latents that fire on several words: concept \u201c{name}\u201d, F1 {f1:.2f}.",
+            )
+    often = np.where(fires > 0, fires, -1)
+    add(int(often.argmax()), f"The densest latent: it fires on {100 * often.max() / n_rows:.0f} % of tokens.")
+    single = np.where((fires >= 20) & (arrays["consistency"] == 255), arrays["max"], -1.0)
+    add(int(single.argmax()), "The strongest of the latents whose strongest contexts all fire on one token.")
+    for latent in np.argsort(-arrays["max"].astype(np.float64), kind="stable")[:most].tolist():
+        add(latent, f"Among the highest activations of all: up to {arrays['max'][latent]:.3g}.")
+    return [{"latent": latent, "why": why} for latent, why in found.items()]
+
+
+def _best(values: np.ndarray) -> list[int]:
+    """Numbers of the finite values above 0, highest first."""
+    usable = np.where(np.isfinite(values), values, 0.0)
+    order = np.argsort(-usable, kind="stable")
+    return order[usable[order] > 0].tolist()
+
+
+def print_made(made: Made) -> None:
+    """What was written, to stdout; what was assumed, to stderr."""
+    for note in made.notes:
+        print(f"note: {note}", file=sys.stderr)
+    for path in made.figures:
+        print(f"figure: {path}")
+    print(f"report: {made.path} ({made.n_bytes / 1e6:.2f} MB, {made.seconds:.0f} s); open it in a browser")

@@ -1,0 +1,98 @@
+"""Several runs in one report: which settings differ, and which latents they share."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mechint.compare import Matches, match_directions
+from mechint.report.facts import number
+from mechint.report.latents import Look
+from mechint.report.style import share
+from mechint.sae import SAE
+
+BINS = 40
+
+
+def compare_facts(
+    all_facts: Sequence[dict[str, Any]], saes: Sequence[SAE], looks: Sequence[Look | None]
+) -> dict[str, Any]:
+    """What the first page of several runs needs; the matches of each latent are added to `looks`.
+
+    Latents are matched between neighbours in the order given, both ways, where the runs read the same hook of the same
+    model in the same width; otherwise their directions have nothing in common, and the page says so.
+    """
+    found: dict[str, Any] = {
+        "title": " against ".join(facts["name"] for facts in all_facts),
+        "text": _text(all_facts),
+        "settings": differing_settings(all_facts),
+        "matches": [],
+    }
+    places = {(facts["model"], facts["hook"], sae.d_in) for facts, sae in zip(all_facts, saes, strict=True)}
+    if len(places) > 1:
+        found["no_matches"] = (
+            "The runs read different activations ("
+            + "; ".join(
+                f"{facts['name']}: {facts['hook']} of {facts['model']}, {sae.d_in} wide"
+                for facts, sae in zip(all_facts, saes, strict=True)
+            )
+            + "), so their directions cannot be matched."
+        )
+        return found
+    for left in range(len(saes) - 1):
+        for one, other in ((left, left + 1), (left + 1, left)):
+            matches = match_directions(saes[one].W_dec.detach().cpu(), saes[other].W_dec.detach().cpu())
+            found["matches"].append(_histogram(one, other, matches, all_facts))
+            if (shown := looks[one]) is not None:
+                _add_twins(shown, other, matches)
+    return found
+
+
+def differing_settings(all_facts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The settings whose values are not the same in all runs: name and values, in the order of the runs."""
+    names = dict.fromkeys(name for facts in all_facts for name in facts["all_settings"])
+    rows = [{"name": name, "values": [facts["all_settings"].get(name, "") for facts in all_facts]} for name in names]
+    return [row for row in rows if len(set(row["values"])) > 1 and row["name"] not in ("run_name", "runs_root")]
+
+
+def _text(all_facts: Sequence[dict[str, Any]]) -> str:
+    """Who is sparsest, who reconstructs best, who keeps the model's loss best."""
+    found = []
+    for key, better, words in (
+        ("l0", min, "{} is the sparsest (L0 {:.1f})"),
+        ("fvu", min, "{} leaves the least variance unexplained ({:.3f})"),
+        ("ce_recovered_mean", max, "{} keeps the model's loss best ({:.4f} recovered against mean ablation)"),
+    ):
+        values = [
+            (value, facts["name"]) for facts in all_facts if (value := number(facts["quality"].get(key))) is not None
+        ]
+        if len(values) > 1:
+            value, name = better(values, key=lambda pair: pair[0])
+            found.append(words.format(name, value))
+    return ("; ".join(found) + ".") if found else "Their own numbers have not been measured yet."
+
+
+def _histogram(one: int, other: int, matches: Matches, all_facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    cosine, mutual = matches.cosine.numpy(), matches.mutual_nearest.numpy()
+    low = min(0.0, float(np.floor(cosine.min() * 10) / 10))
+    edges = np.linspace(low, 1.0, BINS + 1)
+    counts = [np.histogram(np.clip(part, low, 1.0), edges)[0].tolist() for part in (cosine[mutual], cosine[~mutual])]
+    text = (
+        f"{share(int(mutual.sum()), len(mutual))} of the latents of {all_facts[one]['name']} have a mutual match,"
+        f" {share(int((cosine > 0.9).sum()), len(cosine))} one with a cosine above 0.9"
+    )
+    return {
+        "left": one,
+        "right": other,
+        "edges": edges.tolist(),
+        "mutual": counts[0],
+        "onesided": counts[1],
+        "text": text,
+    }
+
+
+def _add_twins(shown: Look, other: int, matches: Matches) -> None:
+    shown.header.setdefault("twins", []).append({"run": other})
+    shown.arrays[f"twin_{other}"] = matches.right_feature.numpy().astype(np.uint32)
+    shown.arrays[f"twin_cos_{other}"] = np.rint(matches.cosine.numpy() * 10_000).astype(np.int16)
+    shown.arrays[f"twin_mutual_{other}"] = matches.mutual_nearest.numpy().astype(np.uint8)
