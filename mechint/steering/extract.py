@@ -1,7 +1,7 @@
 """Where a direction comes from: two sets of prompts, a probe on them, or a latent. And how good it is."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -12,8 +12,7 @@ from mechint.models import LanguageModel
 from mechint.sae import SAE
 from mechint.steering.direction import Direction, make_direction
 
-Method = Literal["mean-difference", "probe"]
-TokenChoice = Literal["last", "mean"]
+TOKENS = ("last", "mean")
 # Added to the spread in `extraction_quality`, as in the publishing tools that read the sidecar.
 QUALITY_EPSILON = 1e-8
 N_FOLDS = 5
@@ -31,7 +30,7 @@ def prompt_activations(
     prompts: Sequence[str],
     hook_name: str,
     *,
-    token: TokenChoice = "last",
+    token: str = "last",
     prepend_bos: bool = True,
     context_size: int | None = None,
     batch_size: int = 32,
@@ -41,6 +40,8 @@ def prompt_activations(
     Raises:
         MechintError: no prompt, a prompt without tokens, an unknown hook, one that is not one vector a token.
     """
+    if token not in TOKENS:
+        raise MechintError(f"--token {token!r} is not known; {nearest(token, TOKENS)}")
     if not prompts:
         raise MechintError("a set of prompts is empty: give at least one prompt a set, one a line")
     model.check_hook(hook_name)
@@ -81,19 +82,23 @@ def probe_weights(
 ) -> Float[Tensor, " d_in"]:
     """Weights of a logistic regression that tells the classes apart, in logits per unit of activation.
 
-    L2 penalty with C = 1 on activations divided by their mean distance from the mean, so that the penalty means the
-    same at every layer; classes weigh the same whatever their sizes (scikit-learn's `LogisticRegression`).
+    L2 penalty with C = 1 on standardised activations, so that the penalty means the same at every layer and a few large
+    dimensions do not decide; classes weigh the same whatever their sizes (scikit-learn's `LogisticRegression`).
     """
     from sklearn.linear_model import LogisticRegression
 
     x = torch.cat((positive, negative)).double()
-    x = x - x.mean(0)
-    scale = float(x.norm(dim=-1).mean())
-    if scale == 0:
+    std = x.std(0, unbiased=False)
+    # What is left of a constant dimension is rounding; divided by its own size it would look like signal.
+    varies = std > 1e-6 * x.abs().amax()
+    if not bool(varies.any()):
         raise MechintError("all prompts have the same activation: a probe cannot tell the two sets apart")
+    scaled = (x - x.mean(0))[:, varies] / std[varies]
     y = [1] * len(positive) + [0] * len(negative)
-    fit = LogisticRegression(C=1.0, class_weight="balanced", max_iter=2000).fit((x / scale).numpy(), y)
-    return torch.from_numpy(fit.coef_[0] / scale).float()
+    fit = LogisticRegression(C=1.0, class_weight="balanced", max_iter=2000).fit(scaled.numpy(), y)
+    weights = torch.zeros_like(std)
+    weights[varies] = torch.from_numpy(fit.coef_[0]) / std[varies]
+    return weights.float()
 
 
 RAW_DIRECTION = {"mean-difference": mean_difference, "probe": probe_weights}
@@ -112,7 +117,7 @@ def heldout_accuracy(
     positive: Float[Tensor, "n_positive d_in"],
     negative: Float[Tensor, "n_negative d_in"],
     *,
-    method: Method = "mean-difference",
+    method: str = "mean-difference",
     seed: int = 0,
 ) -> float | None:
     """Share of prompts put in the right class by a direction made without them; the mean of both classes' shares.
@@ -144,8 +149,8 @@ def direction_from_prompts(
     *,
     classes: tuple[str, str] = ("positive", "negative"),
     name: str | None = None,
-    method: Method = "mean-difference",
-    token: TokenChoice = "last",
+    method: str = "mean-difference",
+    token: str = "last",
     prepend_bos: bool = True,
     context_size: int | None = None,
     batch_size: int = 32,
@@ -161,7 +166,7 @@ def direction_from_prompts(
         MechintError: an empty set, a prompt without tokens, an unknown hook, sets that cannot be told apart.
     """
     if method not in RAW_DIRECTION:
-        raise MechintError(f"--method {method!r} is not known; {nearest(method, get_args(Method))}")
+        raise MechintError(f"--method {method!r} is not known; {nearest(method, RAW_DIRECTION)}")
     if classes[0] == classes[1]:
         raise MechintError(f"both classes are called {classes[0]!r}: give them different names")
     for prompts, own in zip((positive, negative), classes, strict=True):
