@@ -1,5 +1,6 @@
 """Settings of the steering commands: extract a direction, steer with it."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -123,6 +124,8 @@ class SteerConfig(Config):
         has_sae = self.run_dir is not None or self.checkpoint is not None
         require(self.latent is None or has_sae, f"--latent {self.latent} of which SAE? Give --run-dir or --checkpoint")
         require(self.run_dir is None or self.checkpoint is None, "give --run-dir or --checkpoint, not both")
+        for value in self.coefficients:
+            require(math.isfinite(value), f"--coefficients should be numbers, found {value}")
         require(self.mode != "clamp" or bool(self.coefficients), "--mode clamp needs --coefficients: the values to set")
         require(
             self.mode != "ablate" or not self.coefficients,
