@@ -11,10 +11,10 @@ runs over the positions that the SAE may touch (`Text.seen`). Three Qs are used:
 - the text's mean next-token cross-entropy, in nats a token: a_i estimates its change;
 - logits of chosen tokens (`LogitTarget`);
 - KL(clean || latent removed) has gradient 0 at the clean text, so its first order is empty. Its second order is
-  1/2 sum_t d' F_t d with d the change of x and F_t the Fisher information of the prediction at t, which is the mean,
-  over tokens y_t drawn from the model's own prediction, of s_t s_t' with s_t = d log p(y_t) / dx. Draws at different
-  positions are independent and E[s_t] = 0, so for Q = sum_t log p(y_t) the mean over draws of a_i ** 2 / 2 is the
-  second-order KL summed over positions: again one backward pass a draw for all latents.
+  1/2 sum_t d' F_t d with d the change of x and F_t the Fisher information of the prediction at t. Draw a random
+  direction v_t of the logits at each position, with mean 0 and F as its covariance (`_draw`), and let Q be the sum of
+  v_t . logits_t: directions of different positions are independent, so the mean over draws of a_i ** 2 / 2 is the
+  second-order KL summed over positions. Again one backward pass a draw serves all latents.
 
 Estimates see nothing of what happens beyond a small change (`docs/ranking.md` says how far that carries).
 """
@@ -33,7 +33,7 @@ from mechint.ablation.engines import padded
 from mechint.ablation.kl import kl_of_log_probs
 from mechint.ablation.subject import SAME_MODEL_KL
 from mechint.errors import MechintError
-from mechint.eval.language import Text
+from mechint.eval import Text
 from mechint.models import LanguageModel
 from mechint.models.matmul import full_float32, linear
 from mechint.sae import SAE
@@ -298,13 +298,27 @@ def _seeds(way: Way, final: Tensor, batch: Sequence[Text], target: LogitTarget |
             gradient = (mean - way.row(next_token.clamp(min=0).to(here.device), here)) * w.to(here)[:, None]
             quantity[at] = gradient * (next_token >= 0).to(here)[:, None]
         if draws:
-            total = p.cumsum(1)
-            # Rounding leaves the last sum beside 1.
-            u = uniform[rows].to(total) * total[:, -1:]
-            tokens = torch.searchsorted(total, u, right=True).clamp_(max=p.shape[1] - 1)
+            tokens, factor = _draw(p, uniform[rows].to(p))
             for index in range(draws):
-                drawn[index][at] = way.row(tokens[:, index], here) - mean
+                drawn[index][at] = (way.row(tokens[:, index], here) - mean) * factor[:, index, None]
     return Seeds(quantity, drawn)
+
+
+def _draw(
+    p: Float[Tensor, "rows d_vocab"], uniform: Float[Tensor, "rows 2 draws"]
+) -> tuple[Int[Tensor, "rows draws"], Float[Tensor, "rows draws"]]:
+    """Tokens y and factors c such that v = c (onehot(y) - p) has mean 0 and covariance diag(p) - p p', the Fisher
+    information of the logits.
+
+    y drawn from p itself with c = 1 would do, but where the model is sure nearly all of the information is in tokens
+    that are hardly ever drawn. Drawn in proportion to p_y |onehot(y) - p|**2 instead, with c**2 = p_y / q_y, |v| is the
+    same whatever is drawn; a random sign makes the mean 0.
+    """
+    distance = (1 - 2 * p + p.square().sum(1, keepdim=True)).clamp_(min=1e-12)  # |onehot(y) - p|**2
+    total = (p * distance).cumsum(1)
+    tokens = torch.searchsorted(total, uniform[:, 0] * total[:, -1:], right=True).clamp_(max=p.shape[1] - 1)
+    factor = (total[:, -1:] / distance.gather(1, tokens)).sqrt()
+    return tokens, factor.where(uniform[:, 1] < 0.5, -factor)
 
 
 def _of_target(way: Way, target: LogitTarget, final: Tensor) -> Float[Tensor, " _"]:
@@ -317,11 +331,11 @@ def _of_target(way: Way, target: LogitTarget, final: Tensor) -> Float[Tensor, " 
     return gradient
 
 
-def _uniforms(text: Text, draws: int, seed: int) -> Float[Tensor, "pos draws"]:
+def _uniforms(text: Text, draws: int, seed: int) -> Float[Tensor, "pos 2 draws"]:
     """Depends on seed and tokens alone, so that neither order nor batches of texts matter."""
     key = zlib.crc32(np.asarray(text.tokens, dtype=np.int64).tobytes(), seed & 0xFFFFFFFF)
     generator = torch.Generator().manual_seed(key)
-    return torch.rand(draws, len(text.tokens), generator=generator, dtype=torch.float64).T
+    return torch.rand(draws, len(text.tokens), 2, generator=generator, dtype=torch.float64).permute(1, 2, 0)
 
 
 def _acts_where_seen(sae: SAE, value: Tensor, batch: Sequence[Text]) -> Float[Tensor, "text pos d_sae"]:

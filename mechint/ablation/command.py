@@ -82,7 +82,11 @@ def ablate(
 
 
 def _fingerprint(config: AblateConfig, subject: Subject, texts: list[str], features: list[int]) -> str:
-    """Changes with anything that changes the sums of a partial result."""
+    return subject_fingerprint(subject, context_size=config.context_size, texts=texts, features=features, layout=2)
+
+
+def subject_fingerprint(subject: Subject, **what: Any) -> str:
+    """Changes with anything that changes the sums of a partial result: SAE, model, hook, BOS, and `what`."""
     weights = hashlib.sha256()
     for name, tensor in sorted(subject.sae.state_dict().items()):
         weights.update(name.encode())
@@ -94,9 +98,6 @@ def _fingerprint(config: AblateConfig, subject: Subject, texts: list[str], featu
             "processing": subject.model.processing,
             "hook_name": subject.hook_name,
             "prepend_bos": subject.prepend_bos,
-            "context_size": config.context_size,
-            "texts": texts,
-            "features": features,
-            "layout": 2,
+            **what,
         }
     )

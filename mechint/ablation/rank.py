@@ -20,7 +20,7 @@ from tqdm import tqdm
 from mechint.ablation.engines import Engine, Pair
 from mechint.ablation.subject import Model, as_model, check_fit, make_engine
 from mechint.errors import MechintError
-from mechint.eval.language import Text
+from mechint.eval import Text
 from mechint.models.matmul import full_float32
 from mechint.provenance import atomic_path
 from mechint.sae import SAE

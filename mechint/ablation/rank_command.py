@@ -1,0 +1,194 @@
+"""`rank`: from a run directory to ranking.csv and ranking.json, as the command line asks for it."""
+
+import csv
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mechint.ablation.causal import RANKING_COLUMNS, Partial, rank_latents
+from mechint.ablation.command import subject_fingerprint
+from mechint.ablation.rank import feature_indices
+from mechint.config import RankConfig
+from mechint.data import iter_texts_from_path, open_activations, split_indices
+from mechint.errors import MechintError
+from mechint.eval import Text, texts_from_rows, texts_from_tokens
+from mechint.provenance import atomic_path, check_output_path, get_git_commit, write_json
+from mechint.runs import Run
+from mechint.sae import SAE
+from mechint.subject import Subject, open_subject
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The rows and the summary that were written, where, and in words what was assumed."""
+
+    rows: list[dict[str, Any]]
+    summary: dict[str, Any]
+    output: Path
+    notes: tuple[str, ...]
+
+
+def summary_path(output: Path) -> Path:
+    """The .json that belongs to a ranking's CSV."""
+    return output.with_suffix(".json")
+
+
+def rank_run(
+    config: RankConfig, *, progress: bool = True, on_note: Callable[[str], None] = lambda note: None
+) -> Ranking:
+    """Rank the latents of a run and write the CSV and its summary. See `mechint.ablation.causal`.
+
+    Everything that can be wrong is checked before the model is loaded, as far as it can be, and the rest before the
+    first pass. `on_note` is given what was assumed, in words, before the work begins.
+
+    Raises:
+        MechintError: an existing output without `overwrite`, a run that is not finished, files that are missing or
+            broken, fewer texts than asked for, a latent out of range, an SAE that does not fit model or hook.
+    """
+    place = _checkpoint(config)
+    output = config.output or (place if place.is_dir() else place.parent) / "ranking.csv"
+    _check_settings(config, output)
+    texts = None if config.eval_texts_path is None else iter_texts_from_path(config.eval_texts_path)
+    if texts is not None:
+        _check_count(config, len(texts), str(config.eval_texts_path))
+
+    def check(sae: SAE) -> None:
+        if config.latents is not None:
+            feature_indices(config.latents, sae.d_sae)
+        if config.top > sae.d_sae:
+            raise MechintError(f"--top {config.top} is more than the {sae.d_sae} latents that the SAE has")
+
+    subject = open_subject(
+        place,
+        config=config.config,
+        model=config.model,
+        hook=config.hook,
+        processing=config.processing,
+        device=config.device,
+        check=check,
+    )
+    latents = [] if config.latents is None else feature_indices(config.latents, subject.sae.d_sae)
+    found, notes = _texts(config, subject, texts)
+    for note in (*subject.notes, *notes):
+        on_note(note)
+    partial = Partial(
+        output,
+        subject_fingerprint(
+            subject,
+            texts=[[text.tokens, text.seen] for text in found],
+            draws=config.draws,
+            seed=config.seed,
+            exact_texts=config.exact_texts,
+            layout=1,
+        ),
+    )
+    rows, summary = rank_latents(
+        subject.sae,
+        subject.model,
+        subject.hook_name,
+        found,
+        by=config.by,
+        draws=config.draws,
+        top=config.top,
+        control=config.control,
+        latents=latents,
+        exact_texts=config.exact_texts,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        progress=progress,
+        partial=partial,
+    )
+    summary = {
+        **summary,
+        "settings": config.to_dict(),
+        "checkpoint": str(subject.checkpoint),
+        "model_name": subject.model.name,
+        "hook_name": subject.hook_name,
+        "git_commit": get_git_commit(),
+    }
+    save_ranking(rows, output)
+    write_json(summary_path(output), summary)
+    partial.remove()
+    return Ranking(rows, summary, output, (*subject.notes, *notes))
+
+
+def save_ranking(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write the rows as CSV, atomically; what was not measured is an empty cell."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=RANKING_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _checkpoint(config: RankConfig) -> Path:
+    if config.run_dir is not None:
+        run = Run(config.run_dir)
+        _ = run.checkpoint_path  # raises while the run is not finished
+        return run.path
+    if config.checkpoint is None:
+        raise MechintError("give --run-dir, or --checkpoint")
+    return config.checkpoint
+
+
+def _check_settings(config: RankConfig, output: Path) -> None:
+    for path in (output, summary_path(output)):
+        if path.exists() and not config.overwrite:
+            raise MechintError(f"{path} exists: give another --output, or --overwrite to replace it")
+        check_output_path(path)
+    if output.suffix == ".json":
+        raise MechintError(f"--output {output} should be a .csv; its .json is written beside it")
+    least = {"num_texts": 1, "draws": 0, "top": 0, "control": 0, "exact_texts": 1, "batch_size": 1}
+    for name, lowest in least.items():
+        value = getattr(config, name)
+        if value is not None and value < lowest:
+            raise MechintError(f"--{name.replace('_', '-')} must be at least {lowest}, got {value}")
+    if config.by == "kl" and config.draws == 0:
+        raise MechintError("ranking by KL needs --draws 1 at least; --by ce needs none")
+
+
+def _check_count(config: RankConfig, n: int, where: str) -> None:
+    if config.num_texts is not None and config.num_texts > n:
+        raise MechintError(
+            f"--num-texts {config.num_texts}, but {where} has {n}: ask for {n} or fewer, or give more with"
+            " --eval-texts-path"
+        )
+
+
+def _texts(config: RankConfig, subject: Subject, given: list[str] | None) -> tuple[list[Text], list[str]]:
+    """The texts to rank on: those given, else those that the run held out, from its activations' stored tokens."""
+    notes: list[str] = []
+    if given is not None:
+        token_lists = subject.tokenize(given[: config.num_texts])
+        found = texts_from_tokens(token_lists, prepend_bos=subject.prepend_bos, keep_bos=subject.keep_bos)
+        if len(found) < len(token_lists):
+            notes.append(f"{len(token_lists) - len(found)} texts of one token are left out: they predict nothing")
+    else:
+        path = config.activations_path or (None if subject.run is None else subject.run.activations_path())
+        if path is None:
+            raise MechintError(
+                f"{subject.checkpoint} lies in no run directory, so its texts are not known: give --eval-texts-path or"
+                " --activations-path"
+            )
+        activations = open_activations(path)
+        from mechint.eval.checkpoint import check_same_setting
+
+        check_same_setting(subject.sae, activations, subject.checkpoint)
+        settings = None if subject.run is None else subject.run.config
+        held_out = None
+        if settings is None or settings.val_fraction == 0:
+            notes.append(f"no texts are known to be held out: those of all rows of {path} are used, training's too")
+        else:
+            _, held_out = split_indices(activations, settings.val_fraction, settings.seed, by=settings.split_by)
+        found = texts_from_rows(activations, held_out)
+        _check_count(config, len(found), f"the held-out part of {path}" if held_out is not None else str(path))
+        found = found[: config.num_texts]
+        highest = max(max(text.tokens) for text in found)
+        if highest >= subject.model.d_vocab:
+            raise MechintError(
+                f"{path} holds token {highest}, but {subject.model.name} has {subject.model.d_vocab} tokens: another"
+                " model made them"
+            )
+    if len(found) < config.exact_texts:
+        notes.append(f"--exact-texts {config.exact_texts}, but there are {len(found)} texts: all of them are used")
+    return found, notes
