@@ -364,6 +364,25 @@ def test_steered_texts_and_their_numbers(model, people, gender):
         steering.steer(model, [], HOOK, edits)
 
 
+@pytest.mark.parametrize("prepend_bos", [True, False])
+def test_where_an_edit_acts(model, prepend_bos: bool):
+    """Never on BOS; "new" begins with the position that the first new token is predicted from."""
+    prompt = "Anna lives in Oslo"
+    n = len(model.tokenize([prompt], prepend_bos=prepend_bos)[0])
+    for positions, expected in (("all", n - prepend_bos), ("new", 1)):
+        widths: list[int] = []
+
+        def look(x: torch.Tensor, widths=widths) -> torch.Tensor:
+            widths.append(x.shape[1])
+            return x
+
+        places = dict(positions=positions, prepend_bos=prepend_bos)
+        steering.steer(model, [prompt], HOOK, {"look": look}, max_new_tokens=3, **places)
+        assert widths == [expected, 1, 1, expected]  # three tokens, then the numbers of the first one
+        steering.next_log_probs(model, prompt, HOOK, [look], **places)
+        assert widths[-1] == expected
+
+
 def test_texts_stand_beside_each_other():
     rows = [
         steering.Steered("A\x1b[31m prompt", "baseline", " one two\nthree four five six", (1,), 0.0, 0.5),

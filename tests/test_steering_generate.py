@@ -172,6 +172,8 @@ def test_drawing_follows_the_probabilities():
     assert float((shares(temperature=1.0, top_k=2) - expected).abs().max()) <= 1.01 / n
     assert int(choose(logits, temperature=0.0, top_k=None, uniform=0.99)) == int(logits.argmax())
     assert int(choose(logits, temperature=1.0, top_k=None, uniform=0.0)) == 0
+    impossible = torch.tensor([[-math.inf, 0.0, -math.inf]])
+    assert int(choose(impossible, temperature=1.0, top_k=None, uniform=0.0)) == 1
     assert int(choose(logits, temperature=1e-6, top_k=None, uniform=0.999999)) == int(logits.argmax())
 
 
