@@ -10,8 +10,8 @@ from torch import Tensor
 from mechint.analysis.entries import Entries
 from mechint.analysis.tables import mixed, numba_loops
 
-MAX_ENTRIES = 2**24  # of the sample: 64 MB
-MAX_PAIRS = 2**30  # sum over the sample's rows of L0 squared: a second or two of work
+MAX_ENTRIES = 2**23  # of the sample: 32 MB, and twice that while they are sorted
+MAX_PAIRS = 2**29  # sum over the sample's rows of L0 squared: about a second of work
 _ALL = 2**31
 
 
@@ -62,28 +62,25 @@ class RowSample:
         lengths = np.concatenate([part[1] for part in self.parts] or [np.zeros(0, np.int64)])
         cols = np.concatenate([part[2] for part in self.parts] or [np.zeros(0, np.int32)])
         row_starts = np.concatenate(([0], np.cumsum(lengths)))
-        rows = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-        order = np.argsort(cols, kind="stable")
         fired = np.bincount(cols, minlength=self.d_sae)
         starts = np.concatenate(([0], np.cumsum(fired)))
         best = np.full((self.d_sae, n), -1, np.int64)
         shares, both = np.zeros((self.d_sae, n)), np.zeros((self.d_sae, n), np.int64)
         loops = numba_loops() if compiled else None
-        by_latent = rows[order]
         if loops is None:
+            by_latent = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[np.argsort(cols, kind="stable")]
             _partners(starts, by_latent, row_starts, cols, fired, n, least, best, shares, both)
         else:
             from mechint.kernels.sparse_pool import pool
 
+            by_latent = loops.rows_by_latent(starts.copy(), row_starts, cols)
             size = 64
 
             def part(item: int, thread: int) -> None:
                 first, last = item * size, min((item + 1) * size, self.d_sae)
                 found = (best[first:last], shares[first:last], both[first:last])
                 counts = np.zeros(self.d_sae, np.int32)
-                loops.partners(
-                    first, last, starts, by_latent, row_starts, cols, fired, counts, n, len(lengths), least, *found
-                )
+                loops.partners(first, last, starts, by_latent, row_starts, cols, fired, counts, n, least, *found)
 
             pool().run(part, -(-self.d_sae // size))
         phi = _phi(both, fired[:, None], fired[np.maximum(best, 0)], len(lengths))

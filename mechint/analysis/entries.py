@@ -13,13 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechint.data.store import Activations
+from mechint.data.store import Activations, open_activations
 from mechint.errors import MechintError
 from mechint.sae import SAE
 
 # Entries of a [rows, d_sae] block that exist at once: 128 MB in float32, whatever the size of the dictionary.
 MAX_BLOCK_ELEMENTS = 2**25
 BATCH_ROWS = 4096
+MAPPED_BYTES = 2**27  # of a store that are held in memory at once
 # Share of active entries above which a batch is encoded densely.
 DENSE_ABOVE = 0.17
 
@@ -67,15 +68,30 @@ def active_entries(
         raise MechintError(f"the activations are {d_in} wide (d_in), the SAE expects {sae.d_in}")
     batch_size = max(1, min(batch_size, MAX_BLOCK_ELEMENTS // sae.d_sae))
     finder = _finder(sae)
-    batches = acts.split(batch_size) if isinstance(acts, Tensor) else acts.batches(batch_size)
     row = 0
-    for x in batches:
+    for x in acts.split(batch_size) if isinstance(acts, Tensor) else _stored_batches(acts, batch_size):
         if len(x) == 0:
             continue
         with torch.no_grad():  # not inference_mode: buffers made in it are closed to other threads
             found = finder.find(x, row, batch_size) if finder is not None else None
             yield _dense(sae, x, row) if found is None else found
         row += len(x)
+
+
+def _stored_batches(acts: Activations, batch_size: int) -> Iterator[Float[Tensor, "batch d_in"]]:
+    """All rows in order. The files are mapped anew every `MAPPED_BYTES`: what was read of the old mapping would count
+    as this process's memory until the end, the whole store at last."""
+    opened = acts
+    rows_a_mapping = max(1, MAPPED_BYTES // max(1, acts.nbytes // acts.n_rows))
+    mapped_to = 0
+    for start in range(0, acts.n_rows, batch_size):
+        if start >= mapped_to:
+            mapped_to = start + rows_a_mapping
+            try:
+                opened = open_activations(acts.path)
+            except MechintError:
+                opened = acts  # moved since it was opened; its mapping still holds
+        yield opened.rows(torch.arange(start, min(start + batch_size, acts.n_rows)))
 
 
 def _dense(sae: SAE, x: Float[Tensor, "batch d_in"], row: int) -> Entries:

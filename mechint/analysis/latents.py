@@ -124,7 +124,7 @@ def gather(
 ) -> Latents:
     """Encode all rows once and keep what `Latents` holds. The result does not depend on `batch_size`.
 
-    Memory is bounded by a batch, by the tables, and by the sample of rows that partners are counted on (128 MB).
+    Memory is bounded by a batch, by the tables, and by the sample of rows that partners are counted on (100 MB).
 
     Raises:
         MechintError: settings that make no sense, activations of another width, more than 2^32 - 1 rows, NaN or Inf.

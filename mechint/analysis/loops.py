@@ -79,7 +79,19 @@ def add_entries(
 
 @_compiled
 @no_type_check
-def partners(first, last, starts, rows, row_starts, cols, fired, counts, most, n_rows, least, best, shares, both):
+def rows_by_latent(places, row_starts, cols):
+    """The row of each entry, by latent and then by row; `places`, where each latent's begin, is used up."""
+    rows = np.empty(cols.shape[0], np.int32)
+    for r in range(row_starts.shape[0] - 1):
+        for e in range(row_starts[r], row_starts[r + 1]):
+            rows[places[cols[e]]] = r
+            places[cols[e]] += 1
+    return rows
+
+
+@_compiled
+@no_type_check
+def partners(first, last, starts, rows, row_starts, cols, fired, counts, most, least, best, shares, both):
     """For latents `first:last` the `most` others with the highest Jaccard index; `counts` is room for one number a
     latent. Entries by latent are `rows[starts[j]:starts[j + 1]]`, by row `cols[row_starts[r]:row_starts[r + 1]]`."""
     n_latents = starts.shape[0] - 1
