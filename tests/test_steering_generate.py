@@ -89,6 +89,39 @@ def test_equals_a_plain_loop(model, prompt, use_cache: bool, layer: int, site: s
         assert len({tuple(row) for row in found}) == 3, "the edits change nothing, so this shows nothing"
 
 
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_other_families_equal_a_plain_loop(tiny_neox_dir, tmp_path, family: str):
+    """Absolute positions and grouped heads, each with its own way to keep keys and values."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_neox_dir)
+    torch.manual_seed(1)
+    if family == "gpt2":
+        hf = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=3, n_head=4))
+    else:
+        hf = Qwen2ForCausalLM(
+            Qwen2Config(
+                vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+            )
+        )  # fmt: skip
+    with torch.no_grad():
+        hf.get_input_embeddings().weight.mul_(30.0)
+    hf.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    other = load_model(str(tmp_path), device="cpu")
+    prompt = other.tokenize(["the cat sat on the mat"], prepend_bos=True)[0]
+    edits = [None, shift(20.0, 32), shift(-30.0, 32)]
+    for use_cache in (True, False):
+        found = generate(
+            other, prompt, max_new_tokens=10, hook_name="blocks.1.hook_resid_post", edits=edits, first_position=2,
+            use_cache=use_cache,
+        )  # fmt: skip
+        for row, edit in zip(found, edits, strict=True):
+            assert row == plain_loop(other, prompt, 10, (1, "post") if edit else None, edit, 2)[0]
+        assert len({tuple(row) for row in found}) == 3
+
+
 def test_cached_logits_equal_recomputed_ones(model, prompt):
     """Tokens could agree by luck; the logits behind them agree to rounding at every step."""
     from mechint.models.generate import _cached_step, _plain_step
