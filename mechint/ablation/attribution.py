@@ -91,7 +91,8 @@ class Attribution:
         return cls(*sums, *counts)
 
     def __add__(self, other: "Attribution") -> "Attribution":
-        return Attribution(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+        sums: dict[str, Any] = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        return Attribution(**sums)
 
 
 class Seeds(NamedTuple):
@@ -246,7 +247,11 @@ def find_way(model: LanguageModel, hook_name: str, sample: list[int]) -> Way:
                 found.append(value.detach().clone().requires_grad_())
                 return found[0]
 
-            with torch.inference_mode(False), torch.enable_grad(), model.edited(hook_name, cut):
+            if model.backend == "bridge":
+                edited = model.bridge.hooks(fwd_hooks=[(hook_name, lambda value, hook: cut(value))])
+            else:
+                edited = model.edited(hook_name, cut)
+            with torch.inference_mode(False), torch.enable_grad(), edited:
                 final = end(tokens.to(model.device))
             return found[0], final
 

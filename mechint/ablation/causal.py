@@ -27,7 +27,7 @@ from mechint.models import LanguageModel
 from mechint.provenance import atomic_path, sha256_json
 from mechint.sae import SAE
 
-RANKING_COLUMNS = (
+RANKING_COLUMNS: tuple[str, ...] = (
     "feature_idx",
     "rank",
     "attribution",
@@ -264,9 +264,9 @@ def _read_attribution(partial: Partial | None, d_sae: int) -> tuple[Attribution,
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         found = []
         for number in range(2):
-            values = {field.name: tensors[f"{number}.{field.name}"] for field in fields(Attribution)}
-            counts = {name: int(values.pop(name)) for name in ("n_texts", "n_tokens")}
-            found.append(Attribution(**values, **counts))
+            values: dict[str, Any] = {field.name: tensors[f"{number}.{field.name}"] for field in fields(Attribution)}
+            values |= {name: int(values[name]) for name in ("n_texts", "n_tokens")}
+            found.append(Attribution(**values))
     except (FileNotFoundError, SafetensorError, TypeError, ValueError, KeyError):
         return None
     return (found[0], found[1]) if found[0].signed.shape == (d_sae,) else None
