@@ -13,9 +13,12 @@ from mechint.runs import Run
 
 # Fields of the settings that say where things are, not what was done.
 PLACES = frozenset({"activations_path", "runs_root", "run_name", "device", "track", "log_every", "save_every"})
-# What a row of the quality table is: key, its names under the zero and the mean baseline, what a reader is told.
 CURVES = ("step", "loss", "mse", "fvu", "l0_count", "dead_features", "dead", "dense", "lr")
 MAX_CURVE_POINTS = 400
+# Columns that are text even where it looks like a number: a concept may be called "nan".
+TEXT = frozenset({"concept", "parent", "sample"})
+# Objects of eval.json that the page shows.
+SHOWN_OBJECTS = frozenset({"ci95", "without_special", "l0_histogram", "density_histogram"})
 
 
 def check_finished(path: str | Path) -> Run:
@@ -75,7 +78,11 @@ def run_facts(run: Run) -> dict[str, Any]:
         "settings": changed_settings(config),
         "all_settings": {name: _shown(value) for name, value in config.to_dict().items()},
         "curves": _curves(run, d_sae),
-        "quality": {key: value for key, value in quality.items() if not isinstance(value, str) or key == "rows"},
+        "quality": {
+            key: value
+            for key, value in quality.items()
+            if isinstance(value, (int, float)) or key in SHOWN_OBJECTS or key == "rows"
+        },
         "evaluated": evaluated is not None,
         "concepts": _concepts(run, missing),
         "ranking": _ranking(run, missing),
@@ -169,7 +176,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         return []
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            return [{key: _value(cell) for key, cell in row.items() if key is not None} for row in csv.DictReader(file)]
+            return [
+                {key: cell if key in TEXT else _value(cell) for key, cell in row.items() if key is not None}
+                for row in csv.DictReader(file)
+            ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise MechintError(f"table {path} cannot be read: {error}") from error
 
@@ -196,16 +206,44 @@ def _concepts(run: Run, missing: list[dict[str, str]]) -> dict[str, Any] | None:
 
 
 def _ranking(run: Run, missing: list[dict[str, str]]) -> dict[str, Any] | None:
-    """Settings and rank correlations of ranking.json; the rows are in `latent_effects`."""
-    if (run.path / "ranking.csv").is_file():
-        return {"source": "ranking.csv", **(_optional_json(run, "ranking.json", None, "", "") or {})}
-    missing.append(
-        {
-            "what": "the causal ranking of all latents (ranking.csv) has not been made",
-            "command": f"mechint rank --run-dir {run.path}",
-        }
-    )
-    return {"source": "ablation.csv"} if (run.path / "ablation.csv").is_file() else None
+    """What ranking.json says, in words: `lead`, `reading`, `correlation_text`, `attribution_label`."""
+    if not (run.path / "ranking.csv").is_file():
+        what = "the fast causal ranking of all latents (ranking.csv), with its check, has not been made"
+        missing.append({"what": what, "command": f"mechint rank --run-dir {run.path}"})
+        return None
+    record = _optional_json(run, "ranking.json", None, "", "") or {}
+    found: dict[str, Any] = {"attribution_label": "estimated KL when removed, nats a token (log)"}
+    if (record.get("settings") or {}).get("by") == "ce":
+        found["attribution_label"] = "estimated change of the loss when removed, nats a token (log)"
+    n_tokens, n_exact = number(record.get("n_tokens")), number(record.get("n_exact_latents"))
+    if n_tokens and n_exact:
+        found["lead"] = (
+            f"All latents are ranked by a fast estimate of what removing each does, over {n_tokens:,.0f} tokens;"
+            f" {n_exact:,.0f} of them were then really removed, to see how far the estimate can be trusted."
+        )
+    correlations = record.get("spearman") or {}
+    parts = []
+    values = {name: number((correlations.get(name) or {}).get("value")) for name in ("control", "top")}
+    for name, words in (("control", "{:,.0f} latents drawn at random"), ("top", "the first {:,.0f} of the ranking")):
+        one = correlations.get(name) or {}
+        value, low, high, n = (number(one.get(key)) for key in ("value", "low", "high", "n"))
+        if value is None:
+            continue
+        interval = "" if low is None or high is None else f" (95 % interval {low:.2f} to {high:.2f})"
+        parts.append(f"{value:.2f}{interval} among {words.format(n or 0)}")
+    if values["control"] is not None:
+        found["reading"] = _trust(values["control"], values["top"])
+    if parts:
+        found["correlation_text"] = f"Rank correlation of estimate and exact effect: {'; '.join(parts)}."
+    return found
+
+
+def _trust(control: float, top: float | None) -> str:
+    """What rank correlations on random latents and on the first ones allow to conclude."""
+    if control < 0.5:
+        return "The fast estimate is a poor guide here"
+    ordered = "" if top is None or top >= 0.7 else ", but orders the first ones badly"
+    return f"The fast estimate tells strong latents from weak ones{ordered}"
 
 
 def number(value: Any) -> float | None:
@@ -214,29 +252,38 @@ def number(value: Any) -> float | None:
 
 
 def latent_effects(run: Run) -> dict[str, dict[int, float]]:
-    """By column, latent -> value: `attribution`, `attribution_signed`, `exact_kl`, `exact_ce_change` (docs/ranking.md),
-    `control` (1 for a latent of the random control). exact_kl falls back on ablation.csv's mean_kl."""
-    found: dict[str, dict[int, float]] = {}
+    """By name, latent -> value, of ranking.csv and ablation.csv.
+
+    `attribution`: the fast estimate; `exact`: mean KL of the latents that were removed beside it, on the same texts;
+    `control`: 1 for those drawn at random; `effect`: the exact mean KL of whichever file measured more latents.
+    """
+    found: dict[str, dict[int, float]] = {"attribution": {}, "exact": {}, "control": {}}
     for row in _rows(run.path / "ranking.csv"):
-        latent = int(row["feature_idx"])
-        for name in ("attribution", "attribution_signed", "exact_kl", "exact_ce_change"):
-            if (value := number(row.get(name))) is not None:
-                found.setdefault(name, {})[latent] = value
+        latent = _latent(row, run.path / "ranking.csv")
+        for name, column in (("attribution", "attribution"), ("exact", "exact_kl")):
+            if (value := number(row.get(column))) is not None:
+                found[name][latent] = value
         if row.get("sample") == "control":
-            found.setdefault("control", {})[latent] = 1.0
-    if "exact_kl" not in found:
-        for row in _rows(run.path / "ablation.csv"):
-            if (value := number(row.get("mean_kl"))) is not None:
-                found.setdefault("exact_kl", {})[int(row["feature_idx"])] = value
-    return found
+            found["control"][latent] = 1.0
+    table = run.path / "ablation.csv"
+    whole = {_latent(row, table): value for row in _rows(table) if (value := number(row.get("mean_kl"))) is not None}
+    return {**found, "effect": max(whole, found["exact"], key=len)}
+
+
+def _latent(row: dict[str, Any], path: Path) -> int:
+    value = number(row.get("feature_idx"))
+    if value is None or value != int(value) or value < 0:
+        raise MechintError(f"{path}: feature_idx should be the number of a latent, found {row.get('feature_idx')!r}")
+    return int(value)
 
 
 def latent_concepts(run: Run) -> dict[int, tuple[str, float]]:
     """Latent -> (its best concept, F1), of latent_concepts.csv; empty without it."""
+    path = run.path / "latent_concepts.csv"
     found = {}
-    for row in _rows(run.path / "latent_concepts.csv"):
+    for row in _rows(path):
         if row.get("concept") is not None and (f1 := number(row.get("f1"))) is not None:
-            found[int(row["feature_idx"])] = (str(row["concept"]), f1)
+            found[_latent(row, path)] = (row["concept"], f1)
     return found
 
 

@@ -71,19 +71,19 @@ def write_figures(
 
 
 def _effects(put: Any, shown: Look) -> None:
-    effect, attribution = shown.arrays["effect"], np.abs(shown.arrays["attribution"])
+    effect, exact, attribution = shown.arrays["effect"], shown.arrays["exact"], np.abs(shown.arrays["attribution"])
     measured = np.isfinite(effect).nonzero()[0]
     if len(measured):
         order = measured[np.argsort(-effect[measured], kind="stable")]
         rows = [{"feature_idx": int(latent), "mean_kl": float(effect[latent])} for latent in order]
         table = ([rank, row["feature_idx"], row["mean_kl"]] for rank, row in enumerate(rows, start=1))
         put("effects", figures.ranking(rows), ["rank", "latent", "mean_kl"], table)
-    both = measured[np.isfinite(attribution[measured])]
-    usable = both[(attribution[both] > 0) & (effect[both] > 0)]
+    both = (np.isfinite(attribution) & np.isfinite(exact)).nonzero()[0]
+    usable = both[(attribution[both] > 0) & (exact[both] > 0)]
     if len(usable) > 2:
         control = shown.arrays["control"]
-        rows = ([int(i), float(attribution[i]), float(effect[i]), "control" if control[i] else "top"] for i in both)
-        figure = attribution_figure(attribution[usable], effect[usable], control[usable] == 1)
+        rows = ([int(i), float(attribution[i]), float(exact[i]), "control" if control[i] else "top"] for i in both)
+        figure = attribution_figure(attribution[usable], exact[usable], control[usable] == 1)
         put("attribution", figure, ["latent", "attribution", "mean_kl", "sample"], rows)
     if "map" in shown.arrays:
         points = shown.arrays["map"].reshape(-1, 2) / 32767
@@ -121,14 +121,14 @@ def l0_figure(edges: Sequence[float], counts: Sequence[int], mean: float | None)
 
 
 def attribution_figure(attribution: np.ndarray, effect: np.ndarray, control: np.ndarray) -> Figure:
-    """First-order attribution against the exact effect, both on log axes."""
+    """The fast estimate against the exact effect, both on log axes."""
     fig = new_figure(6.4, 4.8)
     ax = fig.subplots()
     for picked, color, label in ((~control, BLUE, "top of the fast ranking"), (control, ORANGE, "random control")):
         if picked.any():
             ax.loglog(attribution[picked], effect[picked], "o", color=color, markersize=4, alpha=0.75, label=label)
-    title = f"Fast attribution against exact effect, {len(effect):,} latents"
-    dress(ax, title, "|attribution|, first-order (log)", "mean KL when removed, nats (log)")
+    title = f"Fast estimate against exact effect, {len(effect):,} latents"
+    dress(ax, title, "estimate of the effect (log)", "mean KL when removed, nats (log)")
     legend(ax)
     return fig
 
@@ -140,7 +140,7 @@ def concepts_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     ax = fig.subplots()
     places = np.arange(len(rows))
     ax.barh(places, [float(row["f1"]) for row in rows], color=BLUE, height=0.72, label="best latent")
-    for key, marker, color, label in (("pca_f1", "|", ORANGE, "PCA"), ("random_f1", "x", GREY, "untrained SAE")):
+    for key, marker, color, label in (("pca_f1", "|", ORANGE, "PCA"), ("random_f1", "x", GREY, "random SAE")):
         known = [(place, float(row[key])) for place, row in enumerate(rows) if number(row.get(key)) is not None]
         if known:
             ax.plot([value for _, value in known], [place for place, _ in known], marker, color=color, label=label)

@@ -66,8 +66,9 @@ def look(
         "fires": gathered.counts.numpy().astype(np.uint32),  # rows on which the latent is above 0
         "mean": gathered.mean.numpy().astype(np.float32),
         "max": gathered.max.numpy().astype(np.float32),
-        "effect": _by_latent(effects.get("exact_kl", {}), d_sae),  # mean KL when removed, NaN: not measured
-        "attribution": _by_latent(effects.get("attribution", {}), d_sae),
+        "effect": _by_latent(effects.get("effect", {}), d_sae),  # mean KL when removed, NaN: not measured
+        "exact": _by_latent(effects.get("exact", {}), d_sae),  # the same, where the ranking measured it
+        "attribution": _by_latent(effects.get("attribution", {}), d_sae),  # the ranking's estimate
         "control": np.nan_to_num(_by_latent(effects.get("control", {}), d_sae)).astype(np.uint8),
         "concept": concept,  # place in header["concepts"], -1: none
         "concept_f1": concept_f1,

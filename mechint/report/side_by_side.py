@@ -57,19 +57,20 @@ def differing_settings(all_facts: Sequence[dict[str, Any]]) -> list[dict[str, An
 
 def _text(all_facts: Sequence[dict[str, Any]]) -> str:
     """Who is sparsest, who reconstructs best, who keeps the model's loss best."""
-    found = []
+    found: dict[str, list[str]] = {}
     for key, better, words in (
-        ("l0", min, "{} is the sparsest (L0 {:.1f})"),
-        ("fvu", min, "{} leaves the least variance unexplained ({:.3f})"),
-        ("ce_recovered_mean", max, "{} keeps the model's loss best ({:.4f} recovered against mean ablation)"),
+        ("l0", min, "is the sparsest (L0 {:.1f})"),
+        ("fvu", min, "leaves the least variance unexplained ({:.3f})"),
+        ("ce_recovered_mean", max, "keeps the model's loss best ({:.4f} recovered against mean ablation)"),
     ):
         values = [
             (value, facts["name"]) for facts in all_facts if (value := number(facts["quality"].get(key))) is not None
         ]
         if len(values) > 1:
             value, name = better(values, key=lambda pair: pair[0])
-            found.append(words.format(name, value))
-    return ("; ".join(found) + ".") if found else "Their own numbers have not been measured yet."
+            found.setdefault(name, []).append(words.format(value))
+    sentences = [f"{name} {', and '.join(parts)}." for name, parts in found.items()]
+    return " ".join(sentences) if sentences else "Their own numbers have not been measured yet."
 
 
 def _histogram(one: int, other: int, matches: Matches, all_facts: Sequence[dict[str, Any]]) -> dict[str, Any]:

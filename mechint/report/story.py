@@ -132,8 +132,11 @@ def _concepts(facts: dict[str, Any]) -> dict[str, str] | None:
     scores = [f1 for row in (found or {"rows": []})["rows"] if (f1 := number(row.get("f1"))) is not None]
     if not scores:
         return None
-    random = [value for row in found["rows"] if (value := number(row.get("random_f1"))) is not None]
-    against = f" An untrained dictionary reaches {sum(random) / len(random):.2f}." if random else ""
+    against = []
+    for key, words in (("random_f1", "a random dictionary"), ("token_f1", "a list of tokens a concept")):
+        values = [value for row in found["rows"] if (value := number(row.get(key))) is not None]
+        against += [f"{words} reaches {sum(values) / len(values):.2f}"] if values else []
+    against = f" For comparison, {' and '.join(against)}." if against else ""
     return _tile(
         f"{sum(scores) / len(scores):.2f}",
         "mean F1 of the best latent",

@@ -14,7 +14,8 @@ const SIDE_ROWS = [
 
 function sideBySide() {
   const compare = FACTS.compare;
-  const head = [{ name: "" }, ...RUNS.map((run) => ({ name: el("a", { href: run.home }, run.facts.name), num: true }))];
+  // made anew for each table: an element can stand in one place only
+  const head = (first) => [{ name: first }, ...RUNS.map((run) => ({ name: el("a", { href: run.home }, run.facts.name), num: true }))];
   const measured = SIDE_ROWS.filter(([key]) => RUNS.some((run) => known(run.facts.quality[key]))).map(([key, name, write, hint]) =>
     [el("span", {}, name, el("span", { class: "faint" }, ` ${hint}`)), ...RUNS.map((run) => write(run.facts.quality[key]))]);
   const dead = ["dead latents", ...RUNS.map((run) => (run.latents ? whole(run.latents.fires.filter((n) => n === 0).length) : whole(run.facts.quality.dead_features)))];
@@ -23,7 +24,7 @@ function sideBySide() {
   const sizes = ["latents", ...RUNS.map((run) => whole(run.facts.d_sae))];
   return el("div", { class: "page" },
     el("header", { class: "hero" }, el("p", { class: "overline" }, "side by side"), el("h1", {}, compare.title), el("p", { class: "story" }, compare.text)),
-    section("measured", "What each reaches", "On each run\u2019s own held-out data.", table(head, [sizes, ...measured, dead, ...coverage])),
+    section("measured", "What each reaches", "On each run\u2019s own held-out data.", table(head(""), [sizes, ...measured, dead, ...coverage])),
     frontier(), overlaidCurves(), settingsTable(head), matches(), conceptsSideBySide());
 }
 
@@ -58,7 +59,7 @@ function overlaidCurves() {
 function settingsTable(head) {
   const rows = FACTS.compare.settings;
   return section("settings", "Settings that differ", rows.length ? null : "None: the runs were asked for with the same settings.",
-    rows.length > 0 && table([{ name: "setting" }, ...head.slice(1)], rows.map(({ name, values }) => [el("code", {}, name), ...values])));
+    rows.length > 0 && table(head("setting"), rows.map(({ name, values }) => [el("code", {}, name), ...values])));
 }
 
 function matches() {

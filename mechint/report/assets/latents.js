@@ -11,9 +11,12 @@ function labelTokens(run, latent, most = 3) {
   return el("span", { class: "tokens" }, ids.map((id) => tokenNode(word(L, id))));
 }
 
+const WEAK = 0.2; // an F1 below this says that a latent matches no known concept
+
 function conceptText(run, latent) {
   const L = run.latents, index = L.concept[latent];
-  return index < 0 ? "" : el("span", {}, visible(L.concepts[index]), el("span", { class: "faint" }, ` ${L.concept_f1[latent].toFixed(2)}`));
+  if (index < 0) return "";
+  return el("span", { class: L.concept_f1[latent] < WEAK ? "faint" : "" }, visible(L.concepts[index]), el("span", { class: "faint" }, ` ${L.concept_f1[latent].toFixed(2)}`));
 }
 
 // --- contexts --------------------------------------------------------------------------------------------------------
@@ -33,12 +36,21 @@ function contextLine(run, latent, c, { narrow = 0 } = {}) {
   for (let i = from; i < to; i++) {
     const text = word(L, L.stream[L.ctx_start[c] + i]), level = L.ctx_levels[L.ctx_level_at[c] + i] / 255;
     const value = level * L.max[latent];
-    const node = el("span", { class: `${level > 0 ? "on" : ""}${i === center ? " here" : ""}`, title: level > 0 ? `${visible(text)}: ${short(value)}` : null }, i === from ? visible(text).replace(/^ /, "") : visible(text));
+    const shown = visible(text), spaced = shown.startsWith(" "); // a leading blank stays outside of the coloured ground
+    const node = el("span", { class: `${level > 0 ? "on" : ""}${level > 0.55 ? " strong" : ""}${i === center ? " here" : ""}`, title: level > 0 ? `${shown}: ${short(value)}` : null }, spaced ? shown.slice(1) : shown);
     if (level > 0) node.style.setProperty("--a", (0.12 + 0.73 * level).toFixed(2));
+    if (spaced && i > from) tokens.push(" ");
     tokens.push(node);
   }
   const cutLeft = from > 0 || Boolean(L.ctx_cut[c] & 1), cutRight = to < length || Boolean(L.ctx_cut[c] & 2);
   return el("span", { class: "context", dir: "ltr" }, cutLeft && el("span", { class: "cut" }, "\u2026"), tokens, cutRight && el("span", { class: "cut" }, "\u2026"));
+}
+
+// The strongest contexts, one for each firing token first: for a card that has room for few.
+function variedContexts(run, latent, most) {
+  const L = run.latents, top = topContexts(run, latent), seen = new Set();
+  const fresh = top.filter((c) => { const id = L.stream[L.ctx_start[c] + L.ctx_center[c]]; return seen.has(id) ? false : seen.add(id); });
+  return [...new Set([...fresh, ...top])].slice(0, most);
 }
 
 function contextList(run, latent, list) {
@@ -63,8 +75,8 @@ function latentPage(run, latent, walk) {
     ["fires on", L.fires[latent] ? percent(density) : "nothing", `${whole(L.fires[latent])} of ${whole(L.n_rows)} tokens`],
     ["strongest", short(L.max[latent]), `mean where active ${short(L.mean[latent])}`],
     known(L.effect[latent]) ? ["effect", `${short(L.effect[latent])} nats`, `mean KL when removed${rank ? `; rank ${whole(rank)}` : ""}`]
-      : known(L.attribution[latent]) ? ["attribution", short(L.attribution[latent]), `first-order effect; rank ${whole(rank)}`] : null,
-    L.concept[latent] >= 0 ? ["concept", visible(L.concepts[L.concept[latent]]), `F1 ${L.concept_f1[latent].toFixed(2)}`] : null,
+      : known(L.attribution[latent]) ? ["estimated effect", short(L.attribution[latent]), `rank ${whole(rank)}; not removed itself`] : null,
+    L.concept[latent] >= 0 ? ["concept", L.concept_f1[latent] < WEAK ? "none of those known" : visible(L.concepts[L.concept[latent]]), `${L.concept_f1[latent] < WEAK ? `best: ${visible(L.concepts[L.concept[latent]])}, ` : ""}F1 ${L.concept_f1[latent].toFixed(2)}`] : null,
     L.fires[latent] ? ["consistency", percent(L.consistency[latent] / 255), "of its strongest contexts fire on the same token"] : null,
   ].filter(Boolean);
   const contexts = contextsOf(run, latent), top = contexts.filter((c) => L.ctx_stratum[c] === 0);
@@ -135,7 +147,7 @@ function twins(run, latent) {
 
 const SORTS = {
   effect: ["effect", (L, i) => (known(L.effect[i]) ? L.effect[i] : -Infinity)],
-  attribution: ["attribution", (L, i) => (known(L.attribution[i]) ? Math.abs(L.attribution[i]) : -Infinity)],
+  attribution: ["estimated effect", (L, i) => (known(L.attribution[i]) ? Math.abs(L.attribution[i]) : -Infinity)],
   density: ["density", (L, i) => L.fires[i]],
   max: ["max activation", (L, i) => L.max[i]],
   concept: ["concept match", (L, i) => (L.concept[i] >= 0 ? L.concept_f1[i] : -Infinity)],
@@ -175,7 +187,7 @@ function search(run, query) {
   const concept = text.replaceAll(" ", "_");
   searchIndex(run).forEach((entry, i) => {
     if (found.has(i)) return;
-    if (entry.concept && (entry.concept === text || entry.concept === concept || (text.length > 2 && entry.concept.includes(concept)))) found.set(i, `concept ${entry.concept}`);
+    if (entry.concept && (entry.concept === text || entry.concept === concept || (text.length > 2 && entry.concept.includes(concept)))) found.set(i, `concept ${visible(entry.concept)}`);
     else if (entry.fires.has(text)) found.set(i, "fires on it");
     else if (text.length > 2 && [...entry.fires].some((token) => token.startsWith(text))) found.set(i, "fires on a longer token");
     else if (entry.pushes.has(text)) found.set(i, "promotes it");
@@ -191,7 +203,7 @@ function browser(run, state) {
   const holder = el("div", {});
   const has = { effect: sorts.includes("effect"), attribution: sorts.includes("attribution"), concept: sorts.includes("concept") };
   const columns = [["number", "latent", true], [null, "fires on"], ["density", "density", true], ["max", "max", true],
-    has.effect ? ["effect", "effect", true] : null, has.attribution ? ["attribution", "attribution", true] : null, has.concept ? ["concept", "concept"] : null, ["consistency", "consistency", true]].filter(Boolean);
+    has.effect ? ["effect", "effect", true] : null, has.attribution ? ["attribution", "estimate", true] : null, has.concept ? ["concept", "concept"] : null, ["consistency", "consistency", true]].filter(Boolean);
   const row = (i, why) => el("tr", {}, el("th", { scope: "row", class: "num" }, el("a", { href: run.url(i) }, String(i))),
     el("td", {}, labelTokens(run, i, 4), why && el("span", { class: "faint small" }, ` ${why}`)),
     el("td", { class: "num" }, percent(L.fires[i] / L.n_rows)), el("td", { class: "num" }, short(L.max[i])),
@@ -258,9 +270,9 @@ function decoderMap(run) {
     key.replaceChildren();
     if (name === "concept") {
       const count = new Map();
-      for (const c of L.concept) if (c >= 0) count.set(c, (count.get(c) || 0) + 1);
+      L.concept.forEach((c, i) => { if (c >= 0 && L.concept_f1[i] >= WEAK) count.set(c, (count.get(c) || 0) + 1); });
       const common = [...count.entries()].sort((a, b) => b[1] - a[1]).slice(0, KINDS).map(([c]) => c);
-      dots.forEach((dot, i) => { const k = common.indexOf(L.concept[i]); dot.setAttribute("class", k < 0 || L.concept_f1[i] < 0.2 ? "k-none" : `k${k}`); });
+      dots.forEach((dot, i) => { const k = common.indexOf(L.concept[i]); dot.setAttribute("class", k < 0 || L.concept_f1[i] < WEAK ? "k-none" : `k${k}`); });
       key.append(...common.map((c, k) => el("li", {}, el("i", { class: `key k${k}` }), visible(L.concepts[c]))), el("li", {}, el("i", { class: "key k-none" }), "other, or F1 below 0.2"));
       return;
     }

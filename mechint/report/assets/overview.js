@@ -17,7 +17,7 @@ function examples(run) {
     "Chosen by rule, not by hand; the rule stands on each card. The marked word is where the latent fires most strongly.",
     el("div", { class: "cards" }, run.facts.examples.map(({ latent, why }) => el("a", { class: "card", href: run.url(latent) },
       el("span", { class: "cardhead" }, el("b", {}, `Latent ${latent}`), labelTokens(run, latent, 2)),
-      topContexts(run, latent).slice(0, 3).map((context) => contextLine(run, latent, context, { narrow: 5 })),
+      variedContexts(run, latent, 3).map((context) => contextLine(run, latent, context, { narrow: 5 })),
       el("span", { class: "cardwhy" }, why)))));
 }
 
@@ -25,16 +25,16 @@ function training(run) {
   const { curves, d_sae: dSae } = run.facts;
   const x = curves.step || Array.from(curves.loss || [], (_, i) => i);
   if (x.length < 2) return null;
-  const axis = { label: "training step", domain: [0, Math.max(...x)] };
+  const axis = { label: "training step", domain: [0, Math.max(...x, run.facts.steps)] };
   const last = (values) => values.filter(known).at(-1);
-  const chart = (name, title, label, { log = true, zero = false, cls = "c1" } = {}) => {
+  const chart = (name, title, label, { log = true, cls = "c1" } = {}) => {
     const y = curves[name];
     if (!y || !y.some(known)) return null;
     const usable = log && y.some((value) => value > 0);
     const text = title(last(y));
     return plot({
       title: text, height: 190, x: axis, alt: `${text}. From ${short(y.find(known))} at the start to ${short(last(y))} at the end, ${y.length} points.`,
-      y: { label: usable ? `${label} (log)` : label, log: usable, domain: domainOf(y, { log: usable, zero: zero || !usable }) },
+      y: { label: usable ? `${label} (log)` : label, log: usable, domain: usable ? domainOf(y, { log: true }) : [0, Math.max(4, ...y.filter(known)) * 1.08] },
       marks: [{ kind: "line", x, y, cls }],
     });
   };
@@ -53,15 +53,17 @@ const QUALITY = [
   ["mse_per_dim", "squared error", short, null, null, "a dimension, in squared units of the activations"],
   ["cosine", "cosine", short, null, null, "between activation and reconstruction"],
   ["l2_ratio", "norm ratio", short, null, null, "length of the reconstruction over that of the activation; below 1 is shrinkage"],
+  ["explained_variance_legacy", "EV, legacy", percent, null, null, "explained variance as older tools average it, over tokens"],
   ["relative_reconstruction_bias", "relative bias", short, null, null, "1 is unbiased"],
-  ["ce_clean", "CE, untouched", short, null, null, "cross-entropy of the model alone, nats a token"],
-  ["ce_sae", "CE, spliced", short, "ce_zero", "ce_mean", "the model reading the reconstruction instead, nats a token"],
+  ["ce_clean", "CE, untouched", short4, null, null, "cross-entropy of the model alone, nats a token"],
+  ["ce_sae", "CE, spliced", short4, "ce_zero", "ce_mean", "the model reading the reconstruction instead, nats a token"],
   ["ce_recovered_mean", "CE recovered (mean)", percent4, null, 0, "of what mean ablation costs; 100 % is no cost"],
   ["ce_recovered_zero", "CE recovered (zero)", percent4, 0, null, "of what zero ablation costs; 100 % is no cost"],
   ["kl_clean_sae", "KL(clean \u2016 spliced)", short, "kl_clean_zero", "kl_clean_mean", "change of the predictions, nats a token"],
   ["kl_score_mean", "KL score (mean)", percent4, null, 0, "share of mean ablation\u2019s KL avoided"],
   ["kl_score_zero", "KL score (zero)", percent4, 0, null, "share of zero ablation\u2019s KL avoided"],
 ];
+function short4(value) { return short(value, 4); }
 function percent4(value) { return known(value) ? `${minus(String(+(100 * value).toPrecision(4)))} %` : "\u2013"; }
 
 function quality(run) {
@@ -70,9 +72,10 @@ function quality(run) {
   const rows = QUALITY.filter(([key]) => known(q[key])).map(([key, name, write, zero, mean, meaning]) => {
     const base = (side) => (typeof side === "number" ? write(side) : side && known(q[side]) ? write(q[side]) : "");
     const [low, high] = ci[key] || [];
-    return [name, write(q[key]), known(low) ? `${write(low)} to ${write(high)}` : "", base(zero), base(mean), meaning];
+    const without = q.without_special?.[key];
+    return [name, write(q[key]), known(low) ? `${write(low)} to ${write(high)}` : "", known(without) && write(without) !== write(q[key]) ? write(without) : "", base(zero), base(mean), meaning];
   });
-  const columns = [{ name: "metric" }, { name: "this SAE", num: true }, { name: "95 % interval", num: true },
+  const columns = [{ name: "metric" }, { name: "this SAE", num: true }, { name: "95 % interval", num: true }, { name: "no special tokens", num: true, title: "the same without the rows and predictions of BOS, EOS and padding" },
     { name: "zero ablation", num: true }, { name: "mean ablation", num: true }, { name: "what it says" }];
   const used = columns.map((column, i) => i === 0 || rows.some((row) => row[i] !== ""));
   const keep = (row) => row.filter((_, i) => used[i]);
@@ -133,7 +136,7 @@ function firing(run) {
       marks: [{ kind: "bars", counts, edges, cls: "c1", tell: (i) => `${counts[i]} latents` }] }));
   }
   if (!charts.length) return null;
-  return section("firing", "How often latents fire", null, el("div", { class: "grid2" }, charts), lists && el("div", { class: "grid2" }, lists));
+  return section("firing", "How often latents fire", null, lists ? pairOrStack(charts, charts.length === 1 ? el("div", {}, lists) : el("div", { class: "grid2" }, lists)) : el("div", { class: "grid2" }, charts));
 }
 
 function latentList(run, latents, title, rule, tell = () => "") {
@@ -153,10 +156,10 @@ const CONCEPT_COLUMNS = [
   ["recall", "recall", "of the concept's tokens, the share that the latent fires on"],
   ["auroc", "AUROC", "chance that a token of the concept activates the latent more than another"],
   ["n_latents_for_concept", "latents", "latents that together raise the F1: more than one is splitting"],
-  ["absorption", "absorption", "share of the concept's tokens on which its latent is silent while a child's latent fires"],
-  ["probe_auroc_5", "probe, 5 latents", "AUROC of a logistic probe on five latents"],
-  ["probe_auroc_dense", "probe, all dims", "AUROC of a logistic probe on the raw activations"],
-  ["random_f1", "random SAE", "best F1 of an untrained dictionary of the same size"],
+  ["absorption", "absorbed", "share of the concept's tokens on which its latent is silent while a child's latent fires"],
+  ["token_f1", "token list", "F1 of a list of tokens, the plainest detector; where it is near 1 the concept is in the word itself"],
+  ["probe_auroc_dense", "probe", "AUROC of a logistic probe on the raw activations"],
+  ["random_f1", "random", "best F1 of a random dictionary of the same size"],
   ["pca_f1", "PCA", "best F1 of a principal component"],
 ];
 
@@ -169,7 +172,7 @@ function concepts(run) {
     el("span", {}, visible(String(row.concept)), row.parent && el("span", { class: "faint" }, ` in ${visible(String(row.parent))}`)),
     whole(row.n_tokens),
     known(row.best_latent) && row.best_latent >= 0 ? el("a", { href: run.url(row.best_latent) }, String(row.best_latent)) : "",
-    run.latents && known(row.best_latent) && row.best_latent >= 0 ? labelTokens(run, row.best_latent, 3) : "",
+    run.latents && known(row.best_latent) && row.best_latent >= 0 ? labelTokens(run, row.best_latent, 2) : "",
     meter(row.f1),
     ...columns.map(([key]) => (key === "n_latents_for_concept" ? whole(row[key]) : known(row[key]) ? row[key].toFixed(2) : "")),
   ]);
@@ -216,31 +219,36 @@ function causal(run) {
         x: rank + 1, y: L.effect[i], cls: "c1", latent: i, title: `${rank + 1}. latent ${i}: ${short(L.effect[i])} nats`, label: rank < 3 ? String(i) : null })) }],
     }));
   }
-  const both = order.filter((i) => known(L.attribution[i]) && Math.abs(L.attribution[i]) > 0 && L.effect[i] > 0);
+  const both = Array.from(L.exact.keys()).filter((i) => Math.abs(L.attribution[i]) > 0 && L.exact[i] > 0);
   if (both.length > 2) {
     const size = (i) => Math.abs(L.attribution[i]);
     const control = (i) => L.control[i] === 1;
     parts.push(plot({
-      title: facts.ranking?.reading || "The fast ranking against the exact one", note: facts.ranking?.correlation_text, height: 260,
-      alt: `Attribution against exact effect of ${both.length} latents. ${facts.ranking?.correlation_text || ""}`,
+      title: facts.ranking?.reading || "The fast estimate against the exact effect", note: facts.ranking?.correlation_text, height: 260,
+      alt: `Fast estimate against exact effect of ${both.length} latents. ${facts.ranking?.correlation_text || ""}`,
       legend: [{ cls: "c1", text: "top of the fast ranking" }, { cls: "c2", text: "random control" }],
-      x: { label: "attribution: fast, first-order (log)", log: true, domain: domainOf(both.map(size), { log: true }) },
-      y: { label: "mean KL when removed, nats a token (log)", log: true, domain: domainOf(both.map((i) => L.effect[i]), { log: true }) },
+      x: { label: facts.ranking?.attribution_label || "estimate (log)", log: true, domain: domainOf(both.map(size), { log: true }) },
+      y: { label: "mean KL when removed, nats a token (log)", log: true, domain: domainOf(both.map((i) => L.exact[i]), { log: true }) },
       marks: [{ kind: "points", r: 2.8, open: (i) => run.open(i), items: both.sort((a, b) => control(a) - control(b)).map((i) => ({
-        x: size(i), y: L.effect[i], cls: control(i) ? "c2" : "c1", latent: i, title: `latent ${i}: attribution ${short(size(i))}, KL ${short(L.effect[i])}` })) }],
+        x: size(i), y: L.exact[i], cls: control(i) ? "c2" : "c1", latent: i, title: `latent ${i}: estimate ${short(size(i))}, exact ${short(L.exact[i])}` })) }],
     }));
   }
+  const complete = order.length === L.d_sae;
   const byAttribution = Array.from(L.attribution.keys()).filter((i) => known(L.attribution[i])).sort((a, b) => Math.abs(L.attribution[b]) - Math.abs(L.attribution[a]));
-  const listed = (byAttribution.length ? byAttribution : order).slice(0, 12);
+  const listed = (byAttribution.length && !complete ? byAttribution : order).slice(0, 12);
   if (!listed.length) return null;
   const has = { a: byAttribution.length > 0, e: order.length > 0, c: listed.some((i) => L.concept[i] >= 0) };
   return section("effects", "Which latents the model depends on",
     facts.ranking?.lead || "Each latent is removed from the residual stream, and the change of the model\u2019s predictions is measured.",
-    el("div", { class: "grid2" }, parts),
-    table([{ name: "latent", num: true }, { name: "fires on" }, { name: "fires on share", num: true }, ...(has.a ? [{ name: "attribution", num: true }] : []),
-      ...(has.e ? [{ name: "mean KL, nats", num: true }] : []), ...(has.c ? [{ name: "concept" }] : [])],
+    pairOrStack(parts, table([{ name: "latent", num: true }, { name: "fires on" }, { name: "density", num: true }, ...(has.a ? [{ name: "estimate", num: true }] : []),
+      ...(has.e ? [{ name: "exact, nats", num: true }] : []), ...(has.c ? [{ name: "concept" }] : [])],
     listed.map((i) => [el("a", { href: run.url(i) }, String(i)), labelTokens(run, i, 4), percent(L.fires[i] / L.n_rows),
-      ...(has.a ? [short(L.attribution[i])] : []), ...(has.e ? [known(L.effect[i]) ? short(L.effect[i]) : "not measured"] : []), ...(has.c ? [conceptText(run, i)] : [])])));
+      ...(has.a ? [short(L.attribution[i])] : []), ...(has.e ? [known(L.effect[i]) ? short(L.effect[i]) : "not measured"] : []), ...(has.c ? [conceptText(run, i)] : [])]))));
+}
+
+// Charts beside each other with the rest below; a single chart has the rest beside it.
+function pairOrStack(charts, rest) {
+  return charts.length === 1 ? el("div", { class: "grid2 high" }, charts, rest) : [el("div", { class: "grid2" }, charts), rest];
 }
 
 function provenance(run) {
@@ -249,7 +257,7 @@ function provenance(run) {
     ? table([{ name: "setting" }, { name: "here", num: true }, { name: "default", num: true }], facts.settings.map((s) => [el("code", {}, s.name), s.value, el("span", { class: "faint" }, s.default)]))
     : el("p", {}, "All settings are the defaults.");
   return section("provenance", "What was trained on what", null,
-    el("div", { class: "grid2 top" },
+    el("div", { class: "grid2 high" },
       el("div", {}, el("h3", {}, "Settings that differ from the defaults"), settings,
         el("details", {}, el("summary", {}, `all ${Object.keys(facts.all_settings).length} settings`),
           table([{ name: "setting" }, { name: "value", num: true }], Object.entries(facts.all_settings).map(([name, value]) => [el("code", {}, name), value])))),
