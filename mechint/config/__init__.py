@@ -12,7 +12,9 @@ from mechint.config.base import (
     require,
 )
 from mechint.config.collect import COLLECT_PRESETS, CollectConfig
+from mechint.config.concepts import ConceptsConfig
 from mechint.config.readers import AblateConfig, CompareConfig, EvalConfig, RankConfig
+from mechint.config.report import ReportConfig
 from mechint.config.steering import ExtractConfig, SteerConfig
 from mechint.config.sweep import SweepConfig
 from mechint.config.train import TRAIN_PRESETS, SAETrainConfig
@@ -26,12 +28,14 @@ __all__ = [
     "Backend",
     "CollectConfig",
     "CompareConfig",
+    "ConceptsConfig",
     "Config",
     "Dtype",
     "EvalConfig",
     "ExtractConfig",
     "Processing",
     "RankConfig",
+    "ReportConfig",
     "SAETrainConfig",
     "SteerConfig",
     "SweepConfig",
