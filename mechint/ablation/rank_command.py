@@ -56,8 +56,6 @@ def rank_run(
     def check(sae: SAE) -> None:
         if config.latents is not None:
             feature_indices(config.latents, sae.d_sae)
-        if config.top > sae.d_sae:
-            raise MechintError(f"--top {config.top} is more than the {sae.d_sae} latents that the SAE has")
 
     subject = open_subject(
         place,

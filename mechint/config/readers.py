@@ -83,16 +83,18 @@ class AblateConfig(Config):
 
 @dataclass(frozen=True)
 class CompareConfig(Config):
-    """Match the latents of consecutive checkpoints by the cosine of their decoder directions."""
+    """Match the latents of checkpoints by the cosine of their decoder directions; what splits, and what they share."""
 
     checkpoints: tuple[Path, ...]
-    """Two or more checkpoints; each is compared with the next."""
+    """Two or more checkpoints, such as growing expansions or several seeds; each is compared with all others."""
     output: Path
-    """CSV to write."""
+    """CSV of each latent's nearest in the next checkpoint; X.latents.csv and X.pairs.csv are written beside X.csv."""
     overwrite: bool = False
     """Replace --output if it exists."""
     activation_dim: Annotated[int | None, arg(aliases=["--d-in"])] = None
     """Width that the checkpoints must have; only checked."""
+    threshold: float = 0.7
+    """Cosine from which two latents count as the same, and a latent as the child of another."""
     block_size: int = 1024
     """Latents compared at once; bounds the memory."""
 
@@ -120,7 +122,7 @@ class RankConfig(Config):
     draws: int = 4
     """Backward passes for the KL estimate; more make it steadier."""
     top: int = 100
-    """First latents of the ranking to ablate exactly."""
+    """First latents of the ranking to ablate exactly; all if there are fewer."""
     control: int = 100
     """Latents to ablate exactly that are drawn at random from the others."""
     latents: str | None = None
