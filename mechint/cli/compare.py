@@ -9,10 +9,9 @@ from mechint.config import CompareConfig
 @command
 def main(argv: Sequence[str]) -> int:
     config = parse(CompareConfig, argv, prog="compare_expansions.py")
-    from mechint.compare import compare_checkpoints
+    from mechint.compare import compare_all
 
-    summaries = compare_checkpoints(config)
+    found = compare_all(config)
     print(f"comparison_output: {config.output}")
-    for summary in summaries:
-        print(summary.text())
+    print(found.text())
     return 0
