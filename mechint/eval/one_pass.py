@@ -112,6 +112,7 @@ def run_texts(
     mean: Float[Tensor, " d_in"] | None = None,
     rows: ReconstructionSums | None = None,
     special: frozenset[int] = frozenset(),
+    baselines: Sequence[str] = BASELINES,
     batch_size: int = 16,
     progress: bool = False,
 ) -> LanguageSums:
@@ -122,19 +123,24 @@ def run_texts(
         rows: if given, takes the reconstruction of the first SAE at every position, in four groups for each text:
             4 * group + 2 * (not seen by the SAE) + (special token).
         special: ids of special tokens.
+        baselines: which of "zero" and "mean" to measure.
 
     Returns:
         The sums of cross-entropies and KL, in the groups of `text_groups`.
     """
-    edits: dict[str, Callable[[Tensor], Tensor]] = {"zero": torch.zeros_like}
-    if mean is not None:
+    edits: dict[str, Callable[[Tensor], Tensor]] = {}
+    if "zero" in baselines:
+        edits["zero"] = torch.zeros_like
+    if "mean" in baselines and mean is not None:
         edits["mean"] = lambda value: mean.to(value).expand_as(value)
     groups, n_groups = text_groups(len(texts))
     sums = LanguageSums(n_groups, len(saes), list(edits))
     with torch.inference_mode():
         splice = make_splice(model, hook_name, max(texts, key=lambda text: len(text.tokens)).tokens)
         forward = WholeModel(model, hook_name) if isinstance(splice, str) else FromHook(splice)
-        fixed = None if isinstance(forward, WholeModel) else fixed_baselines(forward, texts, list(edits.values()))
+        fixed = None
+        if edits and isinstance(forward, FromHook):
+            fixed = fixed_baselines(forward, texts, list(edits.values()))
         per_text = list(edits.values()) if fixed is None else []
         widest = max(sae.d_sae for sae in saes)
         max_tokens = min(MAX_LOGIT_ELEMENTS // forward.width, MAX_FEATURE_ELEMENTS // widest)
