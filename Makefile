@@ -16,7 +16,7 @@ help:
 	@echo "make bench      measure speed and memory against the original's way"
 	@echo "make bench-train, bench-quality   speed and quality of training against the peers"
 	@echo "make readme     write the command reference in README.md anew from --help"
-	@echo "make test-peers the trainers that benchmarks compare with, in an environment of their own"
+	@echo "make test-peers the peers in an environment of their own: their trainers, and SAELens's evaluation against ours"
 	@echo "make test-tl4   the model tests with TransformerLens $(TL4), in an environment of their own"
 
 setup: $(VENV)/.ready
@@ -77,11 +77,11 @@ test-tl4: build/constraints-tl4.txt
 	$(MAKE) setup VENV=.venv-tl4 CONSTRAINTS=build/constraints-tl4.txt EXTRAS=dev
 	.venv-tl4/bin/python -m pytest -q -m "slow or not slow" tests/test_models.py tests/test_suffix.py tests/test_ablation.py
 
-# The peers that benchmarks compare with, in an environment of their own: that they train here as the benchmarks call them.
+# In an environment that holds the peers: that they train as the benchmarks call them, and that SAELens's evaluation agrees.
 test-peers: setup
 	$(BIN)/python benchmarks/peers.py
 	build/peers-venv/bin/python -m pip install --quiet --disable-pip-version-check pytest beartype -c $(CONSTRAINTS)
-	OMP_NUM_THREADS=1 build/peers-venv/bin/python -m pytest -q -m "slow or not slow" tests/test_benchmarks.py -k peers_train
+	OMP_NUM_THREADS=1 build/peers-venv/bin/python -m pytest -q -m "slow or not slow" tests/test_benchmarks.py tests/test_peer_eval.py -k "peer"
 
 clean:
 	rm -rf .venv .venv-tl4 build *.egg-info .pytest_cache .ruff_cache .hypothesis
