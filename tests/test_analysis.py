@@ -125,14 +125,15 @@ def test_top_pairs_are_exactly_k_in_the_dense_order(
     assert len(pairs) == min(top_k, d_sae * (d_sae - 1) // 2)
 
 
-def write_store(folder: Path, lengths: list[int], d_in: int = 3) -> Activations:
-    """A store written by hand after docs/store.md: texts of these lengths without their BOS rows, token 100 + row."""
+def write_store(folder: Path, lengths: list[int], d_in: int = 3, first_position: int = 1) -> Activations:
+    """A store written by hand after docs/store.md: texts of these lengths without their BOS rows (from position 1 on,
+    unless another is given), token 100 + row."""
     n = sum(lengths)
     columns = {
         "activations": torch.randn(n, d_in, generator=torch.Generator().manual_seed(0)),
         "tokens": torch.arange(100, 100 + n, dtype=torch.int32),
         "text_ids": torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
-        "positions": torch.cat([torch.arange(1, length + 1, dtype=torch.int32) for length in lengths]),
+        "positions": torch.cat([torch.arange(length, dtype=torch.int32) + first_position for length in lengths]),
     }
     folder.mkdir()
     save_file(columns, folder / "shard-00000.safetensors")

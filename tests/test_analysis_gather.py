@@ -20,6 +20,7 @@ from mechint.errors import MechintError
 from mechint.runs import Run
 from mechint.sae import SAE, build_sae, load_sae
 from tests.small_run import make_small_run
+from tests.test_analysis import write_store
 
 ARCHITECTURES = ("standard", "topk", "jumprelu", "gated", "batchtopk")
 
@@ -255,6 +256,28 @@ def test_row_sample_is_bounded_and_the_same_for_any_batches() -> None:
 def test_settings_that_make_no_sense(change: dict[str, int]) -> None:
     with pytest.raises(MechintError, match=next(iter(change))):
         gather(make_sae("standard", 4, 16), rows(9, 4), GatherSettings(**change))
+
+
+def test_first_rows_can_be_left_out(tmp_path: Path, way: str) -> None:
+    """As if the rows at position 0 had not been stored, with the numbers that rows have."""
+    acts = write_store(tmp_path / "store", [30, 500, 70], first_position=0, d_in=24)
+    sae, x = make_sae("standard", 24, 96), acts.tensor()
+    kept = torch.ones(600, dtype=torch.bool)
+    kept[[0, 30, 530]] = False
+    chosen = GatherSettings(k=6, n_sample=600)
+    found = gather(sae, acts, GatherSettings(k=6, n_sample=600, skip_first=True), batch_size=300)
+    expected = gather(sae, x[kept], chosen)
+    whole = gather(sae, acts, chosen)
+    numbers = kept.nonzero().flatten()
+    assert found.n_rows == 597 and torch.equal(found.counts, expected.counts)
+    assert not torch.equal(found.counts, whole.counts)
+    assert torch.allclose(found.mean, expected.mean, atol=1e-6) and torch.equal(found.histogram, expected.histogram)
+    rows = torch.where(expected.top_rows >= 0, numbers[expected.top_rows.clamp_min(0)], -1)
+    assert torch.equal(found.top_rows, rows)
+    assert found.partners.n_rows == 597 and torch.equal(found.partners.latent, expected.partners.latent)
+    assert torch.allclose(found.partners.phi, expected.partners.phi)
+    with pytest.raises(MechintError, match="skip_first"):
+        gather(sae, x, GatherSettings(skip_first=True))
 
 
 def test_rows_shown_and_latent_out_of_range() -> None:

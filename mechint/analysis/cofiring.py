@@ -38,10 +38,14 @@ class RowSample:
         self.parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # bits a row, L0 a row, latents
         self.n_entries = self.n_pairs = 0
 
-    def add(self, entries: Entries) -> None:
+    def add(self, entries: Entries, without: np.ndarray | None = None) -> None:
+        """Take a batch in; `without` are rows of it that are left out."""
         numbers = np.arange(entries.row, entries.row + entries.n_rows)
         bits = mixed(numbers, -1, self.seed)
-        stays = (bits < self.limit).nonzero()[0]
+        wanted = bits < self.limit
+        if without is not None:
+            wanted[without] = False
+        stays = wanted.nonzero()[0]
         rows, cols, _ = entries.flat(stays)
         self._keep(bits[stays], np.bincount(rows, minlength=entries.n_rows)[stays], cols)
         while self.n_entries > self.max_entries or self.n_pairs > self.max_pairs:

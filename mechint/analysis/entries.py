@@ -54,6 +54,12 @@ class Entries(NamedTuple):
         fired = values > 0
         return rows[fired], cols[fired], values[fired]
 
+    def silence(self, which: np.ndarray) -> None:
+        """Set the values of these rows to 0, which nothing that reads entries counts as firing."""
+        for r in which.tolist():
+            start = r // self.chunk * self.capacity if r % self.chunk == 0 else self.ends[r - 1]
+            self.values[start : self.ends[r]] = 0.0
+
 
 def active_entries(
     sae: SAE, acts: Float[Tensor, "n d_in"] | Activations, *, batch_size: int = BATCH_ROWS

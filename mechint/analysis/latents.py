@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mechint.analysis.cofiring import Partners, RowSample
+from mechint.analysis.contexts import needs_tokens
 from mechint.analysis.entries import BATCH_ROWS, active_entries
 from mechint.analysis.tables import MAX_ROWS, Tables, bin_edges
 from mechint.data.store import Activations, open_activations
@@ -40,6 +41,8 @@ class GatherSettings:
         n_strata, n_examples: equal parts of that sample by value, and rows kept of each.
         n_partners: latents that fire together with it.
         seed: of the random rows.
+        skip_first: leave out the rows at position 0 of their text. Where BOS rows were stored, their norm is many times
+            that of other rows, and they are the strongest row of most latents that fire on them.
     """
 
     k: int = 20
@@ -48,6 +51,7 @@ class GatherSettings:
     n_examples: int = 4
     n_partners: int = 10
     seed: int = 0
+    skip_first: bool = False
 
 
 @final
@@ -59,6 +63,7 @@ class Latents:
     by value and lowest first; with fewer such rows than the sample holds, the sample is all of them.
 
     Attributes:
+        n_rows: rows that were looked at.
         counts: rows on which it fires.
         mean, max: of its values where it fires, 0 if never.
         top_values, top_rows: the strongest, strongest first; equal values by row. -inf where there are fewer.
@@ -131,9 +136,14 @@ def gather(
     """
     settings = settings or GatherSettings()
     for name, value in asdict(settings).items():
-        if value < (0 if name == "seed" else 1):
-            raise MechintError(f"{name} must be at least {0 if name == 'seed' else 1}, got {value}")
+        if value < (least := 0 if name in ("seed", "skip_first") else 1):
+            raise MechintError(f"{name} must be at least {least}, got {value}")
     n_rows = len(acts) if isinstance(acts, Tensor) else acts.n_rows
+    first = None
+    if settings.skip_first:
+        if isinstance(acts, Tensor):
+            raise MechintError("skip_first needs stored activations, a tensor has no positions")
+        first = (needs_tokens(acts)[2] == 0).numpy()
     if n_rows > MAX_ROWS:
         raise MechintError(f"{n_rows:,} rows are more than one pass can number ({MAX_ROWS:,}): take fewer shards")
     start = time.perf_counter()
@@ -143,14 +153,18 @@ def gather(
     sample = RowSample(sae.d_sae, seed=settings.seed)
     with _bar(n_rows, progress) as bar:
         for entries in active_entries(sae, acts, batch_size=batch_size):
+            without = None
+            if first is not None:
+                without = first[entries.row : entries.row + entries.n_rows].nonzero()[0]
+                entries.silence(without)
             tables.add(entries)
-            sample.add(entries)
+            sample.add(entries, without)
             bar.update(entries.n_rows)
     top_values, top_rows = tables.top()
     stratum_rows, stratum_values, edges = _strata(*tables.sample(), settings)
     counts = torch.from_numpy(tables.counts)
     return Latents(
-        n_rows=n_rows,
+        n_rows=n_rows if first is None else n_rows - int(first.sum()),
         settings=settings,
         counts=counts,
         mean=torch.from_numpy((tables.sums / np.maximum(tables.counts, 1)).astype(np.float32)),
