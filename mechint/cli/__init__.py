@@ -19,7 +19,16 @@ COMMANDS = {
     "sweep": ("mechint.cli.sweep", "train a grid of autoencoders side by side, and draw their frontier", "sweep.py"),
     "eval": ("mechint.cli.evaluate", "measure an SAE on held-out data", "eval_sae.py"),
     "ablate": ("mechint.cli.ablate", "rank latents by the effect of removing each", "batch_ablate.py"),
+    "rank": ("mechint.cli.rank", "rank every latent in minutes, and check the ranking", "rank_features.py"),
     "compare": ("mechint.cli.compare", "match the latents of checkpoints", "compare_expansions.py"),
+    "concepts": ("mechint.cli.concepts", "score latents against known concepts", "score_concepts.py"),
+    "extract-steering": (
+        "mechint.cli.extract",
+        "a steering direction from prompts, a latent or a probe",
+        "extract_steering.py",
+    ),
+    "steer": ("mechint.cli.steer", "continue prompts with and without a direction", "steer.py"),
+    "report": ("mechint.cli.report", "one HTML page about a run, or about several", "make_report.py"),
     "verify": ("mechint.cli.verify", "check a run's files against the hashes in its manifest", None),
 }
 

@@ -22,7 +22,7 @@ DATASET = "builtin/tales"
 
 @dataclass(frozen=True)
 class PipelineConfig(Config):
-    """Collect, train, evaluate, ablate and compare on the built-in model, without a network."""
+    """Collect, train, evaluate, ablate, rank, compare and report on the built-in model, without a network."""
 
     num_texts: int = 2600
     """Tales to collect activations from."""
@@ -45,7 +45,7 @@ class PipelineConfig(Config):
 @command
 def main(argv: Sequence[str]) -> int:
     config = parse(PipelineConfig, argv, prog="mechint pipeline")
-    from mechint.cli import ablate, collect, compare, evaluate, train
+    from mechint.cli import ablate, collect, compare, concepts, evaluate, rank, report, train
 
     started = time.perf_counter()
     activations = config.root / "activations" / f"tales_{config.num_texts}.pt"
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     comparison = runs_root / "comparisons" / f"{small.name}_vs_{large.name}.csv"
 
     stage(
-        "1/6  activations of blocks.3.hook_resid_post",
+        "1/9  activations of blocks.3.hook_resid_post",
         collect.main,
         "scripts/collect_activations.py",
         ["--model", MODEL, "--dataset", DATASET, "--num-texts", config.num_texts, "--output", activations],
@@ -67,17 +67,17 @@ def main(argv: Sequence[str]) -> int:
             *("--steps", steps, "--batch-size", config.batch_size, "--runs-root", runs_root, "--run-name", run.name),
         ]
 
-    title = "2/6  an SAE with 8 latents per dimension"
+    title = "2/9  an SAE with 8 latents per dimension"
     stage(title, train.main, "scripts/train_sae.py", train_flags(large, 8, config.steps))
     stage(
-        "3/6  what it reconstructs, and what splicing it in costs the model",
+        "3/9  what it reconstructs, and what splicing it in costs the model",
         evaluate.main,
         "scripts/eval_sae.py",
         ["--run-dir", large, "--output", large / "eval.json"],
     )
     write_eval_texts(texts, config.ablation_texts)
     stage(
-        "4/6  every latent by the effect of removing it",
+        "4/9  every latent by the effect of removing it",
         ablate.main,
         "scripts/batch_ablate.py",
         [
@@ -85,14 +85,28 @@ def main(argv: Sequence[str]) -> int:
             *("--eval-texts-path", texts, "--output", ranking),
         ],
     )
-    title = "5/6  a second SAE, with 4 latents per dimension"
+    stage(
+        "5/9  the same for all held-out texts, estimated and checked",
+        rank.main,
+        "scripts/rank_features.py",
+        ["--run-dir", large],
+    )
+    stage(
+        "6/9  which known concepts latents stand for",
+        concepts.main,
+        "scripts/score_concepts.py",
+        ["--run-dir", large],
+    )
+    title = "7/9  a second SAE, with 4 latents per dimension"
     stage(title, train.main, "scripts/train_sae.py", train_flags(small, 4, max(config.steps // 2, 1)))
     stage(
-        "6/6  which latents the two share",
+        "8/9  which latents the two share",
         compare.main,
         "scripts/compare_expansions.py",
         ["--checkpoints", small / "checkpoint.pt", large / "checkpoint.pt", "--output", comparison],
     )
+
+    stage("9/9  one page about it all", report.main, "scripts/make_report.py", [large])
 
     from mechint.report.figures import overview, save_figure
     from mechint.runs import Run
@@ -103,9 +117,11 @@ def main(argv: Sequence[str]) -> int:
         "SAE, 8x": large,
         "evaluation": large / "eval.json",
         "latents ranked": ranking,
+        "concepts": large / "concepts.csv",
         "SAE, 4x": small,
         "comparison": comparison,
         "figures": figure,
+        "report": large / "report.html",
     }
     print(f"\nDone in {time.perf_counter() - started:.0f} s. The results lie in")
     for name, path in results.items():

@@ -288,6 +288,8 @@ def _newest_comparison(run: Run) -> list[dict[str, str]]:
         except MechintError as error:
             warnings.warn(str(error), stacklevel=2)
             continue
+        if not rows or "cosine_similarity" not in rows[0]:
+            continue  # of the tables beside it: sharing, the splitting tree
         sides = [(row.get("left_checkpoint") or "", row.get("right_checkpoint") or "") for row in rows]
         for pair in dict.fromkeys(sides):
             if name in {Path(side).parent.name for side in pair}:
