@@ -36,6 +36,8 @@ SAMPLE_ROWS = 65_536
 # Steps whose losses are looked at together, by device: reading one makes this process wait for the GPU. A loss that is
 # not finite moves no weight, so what is found some steps late has done no harm.
 READ_EVERY = {"cuda": 50}
+# Metrics of an evaluation that need each latent's number of firings.
+OF_FREQUENCY = ("dense_features", "dense_fraction", "features_over_1_percent")
 # What is copied from the record of the activations into the SAE's own: an SAE is only valid on activations like these.
 ACTIVATION_KEYS = (
     "model_name",
@@ -318,6 +320,8 @@ def _summary(training: Training, sae: SAE) -> dict[str, Any]:
             device=training.team.evaluates_on(config.device, sae),
             activity=seen,
         )
+        # how often each fires is not counted in training; `mechint eval` does
+        summary = {key: value for key, value in summary.items() if key not in OF_FREQUENCY}
     summary |= {"dead_features": n_dead, "dead_fraction": n_dead / sae.d_sae}
     summary["total_seconds"] = training.seconds_before + time.perf_counter() - training.started
     return summary
