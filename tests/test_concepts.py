@@ -99,6 +99,7 @@ def test_a_span_file_is_read(tmp_path: Path):
         ("text_id,start,end,concept\n0,2,2,a\n", "from 2 to 2 is empty"),
         ("text_id,start,end,concept\n0,1,2,\n", "has no name"),
         ("text,start,end,concept\n ,1,2,a\n", "the text is empty"),
+        ('text_id,start,end,concept\n0,1,2,"a', "line 2: unexpected end of data"),
         ("text_id,start,end,concept,parent\n0,1,2,a,b\n0,1,2,a,c\n", "parent 'c' here and 'b' before"),
         ("text_id,start,end,concept,parent\n0,1,2,a,b\n0,1,2,b,a\n", "a -> b -> a go round"),
     ],

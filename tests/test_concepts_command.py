@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mechint.builtin.tales import CONCEPTS, tale, token_labels
 from mechint.cli.concepts import main
@@ -127,6 +128,39 @@ def test_a_users_labels_give_what_the_built_in_ones_give(run: Run, subject: Subj
     assert (place == either).all()
     vectors = [torch.cat(list(each.batches(np.ones(len(each.indices), dtype=bool), 512))) for each in (mine, built_in)]
     assert torch.allclose(*vectors, atol=1e-3)
+
+
+def test_text_that_is_tokenised_otherwise_when_read_again_keeps_its_places(run: Run, tokenizer, tmp_path: Path):
+    """Stored tokens of a word in other pieces than the tokenizer's: the characters of each are found all the same."""
+    pieces = [token for letter in "weekday" for token in tokenizer(letter, add_special_tokens=False).input_ids]
+    words = tokenizer(" cat sat", add_special_tokens=False).input_ids
+    ids = torch.tensor([*pieces, *words, *pieces])
+    text = tokenizer.decode(ids)
+    assert tokenizer(text, add_special_tokens=False).input_ids != ids.tolist()
+    path = tmp_path / "odd.pt"
+    torch.save(torch.randn(len(ids), 8), path)
+    info = {**open_activations(run.activations_path()).info, "n_rows": len(ids), "d_in": 8, "shards": []}
+    path.with_suffix(".json").write_text(json.dumps({"activation_path": str(path), "store": info}))
+    columns = {
+        "tokens": ids.int(),
+        "text_ids": torch.zeros(len(ids), dtype=torch.int32),
+        "positions": torch.arange(1, len(ids) + 1, dtype=torch.int32),
+    }
+    save_file(columns, path.with_suffix(".tokens.safetensors"))
+    labels = tmp_path / "labels.csv"
+    start = text.index("cat")
+    labels.write_text(f"text_id,start,end,concept\n0,{start},{start + 3},animal\n0,4,7,day\n")
+    labelled = label_stored(open_activations(path), tokenizer, read_span_file(labels))
+    marked = [tokenizer.decode(ids[labelled.labels[:, column]]) for column in range(2)]
+    assert marked == [" cat", "day"]
+
+
+def test_a_tokenizer_that_does_not_say_its_characters_is_refused(run: Run):
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(MechintError, match="Slow does not say which characters"):
+        label_tales(open_activations(run.activations_path()), Slow(), max_texts=2)
 
 
 def test_stored_texts_are_the_tales(run: Run, tokenizer):
@@ -269,8 +303,6 @@ def test_texts_to_label_are_written(run: Run, tmp_path: Path, capsys: pytest.Cap
 def test_mistakes_are_told_in_one_line(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
 ):
-    from safetensors.torch import save_file
-
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     (unfinished / "config.json").write_bytes(run.config_path.read_bytes())

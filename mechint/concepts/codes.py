@@ -81,9 +81,9 @@ def encode_rows(
     width = total = 0
     with torch.inference_mode():
         for x in batches:
-            for part in x.split(max(1, MAX_BLOCK_ELEMENTS // max(width, 512))):
+            width = width or encode(x[:1]).shape[1]
+            for part in x.split(max(1, MAX_BLOCK_ELEMENTS // width)):
                 acts = encode(part).cpu()
-                width = acts.shape[1]
                 found = (acts > 0).nonzero()
                 values.append(acts[found[:, 0], found[:, 1]].float().numpy())
                 indices.append(found[:, 1].to(torch.int32).numpy())

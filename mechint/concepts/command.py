@@ -114,8 +114,16 @@ def _checkpoint(config: ConceptsConfig) -> Path:
     return config.checkpoint
 
 
+def _run_folder(path: Path) -> Path | None:
+    """The run directory that a checkpoint is, or lies in."""
+    for folder in (path, path.parent):
+        if (folder / "config.json").is_file() and (folder / "checkpoint.pt").is_file():
+            return folder
+    return None
+
+
 def _output_folder(config: ConceptsConfig, path: Path) -> Path:
-    folder = config.output_dir or (path if path.is_dir() else path.parent)
+    folder = config.output_dir or _run_folder(path) or (path if path.is_dir() else path.parent)
     if config.texts_output is not None:
         return folder
     for name in FILES:
@@ -133,9 +141,8 @@ def _activations(config: ConceptsConfig, file: SpanFile | None, path: Path) -> A
         return None
     if config.activations_path is not None:
         return open_activations(config.activations_path)
-    for folder in (path, path.parent):
-        if (folder / "config.json").is_file() and (folder / "checkpoint.pt").is_file():
-            return open_activations(Run(folder).activations_path())
+    if (folder := _run_folder(path)) is not None:
+        return open_activations(Run(folder).activations_path())
     raise MechintError(f"{path} does not lie in a run directory: give the activations with --activations-path")
 
 

@@ -93,7 +93,7 @@ def label_tales(
     for start in range(0, len(numbers), TEXTS_AT_ONCE):
         told = [tale(number, info["dataset_split"], info["seed"]) for number in numbers[start : start + TEXTS_AT_ONCE]]
         texts = [each.text[:max_chars] for each in told]
-        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        encoded = _tokenized(tokenizer, texts)
         for number, each, ids, offsets in zip(
             numbers[start:], told, encoded.input_ids, encoded.offset_mapping, strict=False
         ):
@@ -166,7 +166,7 @@ def label_texts(
     columns = {"tokens": found.tokens, "positions": found.positions, "prepend_bos": subject.prepend_bos}
     by_text = _group(found.text_ids.numpy(), found.positions.numpy(), None)
     builder = _Builder(found.activations, by_text, file.parents, span_tokens, str(file.path), columns)
-    encoded = subject.model.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoded = _tokenized(subject.model.tokenizer, texts)
     late: list[Span] = []
     for number, (text, offsets) in enumerate(zip(texts, encoded.offset_mapping, strict=True)):
         _check_ends(file, file.texts[text], text, f"the text {text[:40]!r}")
@@ -186,6 +186,16 @@ def label_texts(
 def stored_texts(activations: Activations, tokenizer: Any, max_texts: int | None = None) -> dict[int, str]:
     """Each text of a store, by its number, as labels by `text_id` count its characters."""
     return {number: text for number, text, _ in _decoded(activations, tokenizer, _rows_by_text(activations, max_texts))}
+
+
+def _tokenized(tokenizer: Any, texts: Sequence[str]) -> Any:
+    """Token ids of each text, without special ones, and the characters that each token covers."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise MechintError(
+            f"{type(tokenizer).__name__} does not say which characters a token covers, so labels cannot be laid over"
+            " its tokens: use a model with a fast tokenizer (tokenizer.json)"
+        )
+    return tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
 
 
 def _bar(n_texts: int, progress: bool) -> Any:
@@ -240,9 +250,9 @@ def _decoded(
         whole = positions[rows] == np.arange(shift, shift + len(rows))
         ids = tokens[rows][: len(rows) if whole.all() else int(whole.argmin())].tolist()
         text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        again = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        if again.input_ids == ids:
-            yield number, text, [tuple(pair) for pair in again.offset_mapping]
+        again = _tokenized(tokenizer, [text])
+        if again.input_ids[0] == ids:
+            yield number, text, [tuple(pair) for pair in again.offset_mapping[0]]
             continue
         # Text that is tokenised otherwise when read again (cut inside a word, say): token by token.
         ends = [len(tokenizer.decode(ids[: i + 1], clean_up_tokenization_spaces=False)) for i in range(len(ids))]

@@ -3,7 +3,7 @@
 import csv
 import io
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -14,6 +14,8 @@ from jaxtyping import Bool
 from mechint.errors import MechintError, nearest, one_line
 
 SpanTokens = Literal["any", "first", "last"]
+# Characters of the longest text that a CSV may hold; the default of 131,072 is less than a book.
+MAX_FIELD = 2**27
 
 
 class Span(NamedTuple):
@@ -49,8 +51,12 @@ def read_span_file(path: str | Path) -> SpanFile:
             parents in a circle, no span at all.
     """
     path = Path(path)
-    reader = csv.DictReader(io.StringIO(_read(path), newline=""))
-    columns = [name.strip() for name in reader.fieldnames or []]
+    csv.field_size_limit(MAX_FIELD)
+    reader = csv.DictReader(io.StringIO(_read(path), newline=""), strict=True)
+    try:
+        columns = [name.strip() for name in reader.fieldnames or []]
+    except csv.Error as error:
+        raise MechintError(f"{path}, line 1: {error}") from error
     reader.fieldnames = columns
     by: Literal["text_id", "text"] = "text_id" if "text_id" in columns else "text"
     if by not in columns or not {"start", "end", "concept"} <= set(columns) or {"text", "text_id"} <= set(columns):
@@ -59,7 +65,7 @@ def read_span_file(path: str | Path) -> SpanFile:
             f" text,start,end,concept (texts of your own), and parent if wanted; it names {one_line(','.join(columns))}"
         )
     file = SpanFile(path, by)
-    for cells in reader:
+    for cells in _rows(reader, path):
         line = reader.line_num
         if None in cells or None in cells.values():
             raise MechintError(f"{path}, line {line}: {_count(cells)} values under {len(columns)} columns")
@@ -77,6 +83,17 @@ def _read(path: Path) -> str:
         raise MechintError(f"labels not found: {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise MechintError(f"labels {path} cannot be read: {error}") from error
+
+
+def _rows(reader: csv.DictReader, path: Path) -> Iterator[dict]:
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise MechintError(f"{path}, line {reader.reader.line_num}: {error}") from error
+        yield cells
 
 
 def _count(cells: Mapping[str | None, object]) -> int:
