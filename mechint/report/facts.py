@@ -120,7 +120,7 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _curves(run: Run, d_sae: int) -> dict[str, list[float | None]]:
+def _curves(run: Run, d_sae: int) -> dict[str, list[float | int | None]]:
     """Columns of metrics.csv, thinned out evenly to at most 400 rows, the last one kept."""
     rows = read_metrics_csv(run.metrics_path)
     stride = max(1, math.ceil(len(rows) / MAX_CURVE_POINTS))
@@ -247,8 +247,9 @@ def _trust(control: float, top: float | None) -> str:
 
 
 def number(value: Any) -> float | None:
-    """`value` if it is a finite number."""
-    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+    """`value` as a float if it is a finite number, else None."""
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if usable else None
 
 
 def latent_effects(run: Run) -> dict[str, dict[int, float]]:

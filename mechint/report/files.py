@@ -105,7 +105,7 @@ def _cell(value: Any) -> Any:
     return float(f"{float(value):.9g}") if isinstance(value, (float, np.floating)) else value
 
 
-def l0_figure(edges: Sequence[float], counts: Sequence[int], mean: float | None) -> Figure:
+def l0_figure(edges: Sequence[float | int], counts: Sequence[int], mean: float | None) -> Figure:
     """How many tokens have how many active latents."""
     fig = new_figure(7.0, 3.6)
     ax = fig.subplots()

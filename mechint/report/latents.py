@@ -134,7 +134,7 @@ def _ten_thousandths(values: np.ndarray) -> np.ndarray:
 def _histograms(gathered: Latents) -> dict[str, np.ndarray]:
     """Rows by activation, the bins that no latent uses cut off at both ends."""
     counts, edges = gathered.histogram.numpy(), bin_edges()
-    used = counts.any(axis=0).nonzero()[0]
+    used = np.flatnonzero(counts.any(axis=0))
     first, last = (int(used[0]), int(used[-1])) if len(used) else (0, 0)
     return {
         "hist": counts[:, first : last + 1].astype(np.uint32),
