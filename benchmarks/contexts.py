@@ -110,8 +110,8 @@ def one(folder: Path, architecture: str, l0: float, n_rows: int, d_in: int, d_sa
 
     directions = make_store(folder, n_rows, d_in)
     acts = open_activations(folder)
-    sae = planted_sae(architecture, l0, directions, acts.rows(torch.arange(2048)), d_sae)
-    gather(sae, acts.rows(torch.arange(4096)))  # loads what is compiled
+    sae = planted_sae(architecture, l0, directions, acts.rows(torch.arange(min(2048, n_rows))), d_sae)
+    gather(sae, acts.rows(torch.arange(min(4096, n_rows))))  # loads what is compiled
     start, cpu = time.perf_counter(), time.process_time()
     latents = gather(sae, acts, progress=True)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu

@@ -1,5 +1,6 @@
 """One pass over activations: every table against a dense reference, by every way of getting the entries; its files."""
 
+import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from mechint.analysis.tables import Tables, mixed
 from mechint.data import open_activations
 from mechint.errors import MechintError
 from mechint.runs import Run
-from mechint.sae import SAE, build_sae, load_sae
+from mechint.sae import SAE, build_sae, load_sae, save_checkpoint
 from tests.small_run import make_small_run
 from tests.test_analysis import write_store
 
@@ -291,6 +292,34 @@ def test_rows_shown_and_latent_out_of_range() -> None:
             latents.rows_shown(bad)
 
 
+def test_a_store_is_read_in_pieces_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    acts = write_store(tmp_path / "store", [300, 200], d_in=8)
+    x, opened = acts.tensor(), []
+    monkeypatch.setattr(entries_module, "MAPPED_BYTES", 100 * 8 * 4)
+    real = entries_module.open_activations
+    monkeypatch.setattr(entries_module, "open_activations", lambda path: opened.append(path) or real(path))
+    assert torch.equal(torch.cat(list(entries_module._stored_batches(acts, 40))), x)
+    assert len(opened) == 5  # every third batch
+    (tmp_path / "store").rename(tmp_path / "moved")  # what is open stays readable
+    assert torch.equal(torch.cat(list(entries_module._stored_batches(acts, 40))), x)
+
+
+def test_the_benchmark_measures_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(__file__).parents[1] / "benchmarks" / "contexts.py"
+    spec = importlib.util.spec_from_file_location("benchmarks_contexts", path)
+    assert spec is not None and spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    monkeypatch.setattr(benchmark, "N_DIRECTIONS", 50)
+    for case, l0 in (("standard", 12.0), ("jumprelu", 12.0), ("topk", 9.0)):
+        found = benchmark.one(tmp_path / "store", case, l0, 3000, 32, 128)
+        assert found["l0"] == pytest.approx(l0, rel=0.1) and found["seconds"] > 0 and found["VmHWM"] > 0
+    assert open_activations(tmp_path / "store").n_rows == 3000
+    sae, x = make_sae("standard", 24, 96), rows(500, 24)
+    best = benchmark.plain_way(sae, x, 7)
+    assert torch.allclose(best.T, gather(sae, x, GatherSettings(k=7)).top_values.clamp_min(0), atol=1e-5)
+
+
 # --- in a run directory -----------------------------------------------------------------------------------------------
 
 
@@ -332,6 +361,22 @@ def test_a_run_keeps_what_was_gathered_until_it_is_stale(run: Run, monkeypatch: 
         assert len(calls) == 2 + number, number
     load_or_gather(run, settings=GatherSettings(k=3))
     assert len(calls) == 8
+
+
+def test_a_folder_of_somebody_else_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sae, x = grid_case(1, 50)
+    (tmp_path / "config.json").write_text("{}")
+    save_checkpoint(sae, tmp_path / "checkpoint.pt")
+    torch.save(x, tmp_path / "acts.pt")
+    module = __import__("mechint.analysis.latents", fromlist=["save_latents"])
+
+    def refuse(*args: object) -> None:
+        raise MechintError("you may not write there")
+
+    monkeypatch.setattr(module, "save_latents", refuse)
+    with pytest.warns(UserWarning, match="you may not write there"):
+        found = load_or_gather(tmp_path, activations=open_activations(tmp_path / "acts.pt"))
+    assert torch.equal(found.counts, gather(sae, x).counts) and not (tmp_path / "latents.json").exists()
 
 
 def test_files_are_whole_or_refused(tmp_path: Path) -> None:
