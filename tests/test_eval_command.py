@@ -158,6 +158,65 @@ def test_checkpoint_config_and_sae_folder_name_the_same_thing(place: Path, capsy
     assert capsys.readouterr().out.count("\n---\nval_mse: ") == len(ways) + 1
 
 
+def test_intervals_histograms_and_special_tokens(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_eval(place / "x", "--run-dir", place / "run", "--seed", 3)
+    printed = capsys.readouterr().out
+    # Every measured number but the counts has its interval around it.
+    measured = {key for key in found if key.startswith(("ce_", "kl_")) and found[key] is not None}
+    measured |= {"l0", "l1", "mse_per_dim", "mse_per_token", "fvu", "explained_variance", "explained_variance_legacy"}
+    measured |= {"cosine", "l2_ratio", "relative_reconstruction_bias"}
+    assert measured >= {"ce_clean", "kl_clean_sae", "kl_clean_zero", "kl_score_mean"}
+    for key in measured - {"ce_recovered_zero", "ce_recovered_mean"}:
+        low, high = found["ci95"][key]
+        assert low < found[key] < high, key
+    assert found["ci95"] == run_eval(place / "x", "--run-dir", place / "run", "--seed", 3)["ci95"]
+    assert found["ci95"] != run_eval(place / "x", "--run-dir", place / "run", "--seed", 4)["ci95"]
+    assert run_eval(place / "x", "--run-dir", place / "run", "--resamples", 0)["ci95"] == {}
+    # The one special token here is the BOS that the SAE never saw: without it the rows are the stored ones.
+    without, with_special = found["without_special"], found["with_special"]
+    assert without["n_val"] == found["n_val"] and with_special["n_val"] == found["n_val"] + found["n_texts_ce"]
+    for key in ("mse_per_token", "fvu", "l0", "cosine"):
+        assert without[key] == pytest.approx(found[key], rel=1e-4), key
+    assert with_special["ce_sae"] == found["ce_sae"] and without["n_predicted"] < found["n_predicted"]
+    # The prediction at BOS, which the SAE leaves alone, dilutes the KL by one position a text.
+    n_without = found["n_predicted"] - found["n_texts_ce"]
+    assert without["kl_clean_sae"] * n_without == pytest.approx(found["kl_clean_sae"] * found["n_predicted"], rel=1e-6)
+    windows = found["windows"]
+    assert windows["dead_features"]["n_rows"] == found["n_train"] == found["density_histogram"]["n_rows"]
+    assert windows["n_dead_val"]["n_rows"] == found["n_val"] == sum(found["l0_histogram"]["counts"])
+    assert sum(found["density_histogram"]["counts"]) == found["alive_features"] == 64 - found["dead_features"]
+    # Nested values are in the JSON; what is printed is one number a line, and the file that holds the rest.
+    assert "relative_reconstruction_bias: " in printed and "kl_score_zero: " in printed
+    assert "ci95" not in printed and "{" not in printed and "eval_output: " in printed
+
+
+def test_the_run_keeps_its_evaluation(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train_run(place, place / "store", "keeps")
+    words = ["--run-dir", str(run), "--max-eval-texts", "0", "--device", "cpu"]
+    assert main(words) == 0
+    output = run / "eval.json"
+    first = output.read_text()
+    assert f"eval_output: {output}" in capsys.readouterr().out and json.loads(first)["l0"] > 0
+    # Again: printed, and what lies there is left alone until --overwrite says otherwise.
+    output.write_text("mine")
+    assert main(words) == 0
+    captured = capsys.readouterr()
+    assert "val_mse: " in captured.out and "--overwrite" in captured.err and output.read_text() == "mine"
+    assert main([*words, "--overwrite"]) == 0
+    assert json.loads(output.read_text()) == json.loads(first)
+    # A checkpoint alone has no place of its own.
+    output.unlink()
+    assert main(["--checkpoint", str(run / "checkpoint.pt"), "--max-eval-texts", "0", "--device", "cpu"]) == 0
+    assert not output.exists()
+
+
+def test_fewer_texts_than_asked_for_is_noted(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_eval(place / "x", "--run-dir", place / "run", "--max-eval-texts", 50)
+    assert found["notes"] == ["50 texts were asked for, but there are only 10 to read"] and found["n_texts_ce"] == 10
+    assert "note: 50 texts were asked for" in capsys.readouterr().err
+    assert run_eval(place / "x", "--run-dir", place / "run", "--max-eval-texts", 10)["notes"] == []
+
+
 def test_texts_from_the_store_are_the_texts(place: Path) -> None:
     activations = open_activations(place / "store")
     _, val = split_indices(activations, 0.25, 42, by="text")
@@ -262,6 +321,15 @@ def test_what_does_not_belong_together_is_refused_with_both_named(
     error = last_error(capsys)
     assert "width 32" in error and "d_in 16" in error
 
+    # A hook that the model does not have: the hook and the model are named.
+    deep = wrong_metadata(place, "deep", hook_name="blocks.9.hook_resid_post")
+    rows = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
+    torch.save(rows, tmp_path / "bare.pt")
+    texts = ["--eval-texts-path", str(place / "texts.txt"), "--activations-path", str(tmp_path / "bare.pt")]
+    assert main(["--checkpoint", str(deep), "--rows", "all", *texts]) == 2
+    error = last_error(capsys)
+    assert "blocks.9.hook_resid_post" in error and "6 layers" in error
+
     from conftest import make_tiny_neox
 
     other = make_tiny_neox(tmp_path / "other", d_model=16)
@@ -315,6 +383,7 @@ def test_bad_input(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--checkpoint", place / "run" / "checkpoint.pt", "--config", tmp_path / "none.json"], ["--rows all"]),
         (["--run-dir", run, "--device", "tpu9"], ["tpu9"]),
         (["--run-dir", run, "--batch-size", "0"], ["--batch-size"]),
+        (["--run-dir", run, "--resamples", "-1"], ["--resamples"]),
         (["--run-dir", run, "--output", place], ["exists"]),
     ):  # fmt: skip
         assert main([str(flag) for flag in flags]) == 2, flags

@@ -128,14 +128,14 @@ def _compare(
         logits = head.tile(clean, index)
         rows = ((targets >= first) & (targets < first + logits.shape[1])).nonzero()[:, 0]
         columns = targets[rows] - first
-        probs, sums[0, index] = _softmax(logits)
-        means[0, index] = torch.linalg.vecdot(logits, probs)
         of_target[0, rows] = logits[rows, columns].to(precise)
+        probs, highest, sums[0, index] = _softmax(logits)
+        means[0, index] = highest + torch.linalg.vecdot(logits, probs)
         for number, final in enumerate(edited, 1):
             changed = head.tile(final, index)
             of_target[number, rows] = changed[rows, columns].to(precise)
-            means[number, index] = torch.linalg.vecdot(changed, probs)
-            sums[number, index] = _softmax(changed)[1]
+            _, highest, sums[number, index] = _softmax(changed)
+            means[number, index] = highest + torch.linalg.vecdot(changed, probs)
         if fixed is not None:
             tile = fixed.tiles[index]
             parts = [tile[place] @ part.T for place, part in zip(places, probs.split(counts), strict=True)]
@@ -151,12 +151,18 @@ def _compare(
     return Compared(nll[0], nll[1:], kl.clamp_min(0.0))
 
 
-def _softmax(logits: Float[Tensor, "rows _"]) -> tuple[Float[Tensor, "rows _"], Float[Tensor, " rows"]]:
-    """Softmax of a tile and its logsumexp, from the largest logit and its probability: faster than exponentials by
-    themselves, because torch's softmax has an exponential of its own."""
-    probs = logits.softmax(dim=1)
+def _softmax(
+    logits: Float[Tensor, "rows _"],
+) -> tuple[Float[Tensor, "rows _"], Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """Softmax of a tile, its largest logit, and its logsumexp from that logit's probability: torch's softmax is faster
+    than exponentials by themselves. The largest logit is subtracted from `logits`, so that what is large and common to
+    all of them costs the sums no digits.
+    """
     precise = _precise(logits)
-    return probs, logits.amax(dim=1).to(precise) - probs.amax(dim=1).to(precise).log()
+    highest = logits.amax(dim=1)
+    probs = logits.sub_(highest[:, None]).softmax(dim=1)
+    highest = highest.to(precise)
+    return probs, highest, highest - probs.amax(dim=1).to(precise).log()
 
 
 def _precise(like: Tensor) -> torch.dtype:
@@ -166,5 +172,7 @@ def _precise(like: Tensor) -> torch.dtype:
 def fix(finals: Sequence[Float[Tensor, "pos width"]], head: Head) -> Fixed:
     """What `compare` needs of edits whose predictions depend on the position alone."""
     tiles = [torch.stack([head.tile(final, index) for final in finals], dim=1) for index in range(head.n_tiles)]
-    parts = torch.stack([_softmax(tile.flatten(0, 1))[1].view(tile.shape[:2]) for tile in tiles])  # [tile, pos, edit]
-    return Fixed(tiles, parts.logsumexp(dim=0).T)
+    # Any shift of a position's logits leaves its predictions as they are; large common offsets would cost digits.
+    highest = torch.stack([tile.amax(dim=2) for tile in tiles]).amax(dim=0)[:, :, None]
+    parts = [_softmax(tile.sub_(highest).flatten(0, 1).clone())[2].view(tile.shape[:2]) for tile in tiles]
+    return Fixed(tiles, torch.stack(parts).logsumexp(dim=0).T)
