@@ -1,14 +1,16 @@
 """Attribution of all latents against finite differences in float64; its KL against the exact one of small edits."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from mechint.ablation import LogitTarget, attribute, attribution, attribution_map, spearman
+from mechint.ablation import LogitTarget, attribute, attribution, attribution_map, gradient, spearman
 from mechint.errors import MechintError
 from mechint.eval import Text
-from mechint.models import load_model
+from mechint.models import load_model, matmul
 from mechint.sae import SparseAutoEncoder
 
 HOOK = "blocks.3.hook_resid_post"
@@ -145,13 +147,29 @@ def test_batches_order_and_parts_do_not_matter(model, sae, monkeypatch):
 def test_a_model_without_a_plain_unembedding_goes_through_its_logits(model, sae, monkeypatch):
     whole = attribute(sae, model, HOOK, TEXTS, draws=2)
     target = attribution_map(sae, model, HOOK, TEXTS[0], target=LogitTarget((4,), (5,)))
-    assert attribution.find_way(model, HOOK, TOKENS[0]).weight is not None
-    monkeypatch.setattr(attribution, "SAME_MODEL_KL", -1.0)
-    assert attribution.find_way(model, HOOK, TOKENS[0]).weight is None
+    assert gradient.find_way(model, HOOK, TOKENS[0]).weight is not None
+    monkeypatch.setattr(gradient, "SAME_MODEL_KL", -1.0)
+    assert gradient.find_way(model, HOOK, TOKENS[0]).weight is None
     other = attribute(sae, model, HOOK, TEXTS, draws=2)
     torch.testing.assert_close(other.signed, whole.signed, rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(other.kl, whole.kl, rtol=1e-8, atol=1e-14)
     torch.testing.assert_close(attribution_map(sae, model, HOOK, TEXTS[0], target=LogitTarget((4,), (5,))), target)
+
+
+@pytest.mark.parametrize("onednn", [False, True])
+def test_float32_is_float64_up_to_rounding(tiny_neox_dir, model, sae, onednn, monkeypatch):
+    """The products that go another way in float32, forwards and backwards."""
+    monkeypatch.setattr(matmul, "onednn_pays", lambda: onednn)
+    single = load_model(str(tiny_neox_dir), device="cpu")
+    single.hf_model.get_output_embeddings().weight.mul_(20.0)
+    texts = [Text(text.tokens * 4, text.seen * 4) for text in TEXTS]  # enough rows for the fast product
+    expected = attribute(sae, model, HOOK, texts, draws=2)
+    sae32 = copy.deepcopy(sae).float()
+    found = attribute(sae32, single, HOOK, texts, draws=2)
+    for field in ("signed", "absolute", "kl"):
+        exact = getattr(expected, field)
+        assert (getattr(found, field) - exact).abs().max() < 1e-4 * exact.abs().max(), field
+    assert torch.equal(found.n_active, expected.n_active)
 
 
 @pytest.mark.slow

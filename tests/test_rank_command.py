@@ -187,6 +187,14 @@ def test_a_stopped_ranking_goes_on(run_dir, monkeypatch):
         path.write_bytes(content)
     fresh = rank_run(other, progress=False).rows
     assert len(asked) == n_asked + 2 and fresh != whole
+    # more latents to measure: the estimates are taken over, the removals are not
+    named = config.with_overrides(output=run_dir / "e.csv", latents="0-20")
+    clean = rank_run(named, progress=False).rows
+    n_asked = len(asked)
+    Partial(named.output, "").attribution.write_bytes(kept[0])
+    Partial(named.output, "").exact.write_bytes(kept[1])
+    assert rank_run(named.with_overrides(overwrite=True), progress=False).rows == clean
+    assert len(asked) == n_asked
     # nor is a broken file
     broken = config.with_overrides(output=run_dir / "d.csv")
     Partial(broken.output, "").attribution.write_bytes(kept[0][:100])

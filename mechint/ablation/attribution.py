@@ -20,7 +20,7 @@ Estimates see nothing of what happens beyond a small change (`docs/ranking.md` s
 """
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -30,19 +30,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechint.ablation.engines import padded
-from mechint.ablation.kl import kl_of_log_probs
-from mechint.ablation.subject import SAME_MODEL_KL
+from mechint.ablation.gradient import Way, find_way
 from mechint.errors import MechintError
 from mechint.eval import Text
 from mechint.models import LanguageModel
 from mechint.models.matmul import full_float32, linear
 from mechint.sae import SAE
 
-# Bounds of memory, in numbers: feature activations of a batch, logits where the model makes all of them at once.
+# Numbers in a batch's feature activations: bounds the memory.
 MAX_ACTS = 2**24
-MAX_LOGITS = 2**24
-# Positions of a batch, and those whose distribution over the vocabulary exists at a time.
-MAX_POSITIONS = 4096
+# Positions whose distribution over the vocabulary exists at a time.
 ROWS = 256
 
 
@@ -86,9 +83,13 @@ class Attribution:
 
     @classmethod
     def zeros(cls, d_sae: int) -> "Attribution":
-        sums = [torch.zeros(d_sae, dtype=torch.float64) for _ in range(4)]
-        counts = [torch.zeros(d_sae, dtype=torch.int64) for _ in range(2)]
-        return cls(*sums, *counts)
+        def sums() -> Float[Tensor, " d_sae"]:
+            return torch.zeros(d_sae, dtype=torch.float64)
+
+        def counts() -> Int[Tensor, " d_sae"]:
+            return torch.zeros(d_sae, dtype=torch.int64)
+
+        return cls(sums(), sums(), sums(), sums(), counts(), counts())
 
     def __add__(self, other: "Attribution") -> "Attribution":
         sums: dict[str, Any] = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
@@ -204,74 +205,6 @@ def _check(texts: Sequence[Text], target: LogitTarget | None, d_vocab: int, draw
             raise MechintError(f"logit target: text {index + 1} has {n} tokens, so no position {target.at}")
 
 
-class Way(NamedTuple):
-    """How the model is run from tokens to what is differentiated, and how that becomes logits.
-
-    `weight` None: `final` is the logits themselves. Else logits are `final @ weight.T + bias`, and neither they nor
-    their gradient is ever whole in memory.
-    """
-
-    run: Callable[[Int[Tensor, "text pos"]], tuple[Tensor, Tensor]]  # -> value at the hook (a leaf), final
-    weight: Float[Tensor, "d_vocab d_model"] | None
-    bias: Float[Tensor, " d_vocab"] | None
-
-    def logits_at_once(self, model: LanguageModel) -> int:
-        """Positions that a batch may have because of its logits."""
-        return MAX_POSITIONS if self.weight is not None else max(1, MAX_LOGITS // model.d_vocab)
-
-    def probs(self, final: Float[Tensor, "rows _"]) -> Float[Tensor, "rows d_vocab"]:
-        logits = final if self.weight is None else linear(final, self.weight)
-        return torch.softmax(logits if self.bias is None else logits + self.bias, dim=-1)
-
-    def back(self, of_logits: Float[Tensor, "rows d_vocab"]) -> Float[Tensor, "rows _"]:
-        """A gradient of the logits as one of `final`."""
-        return of_logits if self.weight is None else of_logits @ self.weight
-
-    def row(self, tokens: Int[Tensor, " rows"], like: Tensor) -> Float[Tensor, "rows _"]:
-        """`back` of one-hot rows."""
-        if self.weight is not None:
-            return self.weight[tokens].to(like)
-        return torch.zeros_like(like).scatter_(1, tokens[:, None], 1.0)
-
-
-def find_way(model: LanguageModel, hook_name: str, sample: list[int]) -> Way:
-    """Up to the last hidden state where its product with the unembedding is proved, on `sample`, to be the logits."""
-    model.check_hook(hook_name)
-
-    def differentiable(end: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        def run(tokens: Int[Tensor, "text pos"]) -> tuple[Tensor, Tensor]:
-            found: list[Tensor] = []
-
-            def cut(value: Tensor) -> Tensor:
-                # What comes before the hook has no graph: parameters take no gradient, and here a new leaf begins.
-                found.append(value.detach().clone().requires_grad_())
-                return found[0]
-
-            if model.backend == "bridge":
-                edited = model.bridge.hooks(fwd_hooks=[(hook_name, lambda value, hook: cut(value))])
-            else:
-                edited = model.edited(hook_name, cut)
-            with torch.inference_mode(False), torch.enable_grad(), edited:
-                final = end(tokens.to(model.device))
-            return found[0], final
-
-        return run
-
-    if model.backend == "bridge":
-        return Way(differentiable(lambda tokens: model.bridge(tokens, return_type="logits")), None, None)
-    hf: Any = model.hf_model
-    head: Any = hf.get_output_embeddings()
-    run = differentiable(lambda tokens: hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
-    way = Way(run, head.weight.detach(), None if head.bias is None else head.bias.detach())
-    tokens = torch.tensor([sample])
-    with torch.inference_mode():
-        final = run(tokens)[1].detach()[0]
-        own = linear(final, head.weight) if head.bias is None else linear(final, head.weight, head.bias)
-        if float(kl_of_log_probs(model.logits(tokens)[0], own).abs().max()) < SAME_MODEL_KL:
-            return way
-    return Way(differentiable(lambda tokens: hf(input_ids=tokens, use_cache=False).logits), None, None)
-
-
 def _seeds(way: Way, final: Tensor, batch: Sequence[Text], target: LogitTarget | None, draws: int, seed: int) -> Seeds:
     """dQ/dfinal of a batch. A text's gradients are its own: nothing of a batch depends on another text of it.
 
@@ -319,10 +252,13 @@ def _draw(
     that are hardly ever drawn. Drawn in proportion to p_y |onehot(y) - p|**2 instead, with c**2 = p_y / q_y, |v| is the
     same whatever is drawn; a random sign makes the mean 0.
     """
-    distance = (1 - 2 * p + p.square().sum(1, keepdim=True)).clamp_(min=1e-12)  # |onehot(y) - p|**2
-    total = (p * distance).cumsum(1)
+    square = p.square()
+    total_square = square.sum(1, keepdim=True)
+    # p_y |onehot(y) - p|**2, with |onehot(y) - p|**2 = 1 - 2 p_y + sum p**2
+    total = square.mul_(-2).addcmul_(p, 1 + total_square).cumsum_(1)
     tokens = torch.searchsorted(total, uniform[:, 0] * total[:, -1:], right=True).clamp_(max=p.shape[1] - 1)
-    factor = (total[:, -1:] / distance.gather(1, tokens)).sqrt()
+    distance = (1 - 2 * p.gather(1, tokens) + total_square).clamp_(min=1e-12)
+    factor = (total[:, -1:] / distance).sqrt()
     return tokens, factor.where(uniform[:, 1] < 0.5, -factor)
 
 
@@ -374,7 +310,7 @@ def _per_text(
 
 def _batches(texts: Sequence[Text], batch_size: int, d_sae: int, max_positions: int) -> Iterator[list[Text]]:
     """Texts of like length together."""
-    most = min(MAX_POSITIONS, max_positions, max(1, MAX_ACTS // d_sae))
+    most = min(max_positions, max(1, MAX_ACTS // d_sae))
     batch: list[Text] = []
     for text in sorted(texts, key=lambda text: len(text.tokens)):
         if batch and (len(batch) == batch_size or (len(batch) + 1) * len(text.tokens) > most):
