@@ -15,7 +15,7 @@ from small_run import make_small_run
 from mechint.runs import Run, latest_run
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
-NAMES = ("inspect-features", "ablation", "tour")
+NAMES = ("inspect-features", "ablation", "concepts", "tour")
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -130,6 +130,33 @@ def test_ablation_with_and_without_a_saved_ranking(small_run: Run, tmp_path: Pat
         assert len(shares) >= 10 and 0 < sum(shares[::2]) <= 100.5 and 0 < sum(shares[1::2]) <= 100.5
         assert shares[::2] != shares[1::2], "removing a top latent changes no prediction"
     assert "together" in page[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saved", [True, False])
+def test_concepts_with_and_without_saved_scores(small_run: Run, tmp_path: Path, saved: bool):
+    root = tmp_path / "project"
+    shutil.copytree(small_run.path.parent.parent, root)
+    run = Run(root / "runs" / "small")
+    if saved:  # only what a quick run of the command leaves
+        from mechint.concepts import score_concepts
+        from mechint.config import ConceptsConfig
+
+        score_concepts(ConceptsConfig(run_dir=run.path, max_texts=120, baselines=False, probes=False))
+    notebook = execute("concepts", tmp_path / "elsewhere", RUN=str(run.path), MAX_TEXTS=120, CONCEPTS=["name", "nam"])
+    page = check_outputs(notebook, n_figures=1)
+    assert (run.path / "concepts.csv").is_file() == saved
+    text = said(notebook)
+    assert "nam was not scored; there are " in text and "512 latents tell a concept with F1 of 0.5" in text
+    rows = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in page[0].split("<tr>")[1:]]
+    mean_f1 = {row[0]: float(row[1]) for row in rows if row}
+    if saved:
+        assert set(mean_f1) == {"this SAE", "list of tokens"}
+    else:
+        assert mean_f1["this SAE"] > mean_f1["random"] + 0.1 > 0.1 and mean_f1["this SAE"] > mean_f1["pca"]
+    (shown,) = [part for part in page if "<b>name</b>" in part]
+    assert float(re.findall(r"F1 ([\d.]+)", shown)[0]) > 0.3  # 0.13 for saying yes to all
+    assert any("font-weight:bold;text-decoration:underline" in part for part in page)
 
 
 @pytest.mark.slow
