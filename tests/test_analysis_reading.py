@@ -231,7 +231,8 @@ def test_what_fires_on_a_text(model: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])
-def test_values_of_many_pairs(store: Activations, architecture: str) -> None:
+def test_values_of_many_pairs(store: Activations, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mechint.analysis.context.ROWS_AT_ONCE", 37)
     options = {"k": 4} if architecture == "topk" else {}
     sae = build_sae(architecture, 3, 20, generator=torch.Generator().manual_seed(2), options=options)
     with torch.no_grad():

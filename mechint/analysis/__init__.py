@@ -6,7 +6,7 @@ states the definitions.
 """
 
 from mechint.analysis.cofiring import Partners
-from mechint.analysis.contexts import (
+from mechint.analysis.context import (
     Context,
     context_values,
     contexts,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mechint.analysis.cofiring import Partners, RowSample
-from mechint.analysis.contexts import needs_tokens
+from mechint.analysis.context import needs_tokens
 from mechint.analysis.entries import BATCH_ROWS, active_entries
 from mechint.analysis.tables import MAX_ROWS, Tables, bin_edges
 from mechint.data.store import Activations, open_activations

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechint.analysis.contexts import needs_tokens
+from mechint.analysis.context import needs_tokens
 from mechint.analysis.latents import Latents
 from mechint.data.store import Activations
 from mechint.errors import MechintError

@@ -4,14 +4,17 @@ import html
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechint.analysis.entries import MAX_BLOCK_ELEMENTS
+from mechint.analysis.entries import active_entries
 from mechint.data.store import Activations
 from mechint.errors import MechintError
 from mechint.sae import SAE
+
+ROWS_AT_ONCE = 2**15  # read for `latent_values`
 
 
 class Context(NamedTuple):
@@ -89,15 +92,9 @@ def latent_values(
         return values
     if int(latents.min()) < 0 or int(latents.max()) >= sae.d_sae:
         raise MechintError(f"latents must lie between 0 and {sae.d_sae - 1}")
+    if sae.architecture not in ("standard", "jumprelu", "gated"):
+        return _from_entries(sae, activations, latents, rows)
     with torch.inference_mode():
-        if sae.architecture not in ("standard", "jumprelu", "gated"):
-            wanted, place = rows.unique(return_inverse=True)
-            size = max(1, min(4096, MAX_BLOCK_ELEMENTS // sae.d_sae))
-            for first in range(0, len(wanted), size):
-                feature_acts = sae.encode(activations.rows(wanted[first : first + size]).to(sae.W_enc.device))
-                here = ((place >= first) & (place < first + size)).nonzero().flatten()
-                values[here] = feature_acts[place[here] - first, latents[here]].float().cpu()
-            return values
         order = latents.argsort(stable=True)
         numbers, counts = latents[order].unique_consecutive(return_counts=True)
         start = 0
@@ -108,6 +105,28 @@ def latent_values(
             u = (x - sae.b_dec) @ sae.W_enc[:, latent]
             values[here] = _one_latent(sae, u, latent).float().cpu()
     return values
+
+
+def _from_entries(
+    sae: SAE, activations: Activations, latents: Int[Tensor, " pairs"], rows: Int[Tensor, " pairs"]
+) -> Float[Tensor, " pairs"]:
+    """`latent_values` from the active entries of the rows; a pair without one is 0."""
+    values = np.zeros(len(rows), np.float32)
+    wanted, place = rows.unique(return_inverse=True)
+    order = place.argsort(stable=True).numpy()  # pairs by row
+    keys = (place * sae.d_sae + latents).numpy()[order]
+    for first in range(0, len(wanted), ROWS_AT_ONCE):
+        x = activations.rows(wanted[first : first + ROWS_AT_ONCE])
+        for entries in active_entries(sae, x):
+            r, latent, value = entries.flat()
+            start = first + entries.row
+            here = slice(*np.searchsorted(keys, np.array([start, start + entries.n_rows]) * sae.d_sae))
+            found = (start + r) * np.int64(sae.d_sae) + latent  # ascending, as entries are
+            at = np.searchsorted(found, keys[here])
+            hit = at < len(found)
+            hit[hit] = found[at[hit]] == keys[here][hit]
+            values[order[here][hit]] = value[at[hit]]
+    return torch.from_numpy(values)
 
 
 def _one_latent(sae: SAE, u: Float[Tensor, " n"], latent: int) -> Float[Tensor, " n"]:
