@@ -570,6 +570,11 @@ def test_a_token_list_is_chosen_on_one_half():
     # token ids say a up to the mix of ids: odd ids are on a, whatever the rest
     assert found[0] == pytest.approx(1.0)
     assert found[2] < 0.45
+    labels = task.labelled.labels.copy()
+    labels[task.report] = ~labels[task.report]
+    other = score.make_task(Labelled(**{**vars(task.labelled), "labels": labels}), seed=0)
+    assert other.concepts[0] == "a"
+    assert score.token_f1(other)[0] == 0.0
 
 
 def test_baselines_are_scored_on_the_same_task():
