@@ -92,10 +92,10 @@ def test_notebooks_are_kept_without_outputs(name: str):
 def test_inspect_features_finds_the_newest_run(small_run: Run, tmp_path: Path):
     # started two folders below the one that runs/ is in, as a user's own notebook may be
     shutil.copytree(small_run.path.parent.parent, tmp_path / "project")
-    notebook = execute("inspect-features", tmp_path / "project" / "notebooks" / "mine", N_ROWS=8000)
-    page = check_outputs(notebook, n_figures=3 + 6)
+    notebook = execute("inspect-features", tmp_path / "project" / "notebooks" / "mine")
+    page = check_outputs(notebook, n_figures=2 + 6 + 2)
     contexts = [part for part in page if "font-weight:bold;text-decoration:underline" in part]
-    assert len(contexts) == 6 + 2 * 3
+    assert len(contexts) == 6 * 2 + 6 + 2 * 3  # strongest and by strength; what fires on a text; the most alike pairs
     strengths = [float(value) for part in contexts for value in re.findall(r"rgba\(255,140,0,([\d.]+)\)", part)]
     assert max(strengths) == 1.0 and min(strengths) == 0.0
     assert "&lt;|endoftext|&gt;" in "".join(page) or "<|endoftext|>" not in "".join(page)
