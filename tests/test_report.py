@@ -388,6 +388,10 @@ def test_several_runs_tell_what_differs_and_match_their_latents(tmp_path: Path):
     found = compare_facts(all_facts, [left, right], looks)
     assert found["settings"] == [{"name": "lam", "values": ["1", "2"]}] == differing_settings(all_facts)
     assert found["text"] == "a is the sparsest (L0 4.0). b leaves the least variance unexplained (0.200)."
+    for facts, interval in zip(all_facts, ([0.25, 0.35], [0.15, 0.26]), strict=True):
+        facts["quality"]["ci95"] = {"fvu": interval}
+    text = compare_facts(all_facts, [left, right], [None, None])["text"]
+    assert text.startswith("a is the sparsest (L0 4.0). In the variance left unexplained the best two cannot be told")
     assert [(m["left"], m["right"]) for m in found["matches"]] == [(0, 1), (1, 0)]
     assert sum(found["matches"][0]["mutual"]) + sum(found["matches"][0]["onesided"]) == 6
     assert looks[0].arrays["twin_1"][2] == 4 and looks[0].arrays["twin_cos_1"][2] == 10_000

@@ -18,7 +18,7 @@ from mechint.provenance import make_dir, write_text
 from mechint.report import figures, panels
 from mechint.report.facts import number
 from mechint.report.latents import Look
-from mechint.report.style import BLUE, GREY, ORANGE, dress, legend, new_figure, save_figure
+from mechint.report.style import BLUE, ORANGE, RED, SKY, dress, legend, new_figure, save_figure
 from mechint.runs import Run
 from mechint.sae import SAE
 
@@ -139,11 +139,16 @@ def concepts_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     fig = new_figure(7.0, 1.2 + 0.2 * len(rows))
     ax = fig.subplots()
     places = np.arange(len(rows))
-    ax.barh(places, [float(row["f1"]) for row in rows], color=BLUE, height=0.72, label="best latent")
-    for key, marker, color, label in (("pca_f1", "|", ORANGE, "PCA"), ("random_f1", "x", GREY, "random SAE")):
-        known = [(place, float(row[key])) for place, row in enumerate(rows) if number(row.get(key)) is not None]
+    ax.barh(places, [float(row["f1"]) for row in rows], color=SKY, height=0.72, label="best latent")
+    for key, marker, color, label in (
+        ("token_f1", "|", "black", "list of tokens"),
+        ("pca_f1", "d", ORANGE, "PCA"),
+        ("random_f1", "x", RED, "random SAE"),
+    ):
+        known = [(value, place) for place, row in enumerate(rows) if (value := _baseline(row.get(key))) is not None]
         if known:
-            ax.plot([value for _, value in known], [place for place, _ in known], marker, color=color, label=label)
+            values, heights = zip(*known, strict=True)
+            ax.plot(values, heights, marker, color=color, label=label, markersize=5, linestyle="none")
     ax.set_yticks(places, labels=[str(row["concept"]) for row in rows], fontsize=8, parse_math=False)
     ax.invert_yaxis()
     ax.set_xlim(0, 1)
@@ -151,6 +156,14 @@ def concepts_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     ax.grid(False, axis="y")
     legend(ax, loc="lower right")
     return fig
+
+
+def _baseline(cell: Any) -> float | None:
+    """A number, also as the text of a CSV's cell; None for an empty one."""
+    try:
+        return number(float(cell))
+    except (TypeError, ValueError):
+        return None
 
 
 def map_figure(points: np.ndarray, density: np.ndarray) -> Figure:

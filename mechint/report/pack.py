@@ -48,7 +48,7 @@ def pack(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
         at += len(data)
     text = json_for_script({**header, "arrays": places}).encode("utf-8")
     text += b" " * (-(4 + len(text)) % 4)
-    packed = zlib.compress(b"".join([struct.pack("<I", len(text)), text, *parts]), 9)
+    packed = zlib.compress(b"".join([struct.pack("<I", len(text)), text, *parts]), 6)
     return base64.b64encode(packed).decode("ascii")
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mechint.compare import Matches, match_directions
+from mechint.compare import Matches, cosine_by_chance, match_directions
 from mechint.report.facts import number
 from mechint.report.latents import Look
 from mechint.report.style import share
@@ -42,7 +42,8 @@ def compare_facts(
     for left in range(len(saes) - 1):
         for one, other in ((left, left + 1), (left + 1, left)):
             matches = match_directions(saes[one].W_dec.detach().cpu(), saes[other].W_dec.detach().cpu())
-            found["matches"].append(_histogram(one, other, matches, all_facts))
+            chance = cosine_by_chance(saes[other].W_dec.detach().cpu())
+            found["matches"].append({**_histogram(one, other, matches, all_facts), "chance": chance})
             if (shown := looks[one]) is not None:
                 _add_twins(shown, other, matches)
     return found
@@ -56,21 +57,37 @@ def differing_settings(all_facts: Sequence[dict[str, Any]]) -> list[dict[str, An
 
 
 def _text(all_facts: Sequence[dict[str, Any]]) -> str:
-    """Who is sparsest, who reconstructs best, who keeps the model's loss best."""
+    """Who is sparsest, who reconstructs best, who keeps the model's loss best, where the intervals let that be said."""
     found: dict[str, list[str]] = {}
-    for key, better, words in (
-        ("l0", min, "is the sparsest (L0 {:.1f})"),
-        ("fvu", min, "leaves the least variance unexplained ({:.3f})"),
-        ("ce_recovered_mean", max, "keeps the model's loss best ({:.4f} recovered against mean ablation)"),
+    undecided = []
+    for key, sign, words, what in (
+        ("l0", 1, "is the sparsest (L0 {:.1f})", "L0"),
+        ("fvu", 1, "leaves the least variance unexplained ({:.3f})", "the variance left unexplained"),
+        ("ce_recovered_mean", -1, "keeps the model's loss best ({:.4f} recovered)", "the cross-entropy recovered"),
     ):
-        values = [
-            (value, facts["name"]) for facts in all_facts if (value := number(facts["quality"].get(key))) is not None
-        ]
-        if len(values) > 1:
-            value, name = better(values, key=lambda pair: pair[0])
-            found.setdefault(name, []).append(words.format(value))
-    sentences = [f"{name} {', and '.join(parts)}." for name, parts in found.items()]
+        known = [facts for facts in all_facts if number(facts["quality"].get(key)) is not None]
+        if len(known) < 2:
+            continue
+        best, second = sorted(known, key=lambda facts: sign * facts["quality"][key])[:2]
+        if _overlap(best, second, key):
+            undecided.append(what)
+        else:
+            found.setdefault(best["name"], []).append(words.format(best["quality"][key]))
+    sentences = [f"{name} {' and '.join(parts)}." for name, parts in found.items()]
+    if undecided:
+        sentences.append(
+            f"In {' and '.join(undecided)} the best two cannot be told apart: their 95 % intervals overlap."
+        )
     return " ".join(sentences) if sentences else "Their own numbers have not been measured yet."
+
+
+def _overlap(one: dict[str, Any], other: dict[str, Any], key: str) -> bool:
+    """Whether the intervals of a metric overlap; False where one was not measured, unless the values are equal."""
+    intervals = [(facts["quality"].get("ci95") or {}).get(key) for facts in (one, other)]
+    if any(interval is None for interval in intervals):
+        return one["quality"][key] == other["quality"][key]
+    (low, high), (other_low, other_high) = intervals
+    return low <= other_high and other_low <= high
 
 
 def _histogram(one: int, other: int, matches: Matches, all_facts: Sequence[dict[str, Any]]) -> dict[str, Any]:

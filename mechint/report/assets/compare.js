@@ -37,8 +37,8 @@ function frontier() {
       x: { label: "L0, active latents a token", domain: domainOf(items.map((p) => p.x), { air: 0.35 }) },
       y: { label, format, domain: domainOf(items.map((p) => p.y), { air: 0.3 }) }, marks: [{ kind: "points", items }] });
   };
-  const charts = [chart("fvu", "Sparsity against reconstruction", "variance left unexplained (down is better)", (v) => percent(v, 3)),
-    chart("ce_recovered_mean", "Sparsity against the model\u2019s loss", "cross-entropy recovered (up is better)", percent4)].filter(Boolean);
+  const charts = [chart("fvu", "Sparsity against reconstruction", "variance left unexplained (down is better)", (v) => `${(100 * v).toFixed(2)} %`),
+    chart("ce_recovered_mean", "Sparsity against the model\u2019s loss", "cross-entropy recovered (up is better)", (v) => `${(100 * v).toFixed(3)} %`)].filter(Boolean);
   return charts.length ? section("frontier", "What sparsity costs", null, el("div", { class: "grid2" }, charts)) : null;
 }
 
@@ -66,14 +66,14 @@ function matches() {
   const found = FACTS.compare.matches || [];
   if (!found.length && !FACTS.compare.no_matches) return null;
   return section("matches", "Which latents they share",
-    "Each latent\u2019s closest decoder direction in the other run. Mutual: each is the other\u2019s closest. A latent\u2019s page links to its match.",
+    "Each latent\u2019s closest decoder direction in the other run. Mutual: each is the other\u2019s closest. By chance: what a random direction reaches. A latent\u2019s page links to its match.",
     FACTS.compare.no_matches && el("p", { class: "note" }, FACTS.compare.no_matches),
-    el("div", { class: "grid2" }, found.map(({ left, right, edges, mutual, onesided, text }) => {
+    el("div", { class: "grid2" }, found.map(({ left, right, edges, mutual, onesided, text, chance }) => {
       const most = Math.max(...edges.slice(1).map((_, i) => Math.max(mutual[i], onesided[i])));
       return plot({ title: text, height: 230, alt: `${text}. Histogram of cosines.`, note: `latents of ${RUNS[left].facts.name}, by cosine with their best match in ${RUNS[right].facts.name}`,
         legend: [{ cls: "c2", text: "one-sided" }, { cls: "c1", text: "mutual" }],
         x: { label: "cosine of the decoder rows", domain: [edges[0], 1] }, y: { label: "latents", domain: [0, most * 1.08] },
-        marks: [["onesided", onesided, "c2"], ["mutual", mutual, "c1"]].map(([name, counts, cls]) => ({ kind: "bars", counts, edges, cls: `${cls} through`, tell: (i) => `${counts[i]} ${name}, cosine ${edges[i].toFixed(2)} to ${edges[i + 1].toFixed(2)}` })) });
+        marks: [...[["onesided", onesided, "c2"], ["mutual", mutual, "c1"]].map(([name, counts, cls]) => ({ kind: "bars", counts, edges, cls: `${cls} through`, tell: (i) => `${counts[i]} ${name}, cosine ${edges[i].toFixed(2)} to ${edges[i + 1].toFixed(2)}` })), { kind: "rule", x: chance, text: "by chance" }] });
     })));
 }
 

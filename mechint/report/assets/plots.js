@@ -112,15 +112,15 @@ const MARKS = {
   },
   points(mark, X, Y, { x, y }) { // items: {x, y, cls, title, open}
     const group = svg("g", { class: mark.open ? "clickable" : "" });
-    let lastX = -1e9, lastY = -1e9; // of the label before: labels that would touch it are left out
+    let lastX = -1e9, lastY = -1e9, lastSize = 0; // of the label before: labels that would touch it are left out
     for (const item of mark.items) {
       if (!drawable(x, item.x) || !drawable(y, item.y)) continue;
       const point = svg("circle", { class: `point ${item.cls}`, cx: X(item.x).toFixed(1), cy: Y(item.y).toFixed(1), r: item.r || mark.r || 3 });
       if (item.title) point.append(svg("title", {}, item.title));
       if (mark.open) point.dataset.latent = item.latent;
       group.append(point);
-      if (!item.label || (Math.abs(X(item.x) - lastX) < 14 + TEXT_WIDTH * item.label.length && Math.abs(Y(item.y) - lastY) < 14)) continue;
-      [lastX, lastY] = [X(item.x), Y(item.y)];
+      if (!item.label || (Math.abs(X(item.x) - lastX) < 14 + lastSize && Math.abs(Y(item.y) - lastY) < 14)) continue;
+      [lastX, lastY, lastSize] = [X(item.x), Y(item.y), TEXT_WIDTH * item.label.length];
       group.append(svg("text", { class: "pointlabel", x: lastX + 7, y: lastY + 4 }, item.label));
     }
     if (mark.open) group.addEventListener("click", (event) => {
