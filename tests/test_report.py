@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import shlex
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -16,8 +17,9 @@ import torch
 from safetensors.torch import save_file
 
 from mechint.analysis import GatherSettings, Latents, contexts, gather
+from mechint.cli.flags import parse
 from mechint.cli.report import main
-from mechint.config import ReportConfig, SAETrainConfig
+from mechint.config import ConceptsConfig, EvalConfig, RankConfig, ReportConfig, SAETrainConfig
 from mechint.data.store import Activations
 from mechint.errors import MechintError
 from mechint.report import facts as run_files
@@ -281,11 +283,15 @@ def test_outputs_that_exist_are_refused_before_any_work(tmp_path: Path, capsys: 
 
 
 def test_facts_name_what_is_missing_and_what_makes_it(tmp_path: Path):
-    run = Run(make_run(tmp_path / "run", l1_lambda=0.5, warmup_steps=7))
+    run = Run(make_run(tmp_path / "a run", l1_lambda=0.5, warmup_steps=7))
     facts = run_files.run_facts(run)
     assert (facts["d_sae"], facts["steps"], facts["evaluated"]) == (16, 20, False)
-    commands = " ".join(item["command"] for item in facts["missing"])
-    assert all(name in commands for name in ("mechint eval", "mechint concepts", "mechint rank"))
+    commands = {shlex.split(item["command"])[1]: shlex.split(item["command"])[2:] for item in facts["missing"]}
+    configs = {"eval": EvalConfig, "concepts": ConceptsConfig, "rank": RankConfig}
+    assert set(commands) == set(configs)
+    for name, argv in commands.items():  # what the page tells to type can be typed
+        config = parse(configs[name], argv, prog=name)
+        assert config.run_dir == run.path
     changed = {row["name"]: (row["value"], row["default"]) for row in facts["settings"]}
     assert changed["l1_lambda"] == ("0.5", "3") and changed["warmup_steps"][0] == "7"
     assert "activations_path" not in changed and "seed" not in changed

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def check_finished(path: str | Path) -> Run:
         at = _steps_so_far(run)
         raise MechintError(
             f"{path} is not finished{at}: wait until its training ends, or go on with"
-            f" `python scripts/train_sae.py --resume {path}`"
+            f" `python scripts/train_sae.py --resume {shlex.quote(str(path))}`"
         )
     return run
 
@@ -58,7 +59,7 @@ def run_facts(run: Run) -> dict[str, Any]:
     missing: list[dict[str, str]] = []
     quality = {key: value for key, value in summary.items() if isinstance(value, (int, float))}
     evaluated = _optional_json(
-        run, "eval.json", missing, "how well the model works with it", "eval --output {run}/eval.json"
+        run, "eval.json", missing, "how well the model works with it", "eval --run-dir {run} --output {run}/eval.json"
     )
     quality |= evaluated or {}
     source = manifest.get("inputs", {}).get("activations", {})
@@ -166,8 +167,13 @@ def _optional_json(
         except MechintError as error:
             why = f"cannot be read: {error}"
     if missing is not None:
-        missing.append({"what": f"{what} ({name}) {why}", "command": "mechint " + command.format(run=run.path)})
+        missing.append({"what": f"{what} ({name}) {why}", "command": "mechint " + command.format(run=_quoted(run))})
     return None
+
+
+def _quoted(run: Run) -> str:
+    """The run's folder as a word of a command line."""
+    return shlex.quote(str(run.path))
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -196,7 +202,7 @@ def _value(cell: Any) -> Any:
 def _concepts(run: Run, missing: list[dict[str, str]]) -> dict[str, Any] | None:
     rows = _rows(run.path / "concepts.csv")
     if not rows:
-        command = f"mechint concepts --run-dir {run.path}"
+        command = f"mechint concepts --run-dir {_quoted(run)}"
         what = "which latents match known concepts (concepts.csv) has not been measured"
         missing.append({"what": what, "command": command})
         return None
@@ -209,7 +215,7 @@ def _ranking(run: Run, missing: list[dict[str, str]]) -> dict[str, Any] | None:
     """What ranking.json says, in words: `lead`, `reading`, `correlation_text`, `attribution_label`."""
     if not (run.path / "ranking.csv").is_file():
         what = "the fast causal ranking of all latents (ranking.csv), with its check, has not been made"
-        missing.append({"what": what, "command": f"mechint rank --run-dir {run.path}"})
+        missing.append({"what": what, "command": f"mechint rank --run-dir {_quoted(run)}"})
         return None
     record = _optional_json(run, "ranking.json", None, "", "") or {}
     found: dict[str, Any] = {"attribution_label": "estimated KL when removed, nats a token (log)"}

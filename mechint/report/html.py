@@ -1,6 +1,7 @@
 """`make_report`: from run directories to one HTML file, and to figures for papers."""
 
 import datetime
+import shlex
 import sys
 import time
 import warnings
@@ -126,7 +127,9 @@ def _open(run: Run, config: ReportConfig, notes: list[str], progress: bool) -> t
                 raise
             sae = load_sae(run.checkpoint_path)
             why = f"tokens are shown as numbers, and output tokens not at all: {one_line(error)}"
-            missing.append({"what": why, "command": f"mechint report {run.path} --overwrite --model NAME"})
+            missing.append(
+                {"what": why, "command": f"mechint report {shlex.quote(str(run.path))} --overwrite --model NAME"}
+            )
         else:
             sae, model = subject.sae, subject.model
             notes += [f"{run.path}: {note}" for note in subject.notes]
