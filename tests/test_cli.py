@@ -69,7 +69,7 @@ def test_every_script_is_its_command():
 
 def test_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture):
     assert main(["trian"]) == 2
-    assert capsys.readouterr().err == "error: unknown command 'trian'; nearest: train\n"
+    assert capsys.readouterr().err == "error: unknown command 'trian'; nearest: train, rank\n"
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in COMMANDS)
