@@ -104,23 +104,19 @@ def test_inspect_features_finds_the_newest_run(small_run: Run, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("with_table", [True, False])
-def test_ablation_with_and_without_a_saved_ranking(small_run: Run, tmp_path: Path, with_table: bool):
-    from mechint.ablation import rank_features_by_ablation, save_ablation_rows
-    from mechint.models import load_model
-    from mechint.sae import load_sae
+@pytest.mark.parametrize("saved", [True, False])
+def test_ablation_with_and_without_a_saved_ranking(small_run: Run, tmp_path: Path, saved: bool):
+    from mechint.ablation import rank_run
+    from mechint.config import RankConfig
 
     root = tmp_path / "project"
     shutil.copytree(small_run.path.parent.parent, root)
     run = Run(root / "runs" / "small")
-    if with_table:
-        sae, model = load_sae(run.checkpoint_path), load_model("builtin/pythia-tiny")
-        texts = (run.path / "eval_texts.txt").read_text().splitlines()
-        rows = rank_features_by_ablation(sae, model, run.config.hook_name, texts[:1], range(60), False)
-        save_ablation_rows(rows, run.path / "ablation.csv")
-    else:
-        (run.path / "eval_texts.txt").unlink()
-    notebook = execute("ablation", tmp_path / "elsewhere", RUN=str(run.path), N_TEXTS=1)
+    texts = (run.path / "eval_texts.txt").read_text().splitlines()
+    if saved:
+        rank_run(RankConfig(run_dir=run.path, top=8, control=8, exact_texts=3), progress=False)
+    notebook = execute("ablation", tmp_path / "elsewhere", RUN=str(run.path), N_TEXTS=2, TEXTS=texts if saved else None)
+    assert (run.path / "ranking.csv").is_file() == saved
     page = check_outputs(notebook, n_figures=1 + 3)
     assert sum("text-decoration:underline" in part for part in page) == 3
     tables = [part for part in page if ">next token<" in part]
@@ -129,7 +125,12 @@ def test_ablation_with_and_without_a_saved_ranking(small_run: Run, tmp_path: Pat
         shares = [float(value) for value in re.findall(r"([\d.]+) %", table)]
         assert len(shares) >= 10 and 0 < sum(shares[::2]) <= 100.5 and 0 < sum(shares[1::2]) <= 100.5
         assert shares[::2] != shares[1::2], "removing a top latent changes no prediction"
-    assert "together" in page[-1]
+    ways = [part for part in page if "from elsewhere" in part]
+    values = [float(value) for value in re.findall(r">([\d.]+)<", ways[0])]
+    assert len(values) == 3 * 4 and max(values) > 0.01
+    text = said(notebook)
+    assert text.count("as it is") == text.count("without ") == 3
+    assert "together" in page[-1] and len(re.findall("<tr>", page[-1])) == 1 + 2
 
 
 @pytest.mark.slow
