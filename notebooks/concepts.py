@@ -46,7 +46,7 @@ from mechint.sae import load_sae
 run = latest_run(prefer="concepts.csv") if RUN is None else Run(RUN)
 sae = load_sae(run.checkpoint_path)
 activations = open_activations(run.activations_path())
-decode = load_model(run.config.model_name).tokenizer.decode
+decode = load_model(run.config.model_name, device="cpu").tokenizer.decode
 print(run, activations, f"{sae.d_sae:,} latents", sep="\n")
 
 # %% [markdown]

@@ -53,7 +53,7 @@ from mechint.runs import Run, latest_run
 from mechint.subject import open_subject
 
 run = latest_run() if RUN is None else Run(RUN)
-subject = open_subject(run.path)
+subject = open_subject(run.path, device="cpu")  # what is left to compute here is little
 sae, decode = subject.sae, subject.model.tokenizer.decode
 activations = open_activations(run.activations_path())
 print(run, activations, f"{sae.d_sae:,} latents", sep="\n")

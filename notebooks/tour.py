@@ -89,7 +89,7 @@ display(HTML(tables.table_html(rows[:8])))
 # so it can go on with a text; `generate` takes the likeliest word each time.
 
 # %%
-model = load_model("builtin/pythia-tiny")
+model = load_model("builtin/pythia-tiny", device="cpu")
 for prompt in ("The capital of France is", "Omar was a clever baker who lived in Oslo. So"):
     (tokens,) = model.tokenize([prompt], prepend_bos=True)
     new = generate(model, tokens, max_new_tokens=14)[0]
@@ -166,7 +166,7 @@ display(HTML(tables.table_html(rows)))
 # rather than on one word, and that raise a few words far above the others (a high kurtosis).
 
 # %%
-subject = open_subject(run.path)
+subject = open_subject(run.path, device="cpu")
 sae = subject.sae
 gathered = load_or_gather(run)
 decode = model.tokenizer.decode
