@@ -5,12 +5,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import HOOK
 from small_run import make_small_run
 
-from mechint.ablation import RANKING_COLUMNS, causal, rank_latents, rank_run
+from mechint.ablation import RANKING_COLUMNS, causal, rank_latents, rank_run, spearman
 from mechint.ablation.causal import Partial
 from mechint.ablation.engines import NeoXEngine
 from mechint.cli.rank import main, reading
@@ -109,6 +110,9 @@ def test_command(run_dir, heldout, tiny_neox_dir, capsys):
     scores = [float(row["attribution"]) for row in rows]
     assert scores == sorted(scores, reverse=True) and scores[0] > 0
     assert all(row["attribution"] == row["attribution_kl"] for row in rows)
+    for row in rows:
+        both = float(row["attribution_signed"]) + float(row["attribution_kl"])
+        assert float(row["estimated_ce_change"]) == pytest.approx(both)
     assert [row["sample"] for row in rows[:5]] == ["top"] * 5
     by_latent = {int(row["feature_idx"]): row for row in rows}
     assert all(by_latent[latent]["sample"] in ("named", "top", "control") for latent in (1, 2))
@@ -303,6 +307,13 @@ def test_the_ranking_agrees_with_real_removal_on_a_trained_model(tmp_path):
     assert same["value"] > 0.8 and same["low"] > 0.6
     assert control["value"] > 0.6
     assert done.summary["spearman_ce"]["control"]["value"] > 0.5
+    measured = [row for row in done.rows if row["sample"] == "top"]
+    columns = {name: np.array([row[name] for row in measured]) for name in measured[0] if name != "sample"}
+    first, second = (
+        spearman(columns[name], columns["exact_ce_change"])["value"]
+        for name in ("attribution_signed", "estimated_ce_change")
+    )
+    assert second > first + 0.1, "the second order is worth having where effects are large"
     kls = {name: [row["exact_kl"] for row in done.rows if row["sample"] == name] for name in ("top", "control")}
     assert torch.tensor(kls["top"]).median() > 3 * torch.tensor(kls["control"]).median()
 

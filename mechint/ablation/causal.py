@@ -35,6 +35,7 @@ RANKING_COLUMNS: tuple[str, ...] = (
     "attribution_ce",
     "attribution_kl",
     "attribution_kl_se",
+    "estimated_ce_change",
     "n_active",
     "n_active_texts",
     "exact_kl",
@@ -91,13 +92,15 @@ def rank_latents(
       standard error over texts (0 without draws);
     - `attribution_ce`, `attribution_signed`: mean over texts of the size, and of the value, of the first-order change
       of the text's mean cross-entropy; above 0 means that the text becomes less likely;
+    - `estimated_ce_change`: `attribution_signed` + `attribution_kl`. The Hessian of a cross-entropy by the logits is
+      diag(p) - p p' whatever the token, so the KL is its second order too, up to the curvature of the model itself;
     - `n_active`, `n_active_texts`: positions and texts where it fires;
     - `exact_kl` (with `exact_kl_se`), `exact_ce_change`: the same two by real removal, on the texts drawn for it;
     - `sample`: "top", "control", "named" (`latents` that are neither), or "".
 
     The second result holds counts, seconds, and for "control" and "top", over those that fire in the exact texts,
     rank correlations {value, low, high, n}: `spearman` of `attribution` (all texts) with `exact_kl`;
-    `spearman_same_texts` of the estimate on the exact texts alone with it; `spearman_ce` of `attribution_signed` there
+    `spearman_same_texts` of the estimate on the exact texts alone with it; `spearman_ce` of `estimated_ce_change` there
     with `exact_ce_change`. Also `estimate_over_exact`, the median ratio of KLs on the same texts, and `of_top_median`,
     how many of the control have a larger exact KL than the median of the top.
 
@@ -219,6 +222,7 @@ def _rows(
             ce[latent],
             kl[latent],
             errors[latent] if n > 1 else None,
+            signed[latent] + kl[latent],
             int(whole.n_active[latent]),
             int(whole.n_active_texts[latent]),
             *exact.get(latent, (None, None, None)),
@@ -236,14 +240,14 @@ def _agreement(
     exact: dict[int, tuple[float, float | None, float]],
     seed: int,
 ) -> dict[str, Any]:
-    same, signed = _score(some, by).numpy(), (some.signed / max(some.n_texts, 1)).numpy()
+    same, change = _score(some, by).numpy(), ((some.signed + some.kl) / max(some.n_texts, 1)).numpy()
     found: dict[str, Any] = {"spearman": {}, "spearman_same_texts": {}, "spearman_ce": {}, "estimate_over_exact": {}}
     kls = {name: np.array([exact[latent][0] for latent in group]) for name, group in groups.items()}
     for name, group in groups.items():
         changes = np.array([exact[latent][2] for latent in group])
         found["spearman"][name] = spearman(score[group], kls[name], seed=seed)
         found["spearman_same_texts"][name] = spearman(same[group], kls[name], seed=seed)
-        found["spearman_ce"][name] = spearman(signed[group], changes, seed=seed)
+        found["spearman_ce"][name] = spearman(change[group], changes, seed=seed)
         above = kls[name] > 0
         ratio = np.median(same[group][above] / kls[name][above]) if by == "kl" and above.any() else None
         found["estimate_over_exact"][name] = None if ratio is None else float(ratio)
