@@ -222,10 +222,12 @@ def test_what_fires_on_a_text(model: LanguageModel) -> None:
             assert float(acts[position, latent]) == pytest.approx(highest) and highest == pytest.approx(
                 float(acts[:, latent].max())
             )
-    latents = gather(sae, x)
+    other = model.activations(torch.tensor(model.tokenize(["The small dog has a red ball."], prepend_bos=True)), HOOK)
+    latents = gather(sae, other[0].clone())
     relative = fires_on(subject, "Anna lives in Paris.", k=7, relative_to=latents)
-    assert relative.latents != found.latents  # every latent that fires reaches its own maximum here
-    assert relative.highest == pytest.approx([float(latents.max[i]) for i in relative.latents], rel=1e-5)
+    assert relative.latents != found.latents
+    assert relative.latents == (acts.amax(dim=0) / latents.max.clamp_min(1e-6)).argsort(descending=True)[:7].tolist()
+    assert relative.highest == pytest.approx([float(acts[:, i].max()) for i in relative.latents])
     with pytest.raises(MechintError, match="k must"):
         fires_on(subject, "x", k=0)
 

@@ -103,7 +103,7 @@ def fires_on(subject: Subject, text: str, *, k: int = 20, relative_to: Latents |
     """Run a text through the model and the SAE, and list the `k` latents that fire most strongly on it.
 
     With `relative_to`, "strongly" means relative to each latent's own maximum over the activations, which brings up
-    latents that are small everywhere but as strong as they get here.
+    latents that are small everywhere but as strong as they get here; those that never fired there come first.
 
     Raises:
         MechintError: an empty text, k below 1.
