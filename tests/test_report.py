@@ -231,6 +231,8 @@ def test_activations_without_tokens_give_a_note(tmp_path: Path):
     sae = make_sae()
     shown = look_at(sae, gather(sae, bare, SMALL), bare)
     assert (shown.tokens["label"] == NONE).all() and "stored without their tokens" in shown.notes[0]
+    assert shown.header["has_tokens"] is False
+    assert not any("on one token" in one["why"] for one in examples(shown))  # nobody knows
 
 
 # --- a run's files ---------------------------------------------------------------------------------------------------

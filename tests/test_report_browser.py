@@ -371,9 +371,12 @@ def test_sorting_by_every_column(watched: Watched, reports: Reports):
 def test_keys_walk_the_list_and_come_back(watched: Watched):
     page = watched.page
     order = watched.ask(LISTED)
-    page.click("#latent-table tbody tr:first-child a")
+    page.locator("#latent-table tbody tr:nth-child(9)").scroll_into_view_if_needed()
+    page.evaluate("window.scrollBy(0, 300)")
+    before = watched.ask("window.scrollY")
+    page.evaluate("document.querySelector('#latent-table tbody tr:first-child a').click()")
     page.wait_for_selector("article.latent")
-    assert watched.ask("document.activeElement.id") == "latent-title"
+    assert watched.ask("document.activeElement.id") == "latent-title" and watched.ask("window.scrollY") == 0 < before
     for key, place in (("j", 1), ("ArrowRight", 2), ("k", 1), ("ArrowLeft", 0), ("k", N_LATENTS - 1)):
         page.keyboard.press(key)
         if place < len(order):
@@ -381,6 +384,7 @@ def test_keys_walk_the_list_and_come_back(watched: Watched):
     page.keyboard.press("Escape")
     page.wait_for_selector("#latent-table")
     assert page.locator("article.latent").count() == 0
+    assert abs(watched.ask("window.scrollY") - before) < 3  # where the reader left the list
     # by Tab alone: the first stop leads past the bar
     watched.open("")
     page.keyboard.press("Tab")

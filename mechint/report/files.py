@@ -102,7 +102,7 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]
 
 
 def _cell(value: Any) -> Any:
-    return float(f"{float(value):.9g}") if isinstance(value, (float, np.floating)) else value
+    return f"{value:.9g}" if isinstance(value, (float, np.floating)) else value
 
 
 def l0_figure(edges: Sequence[float | int], counts: Sequence[int], mean: float | None) -> Figure:
@@ -154,7 +154,7 @@ def concepts_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     ax.set_xlim(0, 1)
     dress(ax, f"The {len(rows)} best found concepts", "F1 on held-out texts", "")
     ax.grid(False, axis="y")
-    legend(ax, loc="lower right")
+    fig.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return fig
 
 

@@ -233,11 +233,11 @@ def examples(shown: Look, most: int = 6) -> list[dict[str, Any]]:
                 latent,
                 f"A best match among latents that fire on several words: concept \u201c{name}\u201d, F1 {f1:.2f}.",
             )
-    often = np.where(fires > 0, fires, -1)
-    add(int(often.argmax()), f"The densest latent: it fires on {100 * often.max() / n_rows:.0f} % of tokens.")
-    single = np.where((fires >= 20) & (arrays["consistency"] == 255), arrays["max"], -1.0)
-    add(int(single.argmax()), "The strongest of the latents whose strongest contexts all fire on one token.")
-    for latent in np.argsort(-arrays["max"].astype(np.float64), kind="stable")[:most].tolist():
+    for latent in _best(fires.astype(np.float64))[:1]:
+        add(latent, f"The densest latent: it fires on {100 * fires[latent] / n_rows:.0f} % of tokens.")
+    for latent in _best(np.where((fires >= 20) & (arrays["consistency"] == 255), arrays["max"], 0.0))[:1]:
+        add(latent, "The strongest of the latents whose strongest contexts all fire on one token.")
+    for latent in _best(arrays["max"])[:most]:
         add(latent, f"Among the highest activations of all: up to {arrays['max'][latent]:.3g}.")
     return [{"latent": latent, "why": why} for latent, why in found.items()]
 

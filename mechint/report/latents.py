@@ -89,6 +89,7 @@ def look(
         "partners_width": arrays["partners"].shape[1],
         "partner_name": "tokens on which both fire, of those on which either does (Jaccard)",
         "map_note": MAP_NOTE,
+        "has_tokens": activations.tokens is not None,
     }
     if d_sae >= 3:
         arrays["map"] = np.rint(decoder_map(sae).numpy() * 32767).astype(np.int16)

@@ -22,8 +22,10 @@ def compare_facts(
     Latents are matched between neighbours in the order given, both ways, where the runs read the same hook of the same
     model in the same width; otherwise their directions have nothing in common, and the page says so.
     """
+    names = [facts["name"] for facts in all_facts]
+    title = " against ".join(names) if len(names) == 2 else f"{len(names)} runs side by side"
     found: dict[str, Any] = {
-        "title": " against ".join(facts["name"] for facts in all_facts),
+        "title": title,
         "text": _text(all_facts),
         "settings": differing_settings(all_facts),
         "matches": [],
@@ -83,11 +85,10 @@ def _text(all_facts: Sequence[dict[str, Any]]) -> str:
 
 def _overlap(one: dict[str, Any], other: dict[str, Any], key: str) -> bool:
     """Whether the intervals of a metric overlap; False where one was not measured, unless the values are equal."""
-    intervals = [(facts["quality"].get("ci95") or {}).get(key) for facts in (one, other)]
-    if any(interval is None for interval in intervals):
+    mine, theirs = ((facts["quality"].get("ci95") or {}).get(key) for facts in (one, other))
+    if mine is None or theirs is None:
         return one["quality"][key] == other["quality"][key]
-    (low, high), (other_low, other_high) = intervals
-    return low <= other_high and other_low <= high
+    return mine[0] <= theirs[1] and theirs[0] <= mine[1]
 
 
 def _histogram(one: int, other: int, matches: Matches, all_facts: Sequence[dict[str, Any]]) -> dict[str, Any]:

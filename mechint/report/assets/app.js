@@ -151,6 +151,7 @@ media.addEventListener?.("change", () => setTheme(null));
 // --- start -----------------------------------------------------------------------------------------------------------
 
 async function start() {
+  history.scrollRestoration = "manual"; // `show` knows where the reader was
   setTheme(null);
   document.getElementById("app").append(
     el("a", { class: "skip", href: "#main", onclick: (event) => { event.preventDefault(); main.focus(); } }, "to the content"),

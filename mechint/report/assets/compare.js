@@ -34,7 +34,7 @@ function frontier() {
     const items = RUNS.map((run) => point(run, key)).filter((p) => known(p.x) && known(p.y));
     if (items.length < 2) return null;
     return plot({ title, height: 240, legend: runKey(), alt: `${title}: ${items.map((p) => p.title).join("; ")}`,
-      x: { label: "L0, active latents a token", domain: domainOf(items.map((p) => p.x), { air: 0.35 }) },
+      x: { label: "L0, active latents a token", domain: domainOf(items.map((p) => p.x), { air: 0.35 }).map((v) => Math.max(v, 0)) },
       y: { label, format, domain: domainOf(items.map((p) => p.y), { air: 0.3 }) }, marks: [{ kind: "points", items }] });
   };
   const charts = [chart("fvu", "Sparsity against reconstruction", "variance left unexplained (down is better)", (v) => `${(100 * v).toFixed(2)} %`),

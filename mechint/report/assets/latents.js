@@ -77,7 +77,7 @@ function latentPage(run, latent, walk) {
     known(L.effect[latent]) ? ["effect", `${short(L.effect[latent])} nats`, `mean KL when removed${rank ? `; rank ${whole(rank)}` : ""}`]
       : known(L.attribution[latent]) ? ["estimated effect", short(L.attribution[latent]), `rank ${whole(rank)}; not removed itself`] : null,
     L.concept[latent] >= 0 ? ["concept", L.concept_f1[latent] < WEAK ? "none of those known" : visible(L.concepts[L.concept[latent]]), `${L.concept_f1[latent] < WEAK ? `best: ${visible(L.concepts[L.concept[latent]])}, ` : ""}F1 ${L.concept_f1[latent].toFixed(2)}`] : null,
-    L.fires[latent] ? ["consistency", percent(L.consistency[latent] / 255), "of its strongest contexts fire on the same token"] : null,
+    L.has_tokens && L.fires[latent] ? ["consistency", percent(L.consistency[latent] / 255), "of its strongest contexts fire on the same token"] : null,
   ].filter(Boolean);
   const contexts = contextsOf(run, latent), top = contexts.filter((c) => L.ctx_stratum[c] === 0);
   const strata = L.strata.map((name, i) => [name, contexts.filter((c) => L.ctx_stratum[c] === i + 1)]).filter(([, list]) => list.length);
@@ -155,6 +155,7 @@ const SORTS = {
   number: ["number", (L, i) => -i],
 };
 const usableSorts = (L) => Object.keys(SORTS).filter((name) => {
+  if (name === "consistency") return L.has_tokens;
   if (name === "effect" || name === "attribution") return L[name].some(known);
   return name !== "concept" || L.concept.some((c) => c >= 0);
 });
@@ -203,13 +204,13 @@ function browser(run, state) {
   const holder = el("div", {});
   const has = { effect: sorts.includes("effect"), attribution: sorts.includes("attribution"), concept: sorts.includes("concept") };
   const columns = [["number", "latent", true], [null, "fires on"], ["density", "density", true], ["max", "max", true],
-    has.effect ? ["effect", "effect", true] : null, has.attribution ? ["attribution", "estimate", true] : null, has.concept ? ["concept", "concept"] : null, ["consistency", "consistency", true]].filter(Boolean);
+    has.effect ? ["effect", "effect", true] : null, has.attribution ? ["attribution", "estimate", true] : null, has.concept ? ["concept", "concept"] : null, L.has_tokens ? ["consistency", "consistency", true] : null].filter(Boolean);
   const row = (i, why) => el("tr", {}, el("th", { scope: "row", class: "num" }, el("a", { href: run.url(i) }, String(i))),
     el("td", {}, labelTokens(run, i, 4), why && el("span", { class: "faint small" }, ` ${why}`)),
     el("td", { class: "num" }, percent(L.fires[i] / L.n_rows)), el("td", { class: "num" }, short(L.max[i])),
     has.effect && el("td", { class: "num" }, known(L.effect[i]) ? short(L.effect[i]) : "\u2013"),
     has.attribution && el("td", { class: "num" }, short(L.attribution[i])),
-    has.concept && el("td", {}, conceptText(run, i)), el("td", { class: "num" }, L.fires[i] ? percent(L.consistency[i] / 255) : ""));
+    has.concept && el("td", {}, conceptText(run, i)), L.has_tokens && el("td", { class: "num" }, L.fires[i] ? percent(L.consistency[i] / 255) : ""));
   const select = el("select", { id: "sort", "aria-label": "sort latents by", onchange: () => { state.sort = select.value; draw(); } },
     sorts.map((name) => el("option", { value: name }, SORTS[name][0])));
   const draw = () => {

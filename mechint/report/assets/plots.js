@@ -41,7 +41,7 @@ function axisText(value, axis) {
   return value >= 10000 ? `${short(value / 1000)}k` : short(value);
 }
 
-// spec: {title, note, x, y, height, marks, legend, alt}; an axis is {label, domain, log, format, ticks}.
+// spec: {title, note, x, y, height, marks, legend, alt}; an axis is {label, domain, log, format}.
 // A mark is {kind: line|points|bars|rule, ...}. Returns a <figure> that redraws itself when its width changes.
 function plot(spec) {
   const holder = el("div", { class: "plot" });
@@ -65,11 +65,15 @@ function plot(spec) {
 function drawPlot(spec, width) {
   const height = spec.height || 220;
   const { x, y } = spec;
-  const yTicks = y.ticks || (y.log ? logTicks(...y.domain, 6) : niceTicks(...y.domain, 4));
+  const ticksOf = (axis, count, logCount) => {
+    const found = axis.log ? logTicks(...axis.domain, logCount) : [];
+    return found.length > 1 ? found : niceTicks(...axis.domain, count);
+  };
+  const yTicks = ticksOf(y, 4, 6);
   const labels = yTicks.map((value) => axisText(value, y));
   const left = y.hidden ? 6 : Math.min(120, 16 + TEXT_WIDTH * Math.max(2, ...labels.map((text) => text.length)));
   const right = width - 10, top = y.label ? 24 : 10, bottom = height - (x.label ? 40 : 24);
-  const xTicks = x.ticks || (x.log ? logTicks(...x.domain, Math.max(2, Math.floor(width / 90))) : niceTicks(...x.domain, Math.max(2, Math.floor(width / 110))));
+  const xTicks = ticksOf(x, Math.max(2, Math.floor(width / 110)), Math.max(2, Math.floor(width / 90)));
   const X = scale(x, left, right), Y = scale(y, bottom, top);
   const root = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": spec.alt || spec.title });
   if (!y.hidden) for (const [i, value] of yTicks.entries()) root.append(
