@@ -195,6 +195,15 @@ def test_the_tree_says_what_splits() -> None:
         tree.ancestors(3, 0)
 
 
+def test_families_are_ordered_by_all_descendants() -> None:
+    e = torch.eye(16)
+    middle = torch.stack([e[0], near(e[1], e[8], 0.9), near(e[1], e[9], 0.9)])
+    large = torch.stack([near(e[0], e[10 + i], 0.9) for i in range(4)])
+    tree = splitting_tree([e[[1, 0]], middle, large])
+    assert tree.largest_families() == [[[1], [0], [0, 1, 2, 3]], [[0], [1, 2]]]  # one child, then four; two children
+    assert tree.largest_families(1) == [[[1], [0], [0, 1, 2, 3]]]
+
+
 def test_what_dictionaries_share() -> None:
     e = torch.eye(16)
     one = torch.stack([e[0], e[1], e[2], near(e[0], e[9], 0.8)])
