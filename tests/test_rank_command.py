@@ -11,9 +11,10 @@ import torch
 from conftest import HOOK
 from small_run import make_small_run
 
-from mechint.ablation import RANKING_COLUMNS, causal, rank_latents, rank_run, spearman
+from mechint.ablation import RANKING_COLUMNS, attribute, causal, rank_latents, rank_run, spearman
 from mechint.ablation.causal import Partial
 from mechint.ablation.engines import NeoXEngine
+from mechint.ablation.rank import ablate_texts
 from mechint.cli.rank import main, reading
 from mechint.config import CollectConfig, RankConfig, SAETrainConfig
 from mechint.data import collect_activations, open_activations, split_indices
@@ -316,6 +317,33 @@ def test_the_ranking_agrees_with_real_removal_on_a_trained_model(tmp_path):
     assert second > first + 0.1, "the second order is worth having where effects are large"
     kls = {name: [row["exact_kl"] for row in done.rows if row["sample"] == name] for name in ("top", "control")}
     assert torch.tensor(kls["top"]).median() > 3 * torch.tensor(kls["control"]).median()
+
+
+def test_standard_errors_are_those_over_texts(run_dir, heldout, tiny_neox_dir):
+    sae, model = load_sae(run_dir / "checkpoint.pt"), load_model(str(tiny_neox_dir), device="cpu")
+    rows, _ = rank_latents(sae, model, HOOK, heldout, draws=2, top=3, control=0, exact_texts=len(heldout))
+    kls = torch.stack([attribute(sae, model, HOOK, [text], draws=2).kl for text in heldout])
+    for row in rows[:3]:
+        latent = row["feature_idx"]
+        assert row["attribution_kl"] == pytest.approx(float(kls[:, latent].mean()), rel=1e-3)
+        assert row["attribution_kl_se"] == pytest.approx(float(kls[:, latent].std() / len(heldout) ** 0.5), rel=1e-3)
+        exact = torch.stack([ablate_texts(sae, model, HOOK, [text], [latent]).mean_kl[0] for text in heldout])
+        assert row["exact_kl"] == pytest.approx(float(exact.mean()), abs=1e-6)
+        assert row["exact_kl_se"] == pytest.approx(float(exact.std() / len(heldout) ** 0.5), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("low", "top_low", "said"),
+    [(0.8, 0.8, "tells strong latents from weak ones."), (0.8, 0.2, "weak ones; order the first ones by exact_kl"),
+     (0.5, 0.2, "a rough guide"), (0.1, 0.2, "do not rely on the ranking here"), (None, None, "too few to say")],
+)  # fmt: skip
+def test_reading_says_what_the_interval_allows(low, top_low, said):
+    def interval(value):
+        return {"value": value, "low": value, "high": value, "n": 3}
+
+    spearman = {"control": interval(low), "top": interval(top_low)}
+    found = reading({"spearman": spearman, "of_top_median": {"n_control_above": None, "n_control": 0}})
+    assert said in found and found.startswith("How to read it:")
 
 
 def test_unfitting_settings_of_the_function(run_dir, heldout, tiny_neox_dir):

@@ -19,6 +19,7 @@ runs over the positions that the SAE may touch (`Text.seen`). Three Qs are used:
 Estimates see nothing of what happens beyond a small change (`docs/ranking.md` says how far that carries).
 """
 
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -135,7 +136,9 @@ def attribute(
         if progress:
             from tqdm import tqdm
 
-            bar = tqdm(total=sum(len(text.tokens) for text in texts), desc="attribution", unit=" tokens")
+            every = 0.1 if sys.stderr.isatty() else 60.0  # in a log file a line a minute will do
+            n_tokens = sum(len(text.tokens) for text in texts)
+            bar = tqdm(total=n_tokens, desc="attribution", unit=" tokens", mininterval=every)
         else:
             bar = None
         for batch in batches:
