@@ -36,7 +36,7 @@ KS = (1, 5)
 COLUMNS = {
     "fvu": "FVU", "coverage": "coverage", "n_found": "F1 ≥ .5", "best_auroc": "AUROC", "probe_1": "probe k=1",
     "probe_5": "k=5", "n_latents_for_concept": "latents a concept", "split_coverage": "F1 of them",
-    "absorption": "absorbed", "mass_share": "mass", "top_share": "top rows",
+    "absorption": "absorbed", "n_absorption_pairs": "pairs", "mass_share": "mass", "top_share": "top rows",
 }  # fmt: skip
 
 
@@ -73,6 +73,7 @@ def figures_of(summary: dict[str, Any]) -> dict[str, Any]:
         "n_latents_for_concept": summary["n_latents_for_concept"],
         "split_coverage": summary["split_coverage"],
         "absorption": summary["absorption"],
+        "n_absorption_pairs": summary["n_absorption_pairs"] or None,
         "n_live": summary["n_live"],
         **{name: summary["monosemanticity"][name] for name in ("mass_share", "top_share")},
     }
@@ -141,7 +142,7 @@ def table(members: Sequence[dict[str, Any]], whole: dict[str, Any]) -> str:
             values = [each[column] for each in group if each[column] is not None]
             if not values:
                 cells.append("")
-            elif column == "n_found":
+            elif column in ("n_found", "n_absorption_pairs"):
                 cells.append(f"{np.mean(values):.0f}")
             else:
                 cells.append(f"{np.mean(values):.3f}")

@@ -590,3 +590,39 @@ def test_baselines_are_scored_on_the_same_task():
 def test_one_text_alone_cannot_be_scored():
     with pytest.raises(MechintError, match="label more texts"):
         synthetic_task(n_texts=1)
+
+
+# --- benchmarks/concepts.py -------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_architectures_gives_means_over_seeds_and_leaves_out_what_was_not_measured():
+    import importlib.util
+
+    from mechint.sae.base import find_architecture
+
+    path = Path(__file__).parents[1] / "benchmarks" / "concepts.py"
+    spec = importlib.util.spec_from_file_location("benchmarks_concepts", path)
+    assert spec is not None and spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    for architecture, flags in benchmark.FLAGS.items():
+        assert find_architecture(architecture)
+        assert set(flags) == set(benchmark.L0S)
+    numbers = {name: 0.25 for name in benchmark.COLUMNS} | {"n_found": 7, "n_absorption_pairs": 3}
+    member = {"name": "topk", "asked": 16, "seed": 0, "l0": 16.0, "coverage_ci": [0.1, 0.4], **numbers}
+    members = [
+        member,
+        {**member, "seed": 1, "l0": 17.0, "coverage": 0.75, "n_found": 8},
+        {**member, "name": "random", "fvu": None, "absorption": None},
+    ]
+    whole = {"concepts": 2, "texts": 3, "tokens": 4000, "token_coverage": 0.9, "dense": 0.99}
+    lines = benchmark.table(members, whole).splitlines()
+    assert "2 concepts on 4,000 tokens of 3 texts" in lines[0]
+    header, _, topk, random = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
+    assert len(header) == len(topk) == len(random)
+    assert topk[:2] == ["topk", "16.5"]
+    assert topk[header.index("coverage")] == "0.500 (0.250 to 0.750)"
+    assert topk[header.index("F1 ≥ .5")] == "8"
+    assert topk[header.index("pairs")] == "3"
+    assert random[header.index("coverage")] == "0.250 [0.100, 0.400]"
+    assert random[header.index("FVU")] == random[header.index("absorbed")] == ""

@@ -202,6 +202,7 @@ def test_spans_behind_what_the_model_reads_are_left_out_and_said(subject: Subjec
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_known_concepts_are_found_far_above_the_baselines(scored):
     summary = scored.summary
     assert summary["n_concepts"] > 50
@@ -216,6 +217,7 @@ def test_known_concepts_are_found_far_above_the_baselines(scored):
     assert summary["probe_auroc_dense"] > 0.97
 
 
+@pytest.mark.slow
 def test_the_numbers_of_a_row_are_those_of_its_latent(run: Run, subject: Subject, scored):
     """Encoded in full and counted row by row, without anything that the command uses to be fast."""
     activations = open_activations(run.activations_path())
@@ -241,6 +243,7 @@ def test_the_numbers_of_a_row_are_those_of_its_latent(run: Run, subject: Subject
         assert row["f1"] == pytest.approx(f1_score(label, on, zero_division=0), abs=2e-3)
 
 
+@pytest.mark.slow
 def test_the_files_hold_what_was_returned(run: Run, scored):
     rows = rows_of(run.path / "concepts.csv")
     assert [row["concept"] for row in rows] == [row["concept"] for row in scored.concepts]
@@ -255,11 +258,12 @@ def test_the_files_hold_what_was_returned(run: Run, scored):
     assert len(summary["checkpoint_sha256"]) == len(summary["activations_sha256"]) == 64
 
 
-def test_existing_files_stay(run: Run, scored, capsys: pytest.CaptureFixture[str]):
-    before = (run.path / "concepts.json").read_bytes()
-    assert main(["--run-dir", str(run.path)]) == 2
+def test_existing_files_stay(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "concepts.json").write_text("{}")
+    assert main(["--run-dir", str(run.path), "--output-dir", str(tmp_path)]) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert (run.path / "concepts.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["concepts.json"]
+    assert (tmp_path / "concepts.json").read_text() == "{}"
 
 
 def test_the_command_on_a_users_labels_prints_a_table(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

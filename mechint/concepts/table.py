@@ -152,6 +152,7 @@ def dictionary_summary(found: DictionaryScores) -> dict[str, Any]:
         "n_latents_for_concept": float(found.n_split.mean()),
         "split_coverage": float(found.split_f1.mean()),
         "absorption": _mean(np.array(rates)),
+        "n_absorption_pairs": len(rates),
         "probe_auroc": {str(k): float(np.nanmean(found.probes[:, i])) for i, k in enumerate(found.probe_ks)},
     }
 
@@ -227,5 +228,5 @@ def _summary_lines(summary: Mapping[str, Any]) -> list[str]:
         )
     split = f"splitting: {summary['n_latents_for_concept']:.2f} latents a concept"
     if summary["absorption"] is not None:
-        split += f"; absorption: {summary['absorption']:.3f} of a child's tokens"
+        split += f"; absorption: {summary['absorption']:.3f} of a child's tokens, {summary['n_absorption_pairs']} pairs"
     return [*lines, split]
