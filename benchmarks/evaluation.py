@@ -9,7 +9,8 @@ same with the matrix products of `mechint.models.matmul`, so that what those bri
 
 The pass: `run_texts`, which gathers every metric of docs/metrics.md: reconstruction at every token by text and by kind
 of token, cross-entropy and KL of clean, spliced, zero- and mean-ablated predictions, all proofs included. "no
-baselines" leaves zero and mean out. "whole model" runs the whole model for each of the four, as hooks inside a layer need.
+baselines" leaves zero and mean out. "plain products" is the pass as it runs where torch's own products are the fastest,
+"whole model" the whole model for each of the four sets of predictions, as hooks inside a layer need.
 
 Rounds are interleaved in one process; the median of the rounds' ratios is printed, and their range, by wall time and by
 CPU time of all threads, which neighbours disturb less.
@@ -29,7 +30,7 @@ from mechint.eval import Text, one_pass
 from mechint.eval.one_pass import LanguageSums, run_texts
 from mechint.eval.sums import ReconstructionSums
 from mechint.eval.texts import batches
-from mechint.models import LanguageModel, load_model
+from mechint.models import LanguageModel, load_model, matmul
 from mechint.models.matmul import FastLinear, onednn_pays
 from mechint.sae import SAE, SparseAutoEncoder
 
@@ -124,12 +125,22 @@ def main() -> None:
         finally:
             one_pass.make_splice = make_splice
 
+    def plain_products() -> None:
+        pays = matmul.onednn_pays
+        matmul.onednn_pays = lambda: False
+        try:
+            whole_pass(model, sae, texts, mean)
+        finally:
+            matmul.onednn_pays = pays
+
     ways: dict[str, Callable[[], object]] = {
         "bare": lambda: bare(model, sae, texts, max_tokens),
         "bare, fast products": bare_fast,
         "pass": lambda: whole_pass(model, sae, texts, mean),
         "pass, no baselines": lambda: whole_pass(model, sae, texts, mean, baselines=()),
     }
+    if onednn_pays():
+        ways["pass, plain products"] = plain_products
     if not args.without_whole:
         ways["pass, whole model"] = whole_model
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}

@@ -19,7 +19,7 @@ from mechint.eval.bootstrap import MAX_GROUPS
 from mechint.eval.predictions import Compared, Fixed, Head, Unembedding, WholeLogits, compare, fix
 from mechint.eval.sums import ReconstructionSums
 from mechint.eval.texts import Batch, Text, batches
-from mechint.models.splice import SAME_HIDDEN, Splice, make_splice
+from mechint.models.splice import PROOF_TOKENS, SAME_HIDDEN, Splice, make_splice
 from mechint.sae import SAE
 
 BASELINES = ("zero", "mean")
@@ -184,12 +184,13 @@ def fixed_baselines(
     forward.clean(torch.tensor([longest.tokens]))
     seen = torch.tensor([longest.seen])
     finals = [forward.edited(_only_where(seen, edit))[0] for edit in edits]
-    # The proof: the same positions with other tokens.
-    other = [*longest.tokens[:n_kept], *reversed(longest.tokens[n_kept:])]
+    # The proof: the first positions with other tokens.
+    n_other = min(length, n_kept + PROOF_TOKENS)
+    other = [*longest.tokens[:n_kept], *reversed(longest.tokens[n_kept:])][:n_other]
     forward.clean(torch.tensor([other]))
     for final, edit in zip(finals, edits, strict=True):
-        again = forward.edited(_only_where(seen, edit))[0]
-        if bool(((again - final).norm(dim=-1) > SAME_HIDDEN * final.norm(dim=-1)).any()):
+        again = forward.edited(_only_where(seen[:, :n_other], edit))[0]
+        if bool(((again - final[:n_other]).norm(dim=-1) > SAME_HIDDEN * final[:n_other].norm(dim=-1)).any()):
             return None
     return fix(finals, forward.head)
 
