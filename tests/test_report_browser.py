@@ -10,6 +10,7 @@ import os
 import random
 import re
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -478,6 +479,20 @@ def test_old_browsers_inflate_by_themselves(browser: Any, reports: Reports, watc
     assert old.ask("typeof DecompressionStream") == "undefined"
     assert old.text() == watched.text()
     old.check()
+
+
+@pytest.mark.parametrize(
+    "level, strategy", [(0, 0), (6, 0), (9, zlib.Z_FIXED), (1, zlib.Z_HUFFMAN_ONLY), (9, zlib.Z_RLE)]
+)
+def test_every_kind_of_deflated_block_is_read(watched: Watched, level: int, strategy: int):
+    rng = random.Random(1)
+    data = bytes(rng.choices(range(256), k=30_000)) + b"the cat sat on the mat. " * 4000 + bytes(70_000)
+    for piece in (data, b"", b"a"):
+        packer = zlib.compressobj(level, zlib.DEFLATED, 15, 8, strategy)
+        packed = packer.compress(piece) + packer.flush()
+        code = "bytes => { const d = inflateHere(Uint8Array.from(bytes)); return [d.length, Array.from(d).join(',')]; }"
+        length, text = watched.page.evaluate(code, list(packed))
+        assert length == len(piece) and text == ",".join(map(str, piece))
 
 
 def test_several_runs_side_by_side(browser: Any, reports: Reports):
