@@ -53,7 +53,7 @@ const QUALITY = [
   ["mse_per_dim", "squared error", short, null, null, "a dimension, in squared units of the activations"],
   ["cosine", "cosine", short, null, null, "between activation and reconstruction"],
   ["l2_ratio", "norm ratio", short, null, null, "length of the reconstruction over that of the activation; below 1 is shrinkage"],
-  ["explained_variance_legacy", "EV, legacy", percent, null, null, "explained variance as older tools average it, over tokens"],
+  ["explained_variance_legacy", "EV, legacy", percent4, null, null, "explained variance as older tools average it, over tokens"],
   ["relative_reconstruction_bias", "relative bias", short, null, null, "1 is unbiased"],
   ["ce_clean", "CE, untouched", short4, null, null, "cross-entropy of the model alone, nats a token"],
   ["ce_sae", "CE, spliced", short4, "ce_zero", "ce_mean", "the model reading the reconstruction instead, nats a token"],

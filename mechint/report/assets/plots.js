@@ -136,7 +136,7 @@ const MARKS = {
   rule(mark, X, Y, { top, bottom, left, right }) {
     const vertical = mark.x !== undefined, at = vertical ? X(mark.x) : Y(mark.y);
     const line = vertical ? { x1: at, x2: at, y1: top, y2: bottom } : { x1: left, x2: right, y1: at, y2: at };
-    const near = vertical && at > (left + right) / 2;
+    const near = vertical && at + 8 + TEXT_WIDTH * (mark.text || "").length > right; // no room on the right
     return svg("g", {}, svg("line", { class: `rule ${mark.cls || ""}`, ...line }), mark.text && svg("text",
       { class: "rulelabel", x: vertical ? at + (near ? -5 : 5) : right, y: vertical ? top + 9 : at - 5, "text-anchor": near || !vertical ? "end" : "start" }, mark.text));
   },
