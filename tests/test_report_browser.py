@@ -330,16 +330,18 @@ def test_search_by_number_token_and_concept(watched: Watched, reports: Reports):
     page.keyboard.press("/")
     page.keyboard.type("cat")
     header, arrays = blob(reports.made.path)
-    found = watched.ask(LISTED)
     cat = [i for i, word in enumerate(header["vocab"]) if word.strip() == "cat"]
+    labels = arrays["label"].reshape(N_LATENTS, -1)
     firing = {
         latent
         for latent in range(N_LATENTS)
         for c in range(arrays["ctx_first"][latent], arrays["ctx_first"][latent + 1])
         if arrays["stream"][arrays["ctx_start"][c] + arrays["ctx_center"][c]] in cat
-    }
-    count = int(re.findall(r"(\d+) of", watched.text("#latents"))[0])
-    assert firing and count >= len(firing) and (set(found) <= firing or count > len(firing))
+    } | {latent for latent in range(N_LATENTS) if set(labels[latent]) & set(cat)}
+    found = dict(watched.ask("[...search(RUNS[0], 'cat').latents]"))
+    assert firing == {latent for latent, why in found.items() if why == "fires on it"} and firing
+    assert f"{len(found)} of {N_LATENTS} latents match" in watched.text("#latents")
+    assert set(watched.ask(LISTED)) <= set(found)
     page.fill("#search", "#77")
     page.keyboard.press("Enter")
     page.wait_for_selector("article.latent")
@@ -479,6 +481,26 @@ def test_old_browsers_inflate_by_themselves(browser: Any, reports: Reports, watc
     assert old.ask("typeof DecompressionStream") == "undefined"
     assert old.text() == watched.text()
     old.check()
+
+
+def test_numbers_are_written_for_people(watched: Watched):
+    written = {
+        "short(0)": "0", "short(0.012345)": "0.0123", "short(-2.5)": "\u22122.5", "short(1234.4)": "1,234",
+        "short(9.97e-5)": "1.0\u00d710\u207b\u2074", "short(-4.23e-8)": "\u22124.2\u00d710\u207b\u2078",
+        "short(NaN)": "\u2013", "short(3.1e7)": "3.1\u00d710\u2077", "percent(0)": "0 %", "percent(0.0536)": "5.4 %",
+        "percent(0.39)": "39 %",
+        "percent(0.0996)": "10 %", "percent4(0.99763)": "99.76 %", "whole(1234567)": "1,234,567",
+        "visible('\\n')": "\u21b5", "visible(' ')": "\u2423", "visible(' a')": " a",
+        "visible('\\u200f')": "\u2039U+200F\u203a",
+    }  # fmt: skip
+    assert {code: watched.ask(code) for code in written} == written
+    ticks = {
+        "niceTicks(0, 10, 4)": [0, 2.5, 5, 7.5, 10],
+        "logTicks(0.5, 200, 6)": [1, 10, 100],
+        "logTicks(15, 90, 6)": [20, 30, 50],
+    }
+    assert {code: watched.ask(code) for code in ticks} == ticks
+    assert watched.ask("histogram([0, 1, 1.5, 2, 3, NaN, -1], [0, 1, 2, 3])") == [1, 2, 2]
 
 
 @pytest.mark.parametrize(

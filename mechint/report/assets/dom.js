@@ -33,8 +33,8 @@ function short(value, digits = 3) {
   if (value === 0) return "0";
   const size = Math.abs(value);
   if (size >= 1e6 || size < 1e-4) {
-    const power = Math.floor(Math.log10(size));
-    return `${minus((value / 10 ** power).toPrecision(2))}\u00d710${superscript(power)}`;
+    const [mantissa, power] = value.toExponential(1).split("e");
+    return `${minus(mantissa)}\u00d710${superscript(+power)}`;
   }
   return minus(size >= 1000 ? Math.round(value).toLocaleString("en-US") : String(+value.toPrecision(digits)));
 }
