@@ -18,6 +18,11 @@ REQUIRED_FILES = (
     "scripts/eval_sae.py",
     "scripts/batch_ablate.py",
     "scripts/compare_expansions.py",
+    "scripts/rank_features.py",
+    "scripts/score_concepts.py",
+    "scripts/extract_steering.py",
+    "scripts/steer.py",
+    "scripts/make_report.py",
     "scripts/train_builtin.py",
     "mechint/config/__init__.py",
     "mechint/sae/__init__.py",
@@ -28,6 +33,8 @@ REQUIRED_FILES = (
     "mechint/builtin/pythia-tiny/model.safetensors",
     "notebooks/inspect-features.ipynb",
     "notebooks/ablation.ipynb",
+    "notebooks/concepts.ipynb",
+    "notebooks/tour.ipynb",
     "notebooks/archive/README.md",
 )
 EXPECTED_DIRS = ("activations", "runs", "saved_models", "scripts", "mechint", "tests", "docs", "benchmarks")
