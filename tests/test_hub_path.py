@@ -143,6 +143,7 @@ def check_outputs(found: Finished) -> None:
         *(f"{collected}{end}" for end in (".pt", ".json", ".tokens.safetensors")),
         *(f"runs/{run}/{file}" for run in ("2x", "4x") for file in (*run_files, *sae_files)),
         *("eval_texts.txt", "eval.json", "runs/4x/ablation.csv", "runs/comparisons/2x_vs_4x.csv"),
+        *("runs/comparisons/2x_vs_4x.latents.csv", "runs/comparisons/2x_vs_4x.pairs.csv"),
     }
 
     assert f"activation_path: {collected}.pt\nmetadata_path: {collected}.json\n" in out["collect"]
