@@ -107,9 +107,7 @@ def reports_fixture(tmp_path_factory: pytest.TempPathFactory) -> Reports:
     run = root / "runs" / BAD_NAME
     write_tables(run)
     made = make_report(ReportConfig(runs=(run,), device="cpu"))
-    compare = make_report(
-        ReportConfig(runs=(run, root / "runs" / "plain"), output=root / "both.html", figures=False, device="cpu")
-    )
+    compare = make_report(ReportConfig(runs=(run, root / "runs" / "plain"), output=root / "both.html", device="cpu"))
     return Reports(run, made, compare.path)
 
 

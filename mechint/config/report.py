@@ -19,9 +19,9 @@ class ReportConfig(Config):
     output: Annotated[Path | None, arg(aliases=["-o"])] = None
     """HTML file to write; report.html in the run if not given."""
     overwrite: bool = False
-    """Replace the report and its figures if they exist."""
+    """Replace the report and the figures if they exist."""
     figures: bool = True
-    """Also write each run's figures/*.png and *.csv."""
+    """Also write the run's figures/*.png and *.csv; never for several runs."""
     model: str | None = None
     """Language model for promoted tokens and the spelling of tokens; the one that the run names if not given."""
     top_contexts: int = 8

@@ -55,7 +55,7 @@ class _Opened(NamedTuple):
 
 
 def make_report(config: ReportConfig, *, progress: bool = False) -> Made:
-    """Write the report of `config.runs`, and `figures/` in each run.
+    """Write the report of `config.runs`, and `figures/` in the run if it is one.
 
     Everything that can be wrong with the runs and the outputs is checked before the first weights are read.
 
@@ -68,12 +68,13 @@ def make_report(config: ReportConfig, *, progress: bool = False) -> Made:
     if output.suffix.lower() not in (".html", ".htm"):
         raise MechintError(f"--output {output} should end in .html")
     check_output_path(output)
+    own_figures = config.figures and len(runs) == 1  # a page about several changes nothing in them
     if not config.overwrite:
         if output.exists():
             raise MechintError(f"{output} exists: --overwrite replaces it, --output writes elsewhere")
-        for folder in (run.path / FOLDER for run in runs if config.figures):
-            if folder.exists():
-                raise MechintError(f"{folder} exists: --overwrite replaces its figures, --no-figures leaves them alone")
+        folder = runs[0].path / FOLDER
+        if own_figures and folder.exists():
+            raise MechintError(f"{folder} exists: --overwrite replaces its figures, --no-figures leaves them alone")
     opened, gather_seconds, notes = [], 0.0, []
     for run in runs:
         one, seconds = _open(run, config, notes, progress)
@@ -96,11 +97,10 @@ def make_report(config: ReportConfig, *, progress: bool = False) -> Made:
     text = _fitting_page(facts, opened, looks, config)
     write_text(output, text, overwrite=True)
     figures: list[Path] = []
-    if config.figures:
+    if own_figures:
         from mechint.report.files import write_figures
 
-        for one, shown in zip(opened, looks, strict=True):
-            figures += write_figures(one.run, one.facts, one.sae, one.gathered, shown)
+        figures = write_figures(opened[0].run, opened[0].facts, opened[0].sae, opened[0].gathered, looks[0])
     for shown in looks:
         notes += [] if shown is None else [note for note in shown.notes if note not in notes]
     return Made(output, len(text.encode("utf-8")), figures, time.perf_counter() - started, gather_seconds, notes)
