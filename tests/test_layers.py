@@ -26,6 +26,8 @@ GROUPS = [
     ["train"],
     ["ablation", "analysis", "compare", "concepts", "steering"],
     ["report"],
+    ["formats"],
+    ["saelens"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(GROUPS) for name in names}
