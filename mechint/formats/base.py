@@ -10,7 +10,7 @@
             gated      ReLU(v * exp(r_mag) + b_mag) where v + b_gate > 0, v = (u - b_dec) @ W_enc
     x_hat = undone(f @ W_dec + b_dec) / scale      (a transcoder undoes nothing; with W_skip it adds x @ W_skip^T)
 
-With rescale_acts_by_decoder_norm (SAELens), topk multiplies pre by n = |W_dec row| before it chooses, and decodes f / n.
+With rescale_acts_by_decoder_norm (SAELens) topk multiplies pre by n = |W_dec row| before it chooses; f / n is decoded.
 
 The folds change the tensors and a setting together so that `f` and `x_hat` stay what they were.
 """

@@ -15,12 +15,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mechint import __version__
 from mechint.errors import MechintError, one_line
 from mechint.provenance import atomic_path, make_dir, read_json, write_json
 from mechint.sae.base import ARCHITECTURES, MIN_DECODER_NORM, SAE
 
 CFG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
+# The layout that cfg.json follows. SAELens keeps a file's metadata only beside a version of its own, from 6 on.
+SAELENS_VERSION = "6.54.12"
+# What every cfg.json of ours says of itself, in its metadata. Not kept when it is read.
+OUR_MARKS = {"sae_lens_version": SAELENS_VERSION, "mechint_version": __version__}
 # How the original pipeline collected (compare TransformerLens's old default): residual minus its mean, BOS prepended.
 LEGACY_SETTING = {"processing": "centred", "prepend_bos": True, "legacy": True}
 
@@ -56,7 +61,7 @@ def save_sae_folder(sae: SAE, folder: str | Path) -> None:
         "normalize_activations": "none",
         "reshape_activations": "none",
         **sae.extra_cfg(),
-        "metadata": dict(sae.metadata),
+        "metadata": {**sae.metadata, **OUR_MARKS},
     }
     write_json(folder / CFG_FILE, cfg)
 
@@ -64,6 +69,15 @@ def save_sae_folder(sae: SAE, folder: str | Path) -> None:
 def metadata_path(checkpoint: Path) -> Path:
     """`X.json` of `X.pt`: what an SAE was trained on, for a checkpoint in the legacy layout."""
     return checkpoint.with_suffix(".json")
+
+
+def own_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The metadata of a cfg.json without the marks of its writer, which may say how activations were processed."""
+    if "mechint_version" in metadata:  # ours: names the processing wherever it is known
+        return {name: value for name, value in metadata.items() if name not in OUR_MARKS}
+    if "sae_lens_version" in metadata:
+        return {"processing": "raw", **metadata}  # SAELens loads its models without processing
+    return dict(metadata)
 
 
 def load_sae(path: str | Path, *, config: str | Path | None = None, device: str = "cpu") -> SAE:
@@ -93,13 +107,11 @@ def load_sae(path: str | Path, *, config: str | Path | None = None, device: str 
     else:
         tensors = read_state_dict(path)
         if (path.parent / "sae" / CFG_FILE).is_file():
-            metadata = dict(read_json(path.parent / "sae" / CFG_FILE).get("metadata") or {})
+            metadata = own_metadata(read_json(path.parent / "sae" / CFG_FILE).get("metadata") or {})
         elif metadata_path(path).is_file():
             metadata = read_json(metadata_path(path)).get("sae_metadata")
     sae = sae_from_tensors(tensors, source=str(path))
     metadata = metadata or {}
-    if "sae_lens_version" in metadata:
-        metadata = {"processing": "raw", **metadata}  # SAELens loads its models without processing
     sae.metadata = metadata if "processing" in metadata else {**_legacy_metadata(path, config), **metadata}
     return sae.to(device)
 
@@ -203,7 +215,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors["W_enc"] = tensors["W_enc"] * norms
         tensors["b_enc"] = tensors["b_enc"] * norms
         tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
-    return tensors, dict(cfg.get("metadata") or {})
+    return tensors, own_metadata(cfg.get("metadata") or {})
 
 
 def _legacy_metadata(path: Path, config: str | Path | None) -> dict[str, Any]:
