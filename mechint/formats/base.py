@@ -94,6 +94,7 @@ class Format:
         write: an SAE into a new folder or file; raises `MechintError` for what it cannot hold.
         holds: None if the format can hold exactly this SAE, else why not, in a phrase.
         file_name: the usual name of its one file; empty where it is a folder.
+        suffixes: of a destination that is meant as a file, beside that of `file_name`.
     """
 
     name: str
@@ -104,6 +105,11 @@ class Format:
     write: Callable[[Loaded, Path], None] | None
     holds: Callable[[Loaded], str | None]
     file_name: str = ""
+    suffixes: tuple[str, ...] = ()
+
+    def is_file(self, path: Path) -> bool:
+        """Whether a destination is meant as the one file of this format, not as a folder."""
+        return path.suffix in (*self.suffixes, *([Path(self.file_name).suffix] if self.file_name else []))
 
 
 # name -> format; filled by mechint.formats, from every module of the package that defines FORMAT
@@ -116,8 +122,10 @@ def checked(loaded: Loaded, source: str | Path) -> Loaded:
     Raises:
         MechintError: a tensor that is missing, one too many, of the wrong shape or not finite; an unusable `k`.
     """
-    names = expected_shapes(loaded, source)
     given = loaded.tensors
+    if odd := [name for name, value in given.items() if not isinstance(value, Tensor)]:
+        raise MechintError(f"{source}: {odd[0]} is no tensor")
+    names = expected_shapes(loaded, source)
     missing, extra = names.keys() - given.keys(), given.keys() - names.keys()
     if missing or extra:
         parts = [f"lacks {', '.join(sorted(missing))}"] if missing else []
@@ -133,7 +141,12 @@ def checked(loaded: Loaded, source: str | Path) -> Loaded:
         tensors[name] = tensor.detach().to("cpu", torch.float32).contiguous()
     if loaded.architecture == "topk":
         k = loaded.options.get("k")
-        if isinstance(k, bool) or not isinstance(k, (int, float)) or k != int(k) or not 1 <= k <= loaded.d_sae:
+        if (
+            isinstance(k, bool)
+            or not isinstance(k, (int, float))
+            or not float(k).is_integer()
+            or not 1 <= k <= loaded.d_sae
+        ):
             raise MechintError(f"{source}: topk needs k, a whole number from 1 to d_sae = {loaded.d_sae}; found {k!r}")
         loaded = replace(loaded, options={**loaded.options, "k": int(k)})
     if not (loaded.scale > 0 and loaded.scale < float("inf")):
