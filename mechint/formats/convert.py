@@ -1,0 +1,278 @@
+"""From any format to any other: find out what files are, fold what has to be folded, write, read back, compare."""
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mechint import __version__
+from mechint.errors import MechintError, nearest
+from mechint.formats.base import FORMATS, Format, Loaded, expected_shapes, not_ours, variants
+from mechint.formats.certificate import Certificate, certify
+from mechint.provenance import fsync_dir, make_dir, sha256_file, write_json
+
+CERTIFICATE_FILE = "certificate.json"
+# Widths of the residual stream of well-known models. A hint: most widths belong to several models.
+MODELS_OF_WIDTH = {
+    128: ("builtin/pythia-tiny",),
+    512: ("EleutherAI/pythia-70m",),
+    768: ("gpt2", "EleutherAI/pythia-160m"),
+    1024: ("gpt2-medium", "EleutherAI/pythia-410m"),
+    1280: ("gpt2-large",),
+    1600: ("gpt2-xl",),
+    2048: ("google/gemma-2b", "EleutherAI/pythia-1b", "EleutherAI/pythia-1.4b", "meta-llama/Llama-3.2-1B"),
+    2304: ("google/gemma-2-2b",),
+    2560: ("EleutherAI/pythia-2.8b",),
+    3072: ("google/gemma-7b", "meta-llama/Llama-3.2-3B"),
+    3584: ("google/gemma-2-9b",),
+    4096: ("meta-llama/Llama-2-7b", "meta-llama/Llama-3.1-8B", "EleutherAI/pythia-6.9b"),
+    4544: ("tiiuae/falcon-7b",),
+    5120: ("meta-llama/Llama-2-13b", "EleutherAI/pythia-12b"),
+    8192: ("meta-llama/Llama-2-70b",),
+}
+# What an SAE's files should say so that it can be put back into its model.
+WANTED = ("model_name", "hook_name", "processing", "prepend_bos")
+
+
+@dataclass(frozen=True)
+class Identified:
+    """What the files at a path are.
+
+    Attributes:
+        formats: names of all formats that they look like; the first one was read.
+        loaded: the SAE, or None where it could not be read.
+        problem: why not.
+        missing: what the files do not say of the SAE's origin.
+        model_hint: models of this width, or the one that the files name. Never more than a hint in the first case.
+    """
+
+    path: Path
+    formats: tuple[str, ...]
+    loaded: Loaded | None
+    problem: str | None
+    missing: tuple[str, ...]
+    model_hint: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"path": str(self.path), "formats": list(self.formats), "problem": self.problem}
+        if (loaded := self.loaded) is None:
+            return found
+        return found | {
+            "architecture": loaded.architecture,
+            "transcoder": loaded.transcoder,
+            "d_in": loaded.d_in,
+            "d_sae": loaded.d_sae,
+            "d_out": loaded.d_out,
+            "options": loaded.options,
+            "tensors": {name: list(tensor.shape) for name, tensor in loaded.tensors.items()},
+            "apply_b_dec_to_input": loaded.apply_b_dec_to_input,
+            "normalize": loaded.normalize,
+            "scale": loaded.scale,
+            "metadata": loaded.metadata,
+            "missing": list(self.missing),
+            "model_hint": list(self.model_hint),
+            "opens_here": not_ours(loaded) is None,
+            "notes": list(loaded.notes),
+        }
+
+
+def find_format(name: str, *, to: bool = False) -> Format:
+    """The format of a name. Raises `MechintError` with the nearest one, or where it cannot be written."""
+    if name not in FORMATS:
+        raise MechintError(f"unknown format {name!r}; {nearest(name, FORMATS)}")
+    found = FORMATS[name]
+    if (found.write if to else found.read) is None:
+        raise MechintError(f"{found.title} is only {'read' if to else 'written'} here; docs/formats.md lists all")
+    return found
+
+
+def formats_of(path: Path) -> tuple[Format, ...]:
+    """Every format that can be read and that the files at `path` look like."""
+    if not path.exists():
+        raise MechintError(f"{path} does not exist")
+    return tuple(found for found in FORMATS.values() if found.read is not None and found.sniff(path))
+
+
+def inside(path: Path) -> tuple[Path, ...]:
+    """Folders and files directly in `path` that are SAEs: a release with several of them."""
+    if not path.is_dir():
+        return ()
+    return tuple(entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".") and formats_of(entry))
+
+
+def load(path: str | Path, *, from_format: str | None = None) -> tuple[Format, Loaded]:
+    """Read an SAE in whatever format it is.
+
+    Raises:
+        MechintError: no format, or several of them, or files that are broken.
+    """
+    path = Path(path)
+    if from_format is not None:
+        if not path.exists():
+            raise MechintError(f"{path} does not exist")
+        chosen = find_format(from_format)
+    else:
+        candidates = formats_of(path)
+        if not candidates and (several := inside(path)):
+            names = ", ".join(entry.name for entry in several[:6])
+            raise MechintError(f"{path} holds {len(several)} SAEs; give one of them: {names}")
+        if not candidates:
+            raise MechintError(
+                f"{path} is in none of the formats that open here ({', '.join(FORMATS)}); docs/formats.md says what"
+                " their files look like"
+            )
+        if len(candidates) > 1:
+            names = ", ".join(found.name for found in candidates)
+            raise MechintError(f"{path} could be any of {names}: say which with --from")
+        chosen = candidates[0]
+    assert chosen.read is not None
+    return chosen, chosen.read(path)
+
+
+def identify(path: str | Path) -> Identified:
+    """What the files are, without raising for broken ones. Raises `MechintError` if nothing is at `path`."""
+    path = Path(path)
+    names = tuple(found.name for found in formats_of(path))
+    loaded, problem = None, None
+    try:
+        loaded = load(path, from_format=names[0] if names else None)[1]
+    except MechintError as error:
+        problem = str(error)
+    if loaded is None:
+        return Identified(path, names, None, problem, (), ())
+    missing = tuple(name for name in WANTED if loaded.metadata.get(name) is None)
+    named = loaded.metadata.get("model_name")
+    hint = (str(named),) if named else MODELS_OF_WIDTH.get(loaded.d_in, ())
+    return Identified(path, names, loaded, problem, missing, hint)
+
+
+def held_variant(loaded: Loaded, target: Format) -> tuple[Loaded, tuple[str, ...]]:
+    """`(SAE, what was folded)`: the least changed tensors of the same function that the format can hold.
+
+    Raises:
+        MechintError: there are none; the reason is the format's about the most folded one.
+    """
+    reasons = []
+    for variant, folded in variants(loaded):
+        reason = target.holds(variant)
+        if reason is None:
+            return variant, folded
+        reasons.append(reason)
+    # what remains in every variant is what cannot be folded; without such a one, what the first lacks
+    common = next((reason for reason in reasons if reasons.count(reason) == len(reasons)), reasons[0])
+    raise MechintError(f"{target.title} cannot hold {common}: what the SAE computes would change, so it is not written")
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    *,
+    to: str = "mechint",
+    from_format: str | None = None,
+    overwrite: bool = False,
+    n_probes: int = 192,
+    seed: int = 0,
+) -> tuple[Certificate, Path]:
+    """Write the SAE at `source` as format `to` at `output`, and prove it: `(certificate, its file)`.
+
+    Files are written beside `output` and moved there once they are read back and hold.
+
+    Raises:
+        MechintError: see `load`; a format that cannot hold the SAE; an `output` that exists without `overwrite`; a
+            written file that computes something else (our mistake or a broken disk: nothing is kept).
+    """
+    source, target = Path(source), find_format(to, to=True)
+    check_output(Path(output), overwrite)
+    origin, loaded = load(source, from_format=from_format)
+    extra = {"source": {"path": str(source), "format": origin.name, **_hash(source)}}
+    return write_proved(loaded, Path(output), target, overwrite=overwrite, n_probes=n_probes, seed=seed, extra=extra)
+
+
+def write_proved(
+    loaded: Loaded,
+    output: Path,
+    target: Format,
+    *,
+    overwrite: bool = False,
+    n_probes: int = 192,
+    seed: int = 0,
+    extra: dict[str, Any] | None = None,
+) -> tuple[Certificate, Path]:
+    """`convert` from an SAE that is loaded already; `extra` goes into the certificate."""
+    assert target.write is not None
+    check_output(output, overwrite)
+    variant, folded = held_variant(loaded, target)
+    as_file = target.is_file(output)
+    if target.file_name and not as_file:
+        output, as_file = output / target.file_name, True
+        check_output(output, overwrite)
+    make_dir(output.parent)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
+        stage = Path(temporary) / "stage"
+        written = stage / output.name if as_file else stage
+        stage.mkdir()
+        target.write(variant, written)
+        certificate = _read_back(loaded, target, written, folded, n_probes, seed)
+        record = {"mechint_version": __version__, "format": target.name, **(extra or {}), **certificate.to_dict()}
+        record["notes"] = list(loaded.notes)
+        if not as_file:
+            write_json(stage / CERTIFICATE_FILE, record)
+            _replace_folder(stage, output, Path(temporary) / "old")
+            return certificate, output / CERTIFICATE_FILE
+        beside = output.name + "." + CERTIFICATE_FILE
+        write_json(stage / beside, record)
+        for entry in sorted(stage.iterdir(), key=lambda entry: entry.name == output.name):  # the SAE itself last
+            os.replace(entry, output.parent / entry.name)
+        fsync_dir(output.parent)
+        return certificate, output.parent / beside
+
+
+def _read_back(
+    loaded: Loaded, target: Format, written: Path, folded: tuple[str, ...], n_probes: int, seed: int
+) -> Certificate:
+    if target.read is None:
+        raise MechintError(f"{target.title} is not read here, so nothing proves what is written")
+    certificate = certify(loaded, target.read(written), folded=folded, n_probes=n_probes, seed=seed)
+    if not certificate.holds:
+        raise MechintError(
+            f"as {target.title} it computes something else (codes differ by {certificate.encode_difference:.1e},"
+            f" reconstructions by {certificate.decode_difference:.1e}, allowed {certificate.tolerance:.0e}): not written"
+        )
+    return certificate
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raise `MechintError` if there is something at `output` that may not be replaced."""
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if output.exists() and not overwrite:
+        raise MechintError(f"{output} exists: give another place, or --overwrite")
+    if output.is_dir() and not (output / CERTIFICATE_FILE).is_file() and overwrite:
+        raise MechintError(f"{output} is a folder that no conversion wrote; remove it yourself or give another place")
+
+
+def _replace_folder(stage: Path, output: Path, aside: Path) -> None:
+    """Rename `stage` to `output`; what was there goes `aside`, to be removed with it."""
+    if output.exists():
+        os.replace(output, aside)
+    try:
+        os.replace(stage, output)
+    except OSError:
+        if aside.exists():
+            os.replace(aside, output)
+        raise
+    fsync_dir(output.parent)
+    if aside.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _hash(source: Path) -> dict[str, Any]:
+    """SHA-256 of a source that is one file."""
+    return {"sha256": sha256_file(source)} if source.is_file() else {}
+
+
+def shapes_in_words(loaded: Loaded) -> str:
+    """`W_enc [512, 4096]  b_enc [4096] ...`, in a fixed order."""
+    return "  ".join(f"{name} {list(shape)}" for name, shape in expected_shapes(loaded).items())
