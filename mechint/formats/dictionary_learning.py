@@ -8,9 +8,9 @@
     MatryoshkaBatchTopKSAE  W_enc  b_enc  W_dec  b_dec  k  threshold  group_sizes     as BatchTopKSAE
     JumpReluAutoEncoder     W_enc  b_enc  W_dec  b_dec  threshold [d_sae]             JumpReLU, b_dec not subtracted
 
-`.weight` tensors are torch.nn.Linear's: the transposes of ours. The library divides the decoder rows of an AutoEncoder by
-their norms when it loads one, and multiplies the latents; an SAE whose rows are not of unit norm is therefore written as
-AutoEncoderNew, which it leaves alone. Activations come from the model as it is.
+`.weight` tensors are torch.nn.Linear's: the transposes of ours. The library divides the decoder rows of an AutoEncoder
+by their norms when it loads one, and multiplies the latents; an SAE whose rows are not of unit norm is therefore
+written as AutoEncoderNew, which it leaves alone. Activations come from the model as it is.
 """
 
 import re
@@ -136,7 +136,7 @@ def _class(file: Path, state: Mapping[str, Any], trainer: Mapping[str, Any]) -> 
         raise MechintError(f"{file} is not a dictionary of dictionary_learning: found {found}")
     if len(fitting) > 1:
         raise MechintError(
-            f"{file} may be {' or '.join(fitting)}: expected {CONFIG_FILE} beside it, whose trainer.dict_class says which"
+            f"{file} may be {' or '.join(fitting)}: expected {CONFIG_FILE} beside it, with trainer.dict_class"
         )
     return fitting[0]
 

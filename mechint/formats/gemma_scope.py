@@ -1,7 +1,10 @@
-"""Gemma Scope: one `params.npz` with `W_enc [d_in, d_sae]`, `b_enc`, `W_dec [d_sae, d_in]`, `b_dec`, `threshold [d_sae]`.
+"""Gemma Scope: one `params.npz`.
 
-JumpReLU without subtraction of `b_dec`; files without `threshold` are plain ReLU, those without `b_dec` have none. Names
-are also written `w_enc`, `w_dec`. A file says nothing of its model or hook; folders named `layer_20/...` name the layer.
+    W_enc [d_in, d_sae]   b_enc [d_sae]   W_dec [d_sae, d_in]   b_dec [d_in]   threshold [d_sae]
+
+JumpReLU without subtraction of `b_dec`; files without `threshold` are plain ReLU, those without `b_dec` have none.
+Names are also written `w_enc`, `w_dec`. A file says nothing of its model or hook; folders named `layer_20/...` name the
+layer.
 """
 
 import re
@@ -41,10 +44,8 @@ def read(path: Path) -> Loaded:
     layer = re.search(r"layer_(\d+)(?:/|$)", file.absolute().parent.as_posix())
     metadata = {"processing": "raw", **({"layer": int(layer[1])} if layer else {})}
     architecture = "jumprelu" if "threshold" in tensors else "standard"
-    loaded = Loaded(
-        architecture, tensors, apply_b_dec_to_input=False, transcoder=transcoder, metadata=metadata, notes=notes
-    )
-    loaded = checked(loaded, file)
+    loaded = Loaded(architecture, tensors, apply_b_dec_to_input=False, transcoder=transcoder, metadata=metadata)
+    loaded = checked(replace(loaded, notes=notes), file)
     if (folded := fold_threshold(loaded)) is not loaded:
         loaded = replace(folded, notes=(*notes, "thresholds below 0 taken as 0: the same function"))
     return loaded

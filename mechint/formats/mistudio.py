@@ -5,8 +5,8 @@
 or, JumpReLU,
     model.W_enc [d_sae, d_in]   model.b_enc   model.W_dec [d_in, d_sae]   model.b_dec   model.activation.log_threshold
 
-and `optimizer.*`, which is left out. b_dec is not subtracted from the input; both decoder biases are added. Two settings
-change the function but are not in the checkpoint: `top_k_sparsity` (percent of d_sae, after ReLU) and
+and `optimizer.*`, which is left out. b_dec is not subtracted from the input; both decoder biases are added. Two
+settings change the function but are not in the checkpoint: `top_k_sparsity` (percent of d_sae, after ReLU) and
 `normalize_activations`. They are taken from `metadata.json` beside it or from its string metadata. A checkpoint of a
 training (it has a `step`) that names no normalisation was trained with miStudio's default, constant_norm_rescale.
 """

@@ -2,10 +2,10 @@
 
     W_dec [d_sae, d_in]   b_dec [d_in]   W_enc [d_in, d_sae]   b_enc [d_sae]   (activation.threshold [], BatchTopK)
 
-The line has had six shapes. Bare settings without `schema`, and schema 1, come from code that encoded (x - b_dec) @ W_enc;
-since 2025-07-31 (schema 2 on) b_dec is not subtracted. Today's saev loads the old files without it: other features than
-those that were trained. Activations: Relu; TopK, which keeps negative entries; BatchTopK, which applies its running
-threshold as a JumpReLU.
+The line has had several shapes. Bare settings without `schema`, and schema 1, come from code that encoded
+(x - b_dec) @ W_enc; since 2025-07-31 (schema 2 on) b_dec is not subtracted. Today's saev loads the old files without
+it: other features than those that were trained. Activations: Relu; TopK, which keeps negative entries; BatchTopK, which
+applies its running threshold as a JumpReLU.
 """
 
 import json
@@ -124,7 +124,7 @@ def _threshold(path: Path, state: Mapping[str, Any], b_enc: Tensor) -> Tensor:
     """`[d_sae]` from the one that BatchTopK keeps; where none was learned it is below 0, and the activation ReLU."""
     if THRESHOLD not in state:
         raise MechintError(
-            f"{path}: BatchTopK without its threshold (saved before saev kept it): what it does to one vector is unknown"
+            f"{path}: BatchTopK without its threshold (saved before saev kept it): no vector can be encoded alone"
         )
     value = state[THRESHOLD]
     if not isinstance(value, Tensor) or value.numel() != 1:

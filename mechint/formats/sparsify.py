@@ -40,9 +40,7 @@ def sniff(path: Path) -> bool:
 
 def read(path: Path) -> Loaded:
     if not (path / CFG_FILE).is_file():
-        inside = (
-            sorted(folder.name for folder in path.iterdir() if (folder / CFG_FILE).is_file()) if path.is_dir() else []
-        )
+        inside = sorted(file.parent.name for file in path.glob(f"*/{CFG_FILE}"))
         raise MechintError(
             f"{path} has no {CFG_FILE}"
             + (f"; give one of the folders in it: {', '.join(inside[:8])}" if inside else "")
@@ -74,9 +72,8 @@ def read(path: Path) -> Loaded:
     d_in = whole_number(cfg.get("d_in"), "d_in", path / CFG_FILE)
     stated = cfg.get("num_latents") or d_in * whole_number(cfg.get("expansion_factor"), "expansion_factor", path)
     if (d_in, stated) != (loaded.d_in, loaded.d_sae):
-        raise MechintError(
-            f"{path}: {CFG_FILE} says d_in {d_in} and {stated} latents, the weights are {loaded.d_in} and {loaded.d_sae}"
-        )
+        found = f"{loaded.d_in} and {loaded.d_sae}"
+        raise MechintError(f"{path}: {CFG_FILE} says d_in {d_in} and {stated} latents, the weights are {found}")
     return loaded
 
 
