@@ -32,6 +32,8 @@ MODELS_OF_WIDTH = {
     5120: ("meta-llama/Llama-2-13b", "EleutherAI/pythia-12b"),
     8192: ("meta-llama/Llama-2-70b",),
 }
+# Weights that say nothing without their cfg.json.
+BARE_WEIGHTS = ("sae_weights.safetensors", "sae.safetensors")
 # What an SAE's files should say so that it can be put back into its model.
 WANTED = ("model_name", "hook_name", "processing", "prepend_bos")
 
@@ -119,16 +121,28 @@ def load(path: str | Path, *, from_format: str | None = None) -> tuple[Format, L
             names = ", ".join(entry.name for entry in several[:6])
             raise MechintError(f"{path} holds {len(several)} SAEs; give one of them: {names}")
         if not candidates:
-            raise MechintError(
-                f"{path} is in none of the formats that open here ({', '.join(FORMATS)}); docs/formats.md says what"
-                " their files look like"
-            )
+            raise MechintError(unknown_in_words(path))
         if len(candidates) > 1:
             names = ", ".join(found.name for found in candidates)
             raise MechintError(f"{path} could be any of {names}: say which with --from")
         chosen = candidates[0]
     assert chosen.read is not None
     return chosen, chosen.read(path)
+
+
+def unknown_in_words(path: Path) -> str:
+    """Why nothing opens `path`, and what would help."""
+    folder = path if path.is_dir() else path.parent
+    weights = next((name for name in BARE_WEIGHTS if (folder / name).is_file()), None)
+    if weights is not None and not (folder / "cfg.json").is_file():
+        return (
+            f"{folder / weights} lies there without cfg.json: nothing says which activation function it has and whether"
+            " b_dec is subtracted; write a cfg.json with architecture, d_in, d_sae and apply_b_dec_to_input beside it"
+        )
+    return (
+        f"{path} is in none of the formats that open here ({', '.join(FORMATS)}); docs/formats.md says what their files"
+        " look like"
+    )
 
 
 def identify(path: str | Path) -> Identified:
@@ -184,7 +198,7 @@ def convert(
             written file that computes something else (our mistake or a broken disk: nothing is kept).
     """
     source, target = Path(source), find_format(to, to=True)
-    check_output(Path(output), overwrite)
+    check_output(destination(Path(output), target), overwrite)
     origin, loaded = load(source, from_format=from_format)
     extra = {"source": {"path": str(source), "format": origin.name, **_hash(source)}}
     return write_proved(loaded, Path(output), target, overwrite=overwrite, n_probes=n_probes, seed=seed, extra=extra)
@@ -202,12 +216,10 @@ def write_proved(
 ) -> tuple[Certificate, Path]:
     """`convert` from an SAE that is loaded already; `extra` goes into the certificate."""
     assert target.write is not None
+    output = destination(output, target)
+    as_file = target.is_file(output)
     check_output(output, overwrite)
     variant, folded = held_variant(loaded, target)
-    as_file = target.is_file(output)
-    if target.file_name and not as_file:
-        output, as_file = output / target.file_name, True
-        check_output(output, overwrite)
     make_dir(output.parent)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
         stage = Path(temporary) / "stage"
@@ -223,7 +235,10 @@ def write_proved(
             return certificate, output / CERTIFICATE_FILE
         beside = output.name + "." + CERTIFICATE_FILE
         write_json(stage / beside, record)
-        for entry in sorted(stage.iterdir(), key=lambda entry: entry.name == output.name):  # the SAE itself last
+        entries = sorted(stage.iterdir(), key=lambda entry: entry.name == output.name)  # the SAE itself last
+        for entry in entries:
+            check_output(output.parent / entry.name, overwrite)
+        for entry in entries:
             os.replace(entry, output.parent / entry.name)
         fsync_dir(output.parent)
         return certificate, output.parent / beside
@@ -238,9 +253,14 @@ def _read_back(
     if not certificate.holds:
         raise MechintError(
             f"as {target.title} it computes something else (codes differ by {certificate.encode_difference:.1e},"
-            f" reconstructions by {certificate.decode_difference:.1e}, allowed {certificate.tolerance:.0e}): not written"
+            f" reconstructions by {certificate.decode_difference:.1e}, allowed {certificate.tolerance:.0e}); not kept"
         )
     return certificate
+
+
+def destination(output: Path, target: Format) -> Path:
+    """Where the SAE will lie: `output`, or the format's one file in the folder `output`."""
+    return output / target.file_name if target.file_name and not target.is_file(output) else output
 
 
 def check_output(output: Path, overwrite: bool) -> None:
