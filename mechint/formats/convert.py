@@ -176,7 +176,9 @@ def held_variant(loaded: Loaded, target: Format) -> tuple[Loaded, tuple[str, ...
         reasons.append(reason)
     # what remains in every variant is what cannot be folded; without such a one, what the first lacks
     common = next((reason for reason in reasons if reasons.count(reason) == len(reasons)), reasons[0])
-    raise MechintError(f"{target.title} cannot hold {common}: what the SAE computes would change, so it is not written")
+    raise MechintError(
+        f"{target.title} cannot hold this SAE: {common}; what it computes would change, so it is not written"
+    )
 
 
 def convert(

@@ -7,19 +7,18 @@ Names and meaning of keys: SAELens 6.54.12.
 """
 
 import json
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mechint.errors import MechintError, one_line
+from mechint.errors import MechintError
 from mechint.formats.base import Format, Loaded, Normalize, checked, fold_norms
-from mechint.provenance import atomic_path, make_dir, read_json, write_json
+from mechint.formats.files import read_safetensors, read_settings, write_safetensors
+from mechint.formats.limits import beyond, refuse
+from mechint.provenance import make_dir, write_json
 from mechint.sae.io import CFG_FILE, OUR_MARKS, WEIGHTS_FILE, own_metadata
 
 # SAELens's names of what is done to each input; ours. Its constant scale is a number that is not in the files.
@@ -31,7 +30,8 @@ TRANSCODERS = {"transcoder": "standard", "skip_transcoder": "standard"} | {
     "jumprelu_skip_transcoder": "jumprelu",
 }
 BY_BATCH = ("batchtopk", "matryoshka_batchtopk")
-ARCHITECTURES = ("standard", "topk", "jumprelu", "gated", *TRANSCODERS)
+PLAIN = ("standard", "topk", "jumprelu", "gated")
+ARCHITECTURES = (*PLAIN, *TRANSCODERS)
 # What a pre-6 file holds at the top that 6 keeps under `metadata`.
 OLD_METADATA = {
     **{name: name for name in ("model_name", "hook_name", "hook_layer", "hook_head_index", "model_class_name")},
@@ -74,9 +74,9 @@ def is_pre_6(cfg: dict[str, Any]) -> bool:
 def read(path: Path) -> Loaded:
     folder = path if path.is_dir() else path.parent
     config = folder / CFG_FILE
-    cfg = read_json(config, "SAE configuration")
+    cfg = read_settings(config, "SAE configuration")
     pre_6 = is_pre_6(cfg)
-    tensors = read_safetensors(folder / WEIGHTS_FILE)
+    tensors = read_safetensors(folder / WEIGHTS_FILE)[0]
     if pre_6:
         cfg = as_6(cfg, config)
     metadata = cfg.get("metadata") or {}
@@ -194,33 +194,18 @@ def by_one_cut(loaded: Loaded, rescale: bool, source: Path) -> Loaded:
     return replace(folded, architecture="jumprelu", options={}, tensors={**folded.tensors, "threshold": threshold})
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises `MechintError` if it is missing, truncated or none."""
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise MechintError(f"weights not found: {path}") from None
-    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
-        raise MechintError(f"{path} cannot be read: {one_line(error, 120)}") from error
-
-
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def holds(loaded: Loaded) -> str | None:
-    if loaded.scale != 1.0:
-        return "a constant input scale"
-    if loaded.architecture == "topk" and not loaded.topk_relu:
-        return "a top-k that keeps negative entries"
-    if loaded.transcoder and loaded.architecture not in TRANSCODERS.values():
-        return f"a {loaded.architecture} transcoder"
-    return None if loaded.architecture in ARCHITECTURES else f"the architecture {loaded.architecture}"
-
-
-def refuse(reason: str | None, title: str) -> None:
-    """Raise `MechintError` where there is a reason why a format cannot hold an SAE."""
-    if reason is not None:
-        raise MechintError(f"{title} cannot hold {reason}")
+    kinds = tuple(TRANSCODERS.values()) if loaded.transcoder else PLAIN
+    return beyond(
+        replace(loaded, rescale_acts_by_decoder_norm=False),  # it has that
+        architectures=tuple(dict.fromkeys(kinds)),
+        subtracts_b_dec=None,
+        normalize=tuple(NORMALIZE.values()),
+        transcoder=True,
+    )
 
 
 def architecture_name(loaded: Loaded) -> str:
@@ -247,7 +232,7 @@ def common_cfg(loaded: Loaded) -> dict[str, Any]:
 
 
 def write(loaded: Loaded, path: Path) -> None:
-    refuse(holds(loaded), "SAELens")
+    refuse(FORMAT, loaded)
     cfg = common_cfg(loaded)
     metadata = dict(loaded.metadata)
     cfg["reshape_activations"] = metadata.pop("reshape_activations", "none")
@@ -259,11 +244,10 @@ def write(loaded: Loaded, path: Path) -> None:
     write_folder(loaded.tensors, cfg, path)
 
 
-def write_folder(tensors: dict[str, Tensor], cfg: dict[str, Any], folder: Path, skip: Iterable[str] = ()) -> None:
+def write_folder(tensors: dict[str, Tensor], cfg: dict[str, Any], folder: Path) -> None:
     """cfg.json last: a folder without it is not taken for an SAE."""
     make_dir(folder)
-    with atomic_path(folder / WEIGHTS_FILE) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items() if name not in skip}, temporary)
+    write_safetensors(folder / WEIGHTS_FILE, tensors)
     write_json(folder / CFG_FILE, cfg)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from mechint.config import layer_of_hook
 from mechint.formats import saelens
 from mechint.formats.base import Format, Loaded
+from mechint.formats.limits import refuse
 from mechint.sae.io import OUR_MARKS
 
 
@@ -19,14 +20,14 @@ def sniff(path: Path) -> bool:
 
 def holds(loaded: Loaded) -> str | None:
     if loaded.transcoder:
-        return "a transcoder"
+        return "it has no transcoders"
     if loaded.rescale_acts_by_decoder_norm:
-        return "activations rescaled by decoder norms"
+        return "its top-k does not weigh latents by their decoder norms"
     return saelens.holds(loaded)
 
 
 def write(loaded: Loaded, path: Path) -> None:
-    saelens.refuse(holds(loaded), "SAELens before 6")
+    refuse(FORMAT, loaded)
     said = {name: value for name, value in loaded.metadata.items() if name not in OUR_MARKS}
     hook = said.get("hook_name")
     topk = loaded.architecture == "topk"
