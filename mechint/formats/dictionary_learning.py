@@ -200,11 +200,11 @@ def holds(loaded: Loaded) -> str | None:
     if (reason := beyond(loaded, architectures=known, subtracts_b_dec=subtracts)) is not None:
         return reason
     if loaded.architecture == "standard" and loaded.apply_b_dec_to_input and not _unit_rows(loaded.tensors["W_dec"]):
-        return "the library rescales the latents of an AutoEncoder whose decoder rows are not of unit norm"
+        return "an AutoEncoder whose decoder rows are not of unit norm (the library rescales it when it loads it)"
     if loaded.architecture == "jumprelu" and loaded.apply_b_dec_to_input:
         threshold = loaded.tensors["threshold"]
         if not bool((threshold == threshold[0]).all()) or float(threshold[0]) < 0 or _trained_k(loaded) is None:
-            return "with b_dec subtracted it has BatchTopK only, with one threshold and a k"
+            return "a jumprelu that subtracts b_dec, unless as BatchTopK with one threshold and the k of its training"
     return None
 
 

@@ -1,4 +1,4 @@
-"""What a format cannot express, as the phrase that its `holds` returns and its `write` refuses with."""
+"""What a format cannot express: the phrase that its `holds` returns, which ends "it cannot hold ..."."""
 
 import re
 from typing import Any
@@ -16,37 +16,31 @@ def beyond(
     topk_relu: bool | None = True,
     transcoder: bool = False,
 ) -> str | None:
-    """Why a format with these limits cannot hold exactly this SAE; None if it can.
+    """What of this SAE a format with these limits cannot hold as it is; None if it can.
 
     `subtracts_b_dec`, `topk_relu`: what the format always does; None where its files can say either.
     """
     if loaded.architecture not in architectures:
-        return f"it holds {' and '.join(architectures)} only, not {loaded.architecture}"
+        return f"{loaded.architecture} (only {' and '.join(architectures)})"
     if loaded.transcoder and not transcoder:
-        return "it has no transcoders"
+        return "a transcoder"
     if loaded.normalize not in normalize:
-        known = [value for value in normalize if value != "none"]
-        what = f"inputs without {' or '.join(known)}" if loaded.normalize == "none" else f"{loaded.normalize} of inputs"
-        return f"it has no place for {what}"
+        return "inputs that are not normalised" if loaded.normalize == "none" else f"inputs after {loaded.normalize}"
     if loaded.scale != 1.0:
-        return f"it has no place for a constant input scale ({loaded.scale:g})"
+        return f"a constant input scale ({loaded.scale:g})"
     if loaded.rescale_acts_by_decoder_norm:
-        return "its top-k does not weigh latents by their decoder norms"
+        return "a top-k that weighs latents by their decoder norms"
     if loaded.architecture == "topk" and topk_relu is not None and loaded.topk_relu != topk_relu:
-        return (
-            "its top-k drops negative entries" if topk_relu else "its top-k keeps negative entries, this one's does not"
-        )
+        return f"a top-k that {'keeps' if topk_relu else 'drops'} negative entries"
     if not loaded.transcoder and subtracts_b_dec is not None and loaded.apply_b_dec_to_input != subtracts_b_dec:
-        return (
-            "it always subtracts b_dec from the input" if subtracts_b_dec else "it never subtracts b_dec from the input"
-        )
+        return f"an encoder that {'does not subtract' if subtracts_b_dec else 'subtracts'} b_dec"
     return None
 
 
 def refuse(form: Format, loaded: Loaded) -> None:
     """Raise `MechintError` if the format cannot hold exactly this SAE."""
     if (reason := form.holds(loaded)) is not None:
-        raise MechintError(f"{form.title} cannot hold this SAE: {reason}")
+        raise MechintError(f"{form.title} cannot hold {reason}")
 
 
 def layer_of(metadata: dict[str, Any]) -> int | None:

@@ -181,11 +181,11 @@ def _metadata(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def holds(loaded: Loaded) -> str | None:
     if loaded.architecture == "topk":
-        return "its checkpoints do not hold k, which miStudio keeps in its database"
+        return "the k of a top-k (miStudio keeps it in its database, not in a checkpoint)"
     known: tuple[Normalize, ...] = ("none", "sqrt_d", "layer_norm")
     reason = beyond(loaded, architectures=("standard", "jumprelu"), subtracts_b_dec=False, normalize=known)
     if reason is None and loaded.architecture == "jumprelu" and bool((loaded.tensors["threshold"] < 0).any()):
-        return "it keeps logarithms of thresholds, which must not be negative"
+        return "thresholds below 0 (it keeps their logarithms)"
     return reason
 
 

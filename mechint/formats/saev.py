@@ -149,9 +149,9 @@ def holds(loaded: Loaded) -> str | None:
     if reason is None and loaded.architecture == "jumprelu":
         threshold = loaded.tensors["threshold"]
         if not bool((threshold == threshold[0]).all()):
-            return "it has one threshold for all latents"
+            return "different thresholds (it has one for all latents)"
         if float(threshold[0]) < 0:
-            return "its thresholds are not negative"
+            return "a threshold below 0"
     return reason
 
 

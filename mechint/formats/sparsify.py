@@ -42,8 +42,7 @@ def read(path: Path) -> Loaded:
     if not (path / CFG_FILE).is_file():
         inside = sorted(file.parent.name for file in path.glob(f"*/{CFG_FILE}"))
         raise MechintError(
-            f"{path} has no {CFG_FILE}"
-            + (f"; give one of the folders in it: {', '.join(inside[:8])}" if inside else "")
+            f"{path} has no {CFG_FILE}" + (f"; give one of its folders: {', '.join(inside[:8])}" if inside else "")
         )
     cfg, (state, _) = read_settings(path / CFG_FILE, "sparsify configuration"), read_safetensors(path / WEIGHTS_FILE)
     source = path / WEIGHTS_FILE
@@ -102,9 +101,9 @@ def _metadata(path: Path, cfg: dict[str, Any]) -> dict[str, Any]:
 def holds(loaded: Loaded) -> str | None:
     if loaded.transcoder:
         if loaded.d_out != loaded.d_in:
-            return "its transcoders have outputs as wide as their inputs"
+            return "a transcoder between different widths"
         if loaded.apply_b_dec_to_input:
-            return "its transcoders do not subtract b_dec from the input"
+            return "a transcoder that subtracts b_dec"
     return beyond(loaded, architectures=("topk",), subtracts_b_dec=None if loaded.transcoder else True, transcoder=True)
 
 
