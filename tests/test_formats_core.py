@@ -67,7 +67,7 @@ def test_the_definition_is_what_our_modules_compute(architecture: str) -> None:
     sae = build_sae(architecture, 6, 20, options=options, generator=torch.Generator().manual_seed(1)).saved_form()
     with torch.no_grad():
         for name, parameter in sae.named_parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+            parameter.add_(0.3 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
     loaded = from_sae(sae)
     x = inputs(loaded)
     with torch.no_grad():
@@ -290,6 +290,14 @@ def test_cfg_that_would_be_another_function_is_refused(tmp_path: Path, cfg: dict
         cfg = {**cfg, "d_in": 9}
     with pytest.raises(MechintError, match=words):
         load(write_cfg(tmp_path / "x", make("standard"), **cfg))
+
+
+def test_an_sae_folder_of_another_function_does_not_open_as_ours(tmp_path: Path) -> None:
+    folder = write_cfg(tmp_path / "x", make("topk"), activation_fn_str="topk", activation_fn_kwargs={"k": 5})
+    with pytest.raises(MechintError, match="mechint convert"):
+        load_sae(folder)
+    convert(folder, tmp_path / "y")
+    assert load_sae(tmp_path / "y").architecture == "topk"
 
 
 def test_a_batchtopk_checkpoint_opens_as_what_it_is_applied_as(tmp_path: Path) -> None:

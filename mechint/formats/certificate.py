@@ -82,9 +82,11 @@ def certify(
     encode, decode, at_border, active = 0.0, 0.0, 0, 0
     for part in x.split(max(1, ENTRIES // before.d_sae)):
         pre = reference_pre(before, part)
-        f_before, f_after = activate(before, pre), activate(after, reference_pre(after, part))
+        pre_after = reference_pre(after, part)
+        f_before, f_after = activate(before, pre), activate(after, pre_after)
         # a latent that rounding switched, not the conversion: its code, and that probe's reconstruction, are left out
-        switched = on_border(before, pre, reach) & ((f_before != 0) != (f_after != 0))
+        border = on_border(before, pre, reach) & on_border(after, pre_after, reach)
+        switched = border & ((f_before != 0) != (f_after != 0))
         differs = (f_before - f_after).abs() / _largest_in_row(f_before).clamp_min(reach)
         encode = max(encode, _largest(differs.masked_fill(switched, 0.0)))
         out_before, out_after = reference_decode(before, f_before, part), reference_decode(after, f_after, part)

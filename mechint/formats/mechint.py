@@ -14,7 +14,9 @@ from mechint.sae.io import CFG_FILE, load_sae, metadata_path, save_checkpoint, s
 
 def sniff(path: Path) -> bool:
     if path.is_dir():
-        return (path / "checkpoint.pt").is_file() or (path / "sae" / CFG_FILE).is_file()
+        return (path / "checkpoint.pt").is_file() or all(
+            (path / name).is_file() for name in ("config.json", f"sae/{CFG_FILE}")
+        )
     return {"b_pre", "W_enc", "W_dec"} <= peek_pt(path)
 
 

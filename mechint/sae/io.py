@@ -197,7 +197,14 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise MechintError(
             f"{folder}: only {known} with apply_b_dec_to_input and without input normalisation open"
             f" here; this one is {architecture!r}, apply_b_dec_to_input {cfg.get('apply_b_dec_to_input', True)},"
-            f" normalize_activations {cfg.get('normalize_activations', 'none')!r}"
+            f" normalize_activations {cfg.get('normalize_activations', 'none')!r};"
+            f" `mechint convert {folder} NEW` writes it anew if weights can say that"
+        )
+    activation = cfg.get("activation_fn_str") or cfg.get("activation_fn")  # SAELens's keys before 6
+    if activation not in (None, "relu", architecture):
+        raise MechintError(
+            f"{folder}: {architecture} with the activation function {activation!r} does not open here;"
+            f" `mechint convert {folder} NEW` writes it anew if it can"
         )
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
