@@ -373,6 +373,18 @@ def test_convert_writes_a_certificate_and_overwrites_only_when_asked(
     assert json.loads((tmp_path / "back.pt.certificate.json").read_text())["source"]["format"] == "saelens-pre6"
 
 
+def test_a_folder_of_several_is_converted_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for layer in range(2):
+        write_cfg(tmp_path / "release" / f"layer_{layer}", make("standard", seed=layer))
+    with pytest.raises(MechintError, match="holds 2 SAEs; give one of them: layer_0, layer_1"):
+        convert(tmp_path / "release", tmp_path / "one")
+    assert convert_command.main([str(tmp_path / "release"), str(tmp_path / "all"), "--to", "saelens"]) == 0
+    assert capsys.readouterr().out.count("certificate: ") == 2
+    for layer in range(2):
+        found = load(tmp_path / "all" / f"layer_{layer}")[1]
+        assert torch.equal(found.tensors["W_enc"], make("standard", seed=layer).tensors["W_enc"])
+
+
 def test_a_conversion_that_lies_is_not_kept(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = FORMATS["saelens"]
     assert honest.write is not None

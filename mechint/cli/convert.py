@@ -9,9 +9,9 @@ from mechint.config.formats import ConvertConfig
 @command
 def main(argv: Sequence[str]) -> int:
     config = parse(ConvertConfig, argv, prog="mechint convert")
-    from mechint.formats.convert import convert
+    from mechint.formats.convert import convert_each
 
-    certificate, path = convert(
+    done = convert_each(
         config.source,
         config.output,
         to=config.to,
@@ -20,9 +20,10 @@ def main(argv: Sequence[str]) -> int:
         n_probes=config.n_probes,
         seed=config.seed,
     )
-    print(f"output: {config.output}")
-    print(f"certificate: {path}")
-    print(f"folded: {', '.join(certificate.folded) or 'nothing'}")
-    print(f"encode_difference: {certificate.encode_difference:.2e}  (relative, {certificate.n_probes} probes)")
-    print(f"decode_difference: {certificate.decode_difference:.2e}")
+    for output, (certificate, path) in done.items():
+        print(f"output: {output}")
+        print(f"certificate: {path}")
+        print(f"folded: {', '.join(certificate.folded) or 'nothing'}")
+        print(f"encode_difference: {certificate.encode_difference:.2e}  (relative, {certificate.n_probes} probes)")
+        print(f"decode_difference: {certificate.decode_difference:.2e}")
     return 0

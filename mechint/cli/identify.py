@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     loaded = found.loaded
     if loaded is None:
-        if not found.formats and (several := inside(config.path)):
+        if several := inside(config.path):
             for entry in several:
                 print(entry)
             return 0

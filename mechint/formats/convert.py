@@ -98,10 +98,16 @@ def formats_of(path: Path) -> tuple[Format, ...]:
 
 
 def inside(path: Path) -> tuple[Path, ...]:
-    """Folders and files directly in `path` that are SAEs: a release with several of them."""
+    """The SAEs in a folder that holds several: its entries that are SAEs, where it is none itself."""
     if not path.is_dir():
         return ()
-    return tuple(entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".") and formats_of(entry))
+    own = set(formats_of(path))
+    found = {entry: set(formats_of(entry)) for entry in sorted(path.iterdir()) if not entry.name.startswith(".")}
+    if not own:
+        return tuple(entry for entry, formats in found.items() if formats)
+    # some formats take a folder of such folders for themselves; a run directory's own sae/ is of another one
+    same = tuple(entry for entry, formats in found.items() if entry.is_dir() and formats & own)
+    return same if len(same) > 1 else ()
 
 
 def load(path: str | Path, *, from_format: str | None = None) -> tuple[Format, Loaded]:
@@ -117,7 +123,7 @@ def load(path: str | Path, *, from_format: str | None = None) -> tuple[Format, L
         chosen = find_format(from_format)
     else:
         candidates = formats_of(path)
-        if not candidates and (several := inside(path)):
+        if several := inside(path):
             names = ", ".join(entry.name for entry in several[:6])
             raise MechintError(f"{path} holds {len(several)} SAEs; give one of them: {names}")
         if not candidates:
@@ -151,7 +157,7 @@ def identify(path: str | Path) -> Identified:
     names = tuple(found.name for found in formats_of(path))
     loaded, problem = None, None
     try:
-        loaded = load(path, from_format=names[0] if names else None)[1]
+        loaded = load(path, from_format=names[0] if names and not inside(path) else None)[1]
     except MechintError as error:
         problem = str(error)
     if loaded is None:
@@ -177,7 +183,7 @@ def held_variant(loaded: Loaded, target: Format) -> tuple[Loaded, tuple[str, ...
     # what remains in every variant is what cannot be folded; without such a one, what the first lacks
     common = next((reason for reason in reasons if reasons.count(reason) == len(reasons)), reasons[0])
     raise MechintError(
-        f"{target.title} cannot hold this SAE: {common}; what it computes would change, so it is not written"
+        f"{target.title} cannot hold {common}; what the SAE computes would change, so it is not written"
     )
 
 
@@ -204,6 +210,24 @@ def convert(
     origin, loaded = load(source, from_format=from_format)
     extra = {"source": {"path": str(source), "format": origin.name, **_hash(source)}}
     return write_proved(loaded, Path(output), target, overwrite=overwrite, n_probes=n_probes, seed=seed, extra=extra)
+
+
+def convert_each(source: str | Path, output: str | Path, **arguments: Any) -> dict[Path, tuple[Certificate, Path]]:
+    """`convert` of every SAE in a folder that holds several, into folders of the same names; else of `source` itself.
+
+    Returns:
+        What `convert` returns, under the place of each output.
+    """
+    source, output = Path(source), Path(output)
+    several = () if arguments.get("from_format") or not source.exists() else inside(source)
+    if not several:
+        return {output: convert(source, output, **arguments)}
+    if output.suffix and output.suffix in find_format(arguments.get("to", "mechint"), to=True).suffixes:
+        raise MechintError(f"{source} holds {len(several)} SAEs: {output} should be a folder")
+    places = {entry: output / (entry.stem if entry.is_file() else entry.name) for entry in several}
+    if len(set(places.values())) < len(places):
+        raise MechintError(f"{source} holds files that differ in their suffix only; convert them one by one")
+    return {place: convert(entry, place, **arguments) for entry, place in places.items()}
 
 
 def write_proved(

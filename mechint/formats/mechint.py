@@ -29,7 +29,7 @@ def read(path: Path) -> Loaded:
 
 def holds(loaded: Loaded) -> str | None:
     if loaded.architecture == "jumprelu" and bool((loaded.tensors["threshold"] < 0).any()):
-        return "its thresholds are at least 0"
+        return "thresholds below 0"
     kinds = tuple(name for name, kind in ARCHITECTURES.items() if kind.saved_tensors)
     return beyond(loaded, architectures=kinds, subtracts_b_dec=True)
 

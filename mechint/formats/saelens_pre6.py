@@ -20,9 +20,9 @@ def sniff(path: Path) -> bool:
 
 def holds(loaded: Loaded) -> str | None:
     if loaded.transcoder:
-        return "it has no transcoders"
+        return "a transcoder"
     if loaded.rescale_acts_by_decoder_norm:
-        return "its top-k does not weigh latents by their decoder norms"
+        return "a top-k that weighs latents by their decoder norms"
     return saelens.holds(loaded)
 
 
