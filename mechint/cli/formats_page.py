@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mechint.cli.flags import command
 from mechint.provenance import write_text
@@ -22,8 +23,8 @@ HEAD = """# Formats
 TAIL = """
 ## What each can hold
 
-A yes means: the SAE can be written, if need be after an exact fold of the weights (below). Each cell is the answer of
-the format itself for a small SAE of that kind.
+Yes: as it is. Folded: after an exact fold of the weights (below). No: refused. Each cell is the answer of the format
+itself for a small random SAE of that kind.
 
 {kinds}
 
@@ -73,10 +74,11 @@ commands, this page and the common round-trip tests find it because it is there.
 """
 
 # What the table of kinds asks each format about.
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "standard": {},
     "topk": {"options": {"k": 2}},
     "jumprelu": {},
+    "jumprelu with one threshold": {},
     "gated": {},
     "b_dec not subtracted": {"apply_b_dec_to_input": False},
     "inputs to norm sqrt(d_in)": {"normalize": "sqrt_d"},
@@ -85,6 +87,7 @@ KINDS = {
     "topk by decoder norm": {"options": {"k": 2}, "rescale_acts_by_decoder_norm": True},
     "topk without ReLU": {"options": {"k": 2}, "topk_relu": False},
     "transcoder": {"transcoder": True, "apply_b_dec_to_input": False},
+    "topk transcoder": {"options": {"k": 2}, "transcoder": True, "apply_b_dec_to_input": False},
     "skip transcoder": {"transcoder": True, "apply_b_dec_to_input": False},
 }
 
@@ -120,7 +123,7 @@ def kinds_table() -> str:
     return "\n".join(lines)
 
 
-def example(kind: str):  # noqa: ANN201  (torch stays out of this module's imports)
+def example(kind: str) -> Any:
     """A small SAE of a kind of `KINDS`, with nothing zero."""
     import torch
 
@@ -133,6 +136,8 @@ def example(kind: str):  # noqa: ANN201  (torch stays out of this module's impor
     if kind == "skip transcoder":
         shapes["W_skip"] = (4, 4)
     tensors = {name: torch.rand(shape, generator=generator) + 0.1 for name, shape in shapes.items()}
+    if "one threshold" in kind:
+        tensors["threshold"] = torch.full((8,), 0.5)
     return checked(Loaded(architecture, tensors, **KINDS[kind]), kind)
 
 
