@@ -9,10 +9,12 @@ Files are looked into in this order: the one that is passed, those that MECHINT_
 last the few releases that are known here without any file.
 """
 
+import contextlib
 import functools
 import importlib.util
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -20,6 +22,7 @@ from typing import Any
 
 from mechint.errors import MechintError, nearest, one_line
 from mechint.models.resolve import check_repo
+from mechint.provenance import read_json, write_json
 
 VARIABLE = "MECHINT_SAE_REGISTRY"
 # The files of an SAE in one folder, whatever format it is in; nothing else is downloaded.
@@ -201,6 +204,29 @@ def fetch(where: Where, *, force_download: bool = False) -> Path:
     except Exception as error:  # the HTTP library's classes differ between major versions of huggingface_hub
         raise MechintError(f"downloading from {where.repo_id} failed: {one_line(error, 200)}; try again") from error
     return Path(paths[0]).parent
+
+
+@contextlib.contextmanager
+def with_norm_factor(folder: Path, factor: float | None) -> Iterator[Path]:
+    """The SAE's folder, with the constant that inputs are scaled by in its cfg.json if a release says it elsewhere.
+
+    SAELens's list holds that number for files that only say `expected_average_only_in`.
+    """
+    config = folder / "cfg.json"
+    if factor is None or not config.is_file():
+        yield folder
+        return
+    cfg = read_json(config, "SAE configuration")
+    if cfg.get("normalize_activations") not in ("expected_average_only_in", True) or "norm_scaling_factor" in cfg:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in FILES:
+            if (folder / name).is_file():
+                os.symlink((folder / name).resolve(), Path(temporary) / name)
+        (Path(temporary) / "cfg.json").unlink()
+        write_json(Path(temporary) / "cfg.json", {**cfg, "norm_scaling_factor": factor})
+        yield Path(temporary)
 
 
 def _names(repo_id: str, revision: str | None) -> set[str]:

@@ -17,12 +17,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechint.errors import MechintError, nearest
-from mechint.formats import FORMATS, Loaded, from_sae, to_sae
+from mechint.formats import Loaded, from_sae, to_sae
 from mechint.formats.base import LAYER_NORM_EPS, checked
+from mechint.formats.convert import find_format, held_variant, load
 from mechint.provenance import make_dir
 from mechint.sae import SAE as MechintSAE
-from mechint.sae import build_sae, load_sae, save_sae_folder
-from mechint.saelens.releases import fetch, find_release
+from mechint.sae import build_sae
+from mechint.saelens.releases import fetch, find_release, with_norm_factor
 from mechint.saelens.sae_config import SAEConfig, SAEMetadata
 
 HOOKS = (
@@ -114,13 +115,8 @@ class SAE(nn.Module):
         """
         where = find_release(release, sae_id, registry)
         folder = where.folder if where.repo_id is None else fetch(where, force_download=force_download)
-        sae = cls.load_from_disk(folder, device=device, dtype=dtype, fold_W_dec_norm=False, extra=where.metadata)
-        if where.norm_scaling_factor is not None and sae._form.scale == 1.0:
-            # SAELens folds the release's factor where the file asks for one; as a setting it is the same
-            sae._form = replace(sae._form, scale=where.norm_scaling_factor)
-        if fold_W_dec_norm:
-            sae.fold_W_dec_norm()
-        return sae
+        with with_norm_factor(folder, where.norm_scaling_factor) as whole:
+            return cls.load_from_disk(whole, device, dtype, fold_W_dec_norm, extra=where.metadata)
 
     @classmethod
     def from_pretrained_with_cfg_and_sparsity(
@@ -147,14 +143,14 @@ class SAE(nn.Module):
         Raises:
             MechintError: nothing there, or files that are no SAE.
         """
-        path = Path(path)
+        path, dtype_given = Path(path), dtype_of(dtype)
         if not path.exists():
             beside = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
             raise MechintError(f"no SAE at {path}" + (f"; {nearest(path.name, sorted(beside))}" if beside else ""))
-        loaded = read_any(path)
+        loaded = load(path)[1]
         if extra:
             loaded = replace(loaded, metadata={**loaded.metadata, **extra})
-        sae = cls(loaded, sparsity=_read_sparsity(path, loaded.d_sae)).to(device=device, dtype=dtype_of(dtype))
+        sae = cls(loaded, sparsity=_read_sparsity(path, loaded.d_sae)).to(device=device, dtype=dtype_given)
         if fold_W_dec_norm:
             sae.fold_W_dec_norm()
         return sae
@@ -177,16 +173,19 @@ class SAE(nn.Module):
 
     def save_model(self, path: str | Path, sparsity: Float[Tensor, " d_sae"] | None = None) -> tuple[Path, Path]:
         """Write `cfg.json` and `sae_weights.safetensors` into the folder `path` (`sparsity.safetensors` too, if it is
-        known), replacing those that are there. Returns the paths of weights and cfg."""
+        known), replacing those that are there. Returns the paths of weights and cfg.
+
+        Raises:
+            MechintError: SAELens's files cannot hold what this SAE computes; the message says why.
+        """
         folder = Path(path)
         make_dir(folder)
         sparsity = self.sparsity if sparsity is None else sparsity
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
             made = Path(temporary) / "sae"
-            if "saelens" in FORMATS and FORMATS["saelens"].write is not None:
-                FORMATS["saelens"].write(self.loaded(), made)
-            else:
-                save_sae_folder(self.to_mechint(), made)
+            target = find_format("saelens", to=True)
+            assert target.write is not None
+            target.write(held_variant(self.loaded(), target)[0], made)
             if sparsity is not None:
                 from safetensors.torch import save_file
 
@@ -339,21 +338,13 @@ def as_sae(sae: Any) -> SAE:
     raise MechintError(f"expected an SAE (mechint.SAE or one of mechint.sae), got {type(sae).__name__}")
 
 
-def read_any(path: Path) -> Loaded:
-    """The SAE at a path, by the first format whose files these are; else as `load_sae` reads it."""
-    for known in FORMATS.values():
-        if known.read is not None and known.sniff(path):
-            return known.read(path)
-    return from_sae(load_sae(path))
-
-
 def config_of(loaded: Loaded) -> SAEConfig:
     """`sae.cfg` of what a file said."""
     hook = str(loaded.metadata.get("hook_name") or "")
     return SAEConfig(
         d_in=loaded.d_in,
         d_sae=loaded.d_sae,
-        architecture=loaded.architecture,  # type: ignore[arg-type]
+        architecture=loaded.architecture,
         apply_b_dec_to_input=loaded.apply_b_dec_to_input,
         normalize_activations=NORMALIZATIONS[loaded.normalize],
         reshape_activations="hook_z" if hook.endswith("hook_z") else "none",

@@ -53,7 +53,7 @@ class SAEConfig:
 
     d_in: int
     d_sae: int
-    architecture: Architecture = Architecture("standard")
+    architecture: str = "standard"  # an `Architecture`, whatever is given
     dtype: str = "float32"
     device: str = "cpu"
     apply_b_dec_to_input: bool = True
@@ -104,5 +104,5 @@ class SAEConfig:
         given = {key: value for key, value in values.items() if key in known and key != "metadata"}
         kwargs = values.get("activation_fn_kwargs") or {}
         if values.get("activation_fn_str", values.get("activation_fn")) == "topk" and "k" in kwargs:
-            given |= {"architecture": Architecture("topk"), "k": kwargs["k"]}
+            given |= {"architecture": "topk", "k": kwargs["k"]}
         return cls(**given, metadata=SAEMetadata(metadata))
