@@ -82,6 +82,8 @@ def agrees(loaded: Loaded, f: Tensor, x_hat: Tensor, tolerance: float) -> None:
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.SimpleNamespace]:
     """The parts of it that make, save and load dictionaries; its readers of models and of archives are not used."""
+    import datasets  # noqa: F401  # looks for zstandard itself, before there is a stand-in
+
     for name in ("nnsight", "zstandard"):
         if importlib.util.find_spec(name) is None:
             stand_in = types.ModuleType(name)
