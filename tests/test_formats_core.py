@@ -210,6 +210,43 @@ def test_round_trips(
     assert folded == () or changes
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    architecture=st.sampled_from(KINDS),
+    changes=st.sampled_from((*CHANGES[:2], *CHANGES[3:], {"topk_relu": False, "apply_b_dec_to_input": False})),
+    one_threshold=st.booleans(),
+    d_in=st.integers(2, 9),
+    d_sae=st.integers(2, 30),
+    seed=st.integers(0, 99),
+)
+def test_no_bit_changes_on_the_way_through_all_formats_that_hold_an_sae(
+    architecture: str,
+    changes: dict[str, Any],
+    one_threshold: bool,
+    d_in: int,
+    d_sae: int,
+    seed: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """From each format into the next: between any two of them nothing is rounded."""
+    loaded = make(architecture, d_in, d_sae, seed, **changes)
+    if one_threshold and architecture == "jumprelu":
+        same = loaded.tensors["threshold"].median().expand(d_sae).contiguous()
+        loaded = replace(loaded, tensors={**loaded.tensors, "threshold": same})
+    folder, passed = tmp_path_factory.mktemp("chain"), loaded
+    for name, target in sorted(FORMATS.items()):
+        if target.read is None or target.write is None or target.holds(loaded) is not None:
+            continue
+        path = folder / (name + (Path(target.file_name).suffix if target.file_name else ""))
+        target.write(passed, path)
+        assert [found.name for found in FORMATS.values() if found.sniff(path)] == [name]
+        passed = target.read(path)
+        assert passed.tensors.keys() == loaded.tensors.keys(), name
+        assert all(torch.equal(passed.tensors[key], loaded.tensors[key]) for key in loaded.tensors), name
+        certificate = certify(loaded, passed, n_probes=12)
+        assert certificate.weights_equal and (certificate.encode_difference, certificate.decode_difference) == (0, 0)
+
+
 def test_only_what_cannot_be_held_is_refused() -> None:
     held = {
         name: {
@@ -387,10 +424,11 @@ def test_a_folder_of_several_is_converted_one_by_one(tmp_path: Path, capsys: pyt
 
 def test_a_conversion_that_lies_is_not_kept(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = FORMATS["saelens"]
-    assert honest.write is not None
+    write = honest.write
+    assert write is not None
 
     def forgetful(loaded: Loaded, path: Path) -> None:
-        honest.write(replace(loaded, tensors={**loaded.tensors, "threshold": loaded.tensors["threshold"] + 0.1}), path)
+        write(replace(loaded, tensors={**loaded.tensors, "threshold": loaded.tensors["threshold"] + 0.1}), path)
 
     monkeypatch.setitem(FORMATS, "saelens", replace(honest, write=forgetful))
     with pytest.raises(MechintError, match="computes something else"):

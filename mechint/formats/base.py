@@ -323,7 +323,7 @@ def variants(loaded: Loaded) -> Iterator[tuple[Loaded, tuple[str, ...]]]:
         ("decoder norms", fold_norms),
         ("thresholds below 0", fold_threshold),
     ]
-    bare = [(loaded, ())]
+    bare: list[tuple[Loaded, tuple[str, ...]]] = [(loaded, ())]
     for name, fold in steps:
         done = fold(bare[-1][0])
         if done is not bare[-1][0]:

@@ -126,12 +126,12 @@ def load(path: str | Path, *, from_format: str | None = None) -> tuple[Format, L
         if several := inside(path):
             names = ", ".join(entry.name for entry in several[:6])
             raise MechintError(f"{path} holds {len(several)} SAEs; give one of them: {names}")
-        if not candidates:
-            raise MechintError(unknown_in_words(path))
         if len(candidates) > 1:
             names = ", ".join(found.name for found in candidates)
             raise MechintError(f"{path} could be any of {names}: say which with --from")
-        chosen = candidates[0]
+        chosen = next(iter(candidates), None)
+        if chosen is None:
+            raise MechintError(unknown_in_words(path))
     assert chosen.read is not None
     return chosen, chosen.read(path)
 
@@ -182,9 +182,7 @@ def held_variant(loaded: Loaded, target: Format) -> tuple[Loaded, tuple[str, ...
         reasons.append(reason)
     # what remains in every variant is what cannot be folded; without such a one, what the first lacks
     common = next((reason for reason in reasons if reasons.count(reason) == len(reasons)), reasons[0])
-    raise MechintError(
-        f"{target.title} cannot hold {common}; what the SAE computes would change, so it is not written"
-    )
+    raise MechintError(f"{target.title} cannot hold {common}; what the SAE computes would change, so it is not written")
 
 
 def convert(
