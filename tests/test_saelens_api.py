@@ -26,14 +26,14 @@ HOOK = "blocks.3.hook_resid_post"
 D_IN, D_SAE = 16, 48
 
 
-def drawn(architecture: str = "standard", **settings: Any) -> Loaded:
+def drawn(architecture: str = "standard", *, d_in: int = D_IN, **settings: Any) -> Loaded:
     """An SAE with nothing at its default: biases, thresholds and row norms are drawn too."""
     generator = torch.Generator().manual_seed(7)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    tensors = {"W_enc": normal(D_IN, D_SAE), "W_dec": normal(D_SAE, D_IN), "b_dec": normal(D_IN)}
+    tensors = {"W_enc": normal(d_in, D_SAE), "W_dec": normal(D_SAE, d_in), "b_dec": normal(d_in)}
     if architecture == "gated":
         tensors |= {name: normal(D_SAE) for name in ("b_gate", "b_mag", "r_mag")}
     else:
@@ -289,7 +289,7 @@ def test_the_nested_form_becomes_our_settings():
     assert (train.penalty, train.tanh_scale, train.l1_lambda, train.init_threshold) == ("tanh", 4.0, 2.0, 0.01)
     nested = MatryoshkaBatchTopKTrainingSAEConfig(d_in=32, d_sae=64, matryoshka_widths=[16, 32])
     assert LanguageModelSAERunnerConfig(sae=nested, hook_name=HOOK).train_config("x", 32).widths == (16, 32, 64)
-    by_dict = LanguageModelSAERunnerConfig(sae={"architecture": "gated", "d_in": 8, "d_sae": 16}, hook_name=HOOK)  # type: ignore[arg-type]
+    by_dict = LanguageModelSAERunnerConfig(sae={"architecture": "gated", "d_in": 8, "d_sae": 16}, hook_name=HOOK)
     assert by_dict.sae_architecture == "gated" and by_dict.expansion(8) == 2
 
 

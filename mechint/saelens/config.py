@@ -55,7 +55,7 @@ class LanguageModelSAERunnerConfig:
         MechintError: settings that contradict each other, or that no training here has.
     """
 
-    sae: TrainingSAEConfig | None = None
+    sae: TrainingSAEConfig | dict[str, Any] | None = None
 
     # model and hook
     model_name: str = "gelu-2l"
@@ -143,7 +143,7 @@ class LanguageModelSAERunnerConfig:
     seed: int = 42
 
     # logs and outputs
-    logger: LoggingConfig | None = None
+    logger: LoggingConfig | dict[str, Any] | None = None
     log_to_wandb: bool = False
     wandb_project: str | None = None
     wandb_entity: str | None = None
@@ -164,6 +164,10 @@ class LanguageModelSAERunnerConfig:
         if isinstance(self.sae, dict):
             self.sae = nested_from_dict(self.sae)
         if isinstance(self.logger, dict):
+            known = [part.name for part in dataclasses.fields(LoggingConfig)]
+            for name in self.logger:
+                if name not in known:
+                    raise MechintError(f"LoggingConfig has no {name!r}; {nearest(name, known)}")
             self.logger = LoggingConfig(**self.logger)
         self._check()
         self.notes  # noqa: B018  (what cannot be translated is an error now, not after a collection)
@@ -171,10 +175,15 @@ class LanguageModelSAERunnerConfig:
     # --- what both forms say, in one place ----------------------------------------------------------------------------
 
     @property
+    def nested(self) -> TrainingSAEConfig | None:
+        """`sae`, once a dictionary has become a config; None in the flat form."""
+        return self.sae if isinstance(self.sae, TrainingSAEConfig) else None
+
+    @property
     def sae_architecture(self) -> str:
         """The architecture's name, whichever form it is given in."""
-        if self.sae is not None:
-            return next(name for name, kind in NESTED.items() if type(self.sae) is kind)
+        if self.nested is not None:
+            return next(name for name, kind in NESTED.items() if type(self.nested) is kind)
         return "topk" if self.activation_fn == "topk" else self.architecture
 
     @property
@@ -183,10 +192,10 @@ class LanguageModelSAERunnerConfig:
 
     def expansion(self, d_in: int) -> int:
         """d_sae / d_in. Raises `MechintError` if a given d_in is another, or d_sae no multiple of it."""
-        given = self.sae.d_in if self.sae is not None else self.d_in
+        given = self.nested.d_in if self.nested is not None else self.d_in
         if given not in (None, d_in):
             raise MechintError(f"d_in is {given}, but {self.hook_name} of {self.model_name} is {d_in} wide")
-        d_sae = self.sae.d_sae if self.sae is not None else self.d_sae
+        d_sae = self.nested.d_sae if self.nested is not None else self.d_sae
         if d_sae is None:
             return self.expansion_factor or 4  # SAELens's default
         if d_sae % d_in:
@@ -249,7 +258,7 @@ class LanguageModelSAERunnerConfig:
             "track": "wandb" if wandb else "none",
             "l1_reduction": "sum",
         }
-        values |= self._flat_sae() if self.sae is None else self._nested_sae(self.sae)
+        values |= self._flat_sae() if self.nested is None else self._nested_sae(self.nested)
         return SAETrainConfig.from_dict(values, source="LanguageModelSAERunnerConfig")
 
     @property
@@ -291,13 +300,13 @@ class LanguageModelSAERunnerConfig:
     @property
     def _tracking(self) -> tuple[bool, int]:
         log = self.logger
-        if log is not None:
+        if isinstance(log, LoggingConfig):
             return log.log_to_wandb, log.wandb_log_frequency
         return self.log_to_wandb, self.wandb_log_frequency
 
     @property
     def _run_name(self) -> str | None:
-        return self.logger.run_name if self.logger is not None else self.run_name
+        return self.logger.run_name if isinstance(self.logger, LoggingConfig) else self.run_name
 
     def _flat_sae(self) -> dict[str, Any]:
         name = self.sae_architecture
@@ -353,10 +362,10 @@ class LanguageModelSAERunnerConfig:
 
     def _check(self) -> None:
         names = list(NESTED)
-        if self.sae is not None and type(self.sae) not in NESTED.values():
+        if self.nested is not None and type(self.nested) not in NESTED.values():
             kinds = ", ".join(kind.__name__ for kind in NESTED.values())
-            raise MechintError(f"sae={type(self.sae).__name__} is none of {kinds}")
-        if self.sae is None and self.architecture not in names:
+            raise MechintError(f"sae={type(self.nested).__name__} is none of {kinds}")
+        if self.nested is None and self.architecture not in names:
             raise MechintError(f"unknown architecture {self.architecture!r}; {nearest(self.architecture, names)}")
         if self.activation_fn not in (None, "relu", "topk"):
             raise MechintError(f"activation_fn {self.activation_fn!r} is not trained here; valid: relu, topk")
@@ -373,7 +382,7 @@ class LanguageModelSAERunnerConfig:
             )
         if self.b_dec_init_method not in ("zeros", "mean", "geometric_median"):
             raise MechintError(f"b_dec_init_method {self.b_dec_init_method!r}; valid: zeros, mean, geometric_median")
-        _normalize(self.normalize_activations if self.sae is None else self.sae.normalize_activations)
+        _normalize(self.normalize_activations if self.nested is None else self.nested.normalize_activations)
         only = {
             "hook_head_index": None,
             "seqpos_slice": (None,),
@@ -388,8 +397,8 @@ class LanguageModelSAERunnerConfig:
         for name, value in only.items():
             if getattr(self, name) != value:
                 raise MechintError(f"{name}={getattr(self, name)!r} is not trained here; leave it at {value!r}")
-        lp_norm = getattr(self.sae, "lp_norm", 1.0) if self.sae is not None else self.lp_norm
-        subtracted = self.apply_b_dec_to_input if self.sae is None else self.sae.apply_b_dec_to_input
+        lp_norm = getattr(self.nested, "lp_norm", 1.0) if self.nested is not None else self.lp_norm
+        subtracted = self.apply_b_dec_to_input if self.nested is None else self.nested.apply_b_dec_to_input
         if lp_norm != 1.0:
             raise MechintError(f"lp_norm {lp_norm} is not trained here; leave it at 1.0 (see also --saturation)")
         if not subtracted:

@@ -101,7 +101,7 @@ class SAETrainingRunner:
             raise MechintError(f"{cfg.dataset_path} has no text")
         sample = model.tokenize(texts, prepend_bos=cfg.prepend_bos, context_size=cfg.context_size)
         lengths = [len(row) for row in sample]
-        given = cfg.sae.d_in if cfg.sae is not None else cfg.d_in
+        given = cfg.nested.d_in if cfg.nested is not None else cfg.d_in
         cfg.expansion(given or model.d_model)  # a d_sae that does not fit is known before anything is collected
         most = MOST_BYTES // (4 * (given or model.d_model))
         # a tenth more: what is held out for validation, and texts that are shorter than those at the beginning
