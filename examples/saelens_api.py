@@ -1,6 +1,6 @@
 """SAELens's API on mechint, end to end: train, inspect, save, publish, load, put into the model.
 
-    python examples/saelens_api.py                          # half a minute on the built-in model, no network
+    python examples/saelens_api.py                          # a minute on the built-in model, no network
     python examples/saelens_api.py --repo USER/my-saes      # also uploads to the Hub (log in first), loads from it
 
 Code that imports these names from `sae_lens` runs with the import changed; docs/saelens.md says what differs.
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("saelens_api"), help="where everything is written")
     parser.add_argument("--repo", help="a repository of yours on the Hub, USER/NAME; without it nothing is uploaded")
     parser.add_argument("--token", help="of the Hub; the one that you are logged in with if not given")
-    parser.add_argument("--tokens", type=int, default=200_000, help="training tokens of each SAE")
+    parser.add_argument("--tokens", type=int, default=60_000, help="training tokens of each SAE")
     given = parser.parse_args()
 
     # Train

@@ -85,7 +85,7 @@ class LanguageModelSAERunnerConfig:
     store_batch_size_prompts: int = 32
     n_batches_in_buffer: int = 20
     train_batch_size_tokens: int = 4096
-    activations_mixing_fraction: float = 0.5
+    activations_mixing_fraction: float | int = 0.5
     n_batches_for_norm_estimate: int = 1000
 
     # the SAE, flat form
@@ -100,33 +100,33 @@ class LanguageModelSAERunnerConfig:
     normalize_sae_decoder: bool = True
     init_encoder_as_decoder_transpose: bool = False
     decoder_heuristic_init: bool = False
-    decoder_heuristic_init_norm: float = 0.1
+    decoder_heuristic_init_norm: float | int = 0.1
     scale_sparsity_penalty_by_decoder_norm: bool = False
     b_dec_init_method: str = "zeros"
     from_pretrained_path: str | None = None
     mse_loss_normalization: str | None = None
-    noise_factor: float = 0.0
-    jumprelu_init_threshold: float = 0.001
-    jumprelu_bandwidth: float = 0.001
+    noise_factor: float | int = 0.0
+    jumprelu_init_threshold: float | int = 0.001
+    jumprelu_bandwidth: float | int = 0.001
 
     # sparsity, flat form
-    l1_coefficient: float = 1e-3
-    lp_norm: float = 1.0
+    l1_coefficient: float | int = 1e-3
+    lp_norm: float | int = 1.0
     l1_warm_up_steps: int = 0
     use_ghost_grads: bool = False
     feature_sampling_window: int = 2000
     dead_feature_window: int = 1000
-    dead_feature_threshold: float = 1e-8
+    dead_feature_threshold: float | int = 1e-8
 
     # optimiser
-    lr: float = 3e-4
+    lr: float | int = 3e-4
     lr_scheduler_name: str = "constant"
     lr_warm_up_steps: int = 0
-    lr_end: float | None = None
+    lr_end: float | int | None = None
     lr_decay_steps: int = 0
     n_restart_cycles: int = 1
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
+    adam_beta1: float | int = 0.9
+    adam_beta2: float | int = 0.999
 
     # hardware
     device: str | None = "cpu"

@@ -19,15 +19,15 @@ class TrainingSAEConfig:
     normalize_activations: str = "none"
     reshape_activations: str = "none"
     metadata: dict[str, Any] = field(default_factory=dict)
-    decoder_init_norm: float | None = 0.1
+    decoder_init_norm: float | int | None = 0.1
 
 
 @dataclass
 class StandardTrainingSAEConfig(TrainingSAEConfig):
     """ReLU with an L1 that is weighed by the norms of the decoder rows."""
 
-    l1_coefficient: float = 1.0
-    lp_norm: float = 1.0
+    l1_coefficient: float | int = 1.0
+    lp_norm: float | int = 1.0
     l1_warm_up_steps: int = 0
 
 
@@ -35,7 +35,7 @@ class StandardTrainingSAEConfig(TrainingSAEConfig):
 class GatedTrainingSAEConfig(TrainingSAEConfig):
     """Gate and magnitude; the L1 is on the gate."""
 
-    l1_coefficient: float = 1.0
+    l1_coefficient: float | int = 1.0
     l1_warm_up_steps: int = 0
 
 
@@ -43,9 +43,9 @@ class GatedTrainingSAEConfig(TrainingSAEConfig):
 class TopKTrainingSAEConfig(TrainingSAEConfig):
     """The k largest of each vector."""
 
-    k: float = 100
+    k: float | int = 100
     use_sparse_activations: bool = True
-    aux_loss_coefficient: float = 1.0
+    aux_loss_coefficient: float | int = 1.0
     rescale_acts_by_decoder_norm: bool = True
 
 
@@ -53,7 +53,7 @@ class TopKTrainingSAEConfig(TrainingSAEConfig):
 class BatchTopKTrainingSAEConfig(TopKTrainingSAEConfig):
     """The k largest a vector on average over a batch."""
 
-    topk_threshold_lr: float = 0.01
+    topk_threshold_lr: float | int = 0.01
 
 
 @dataclass
@@ -68,15 +68,15 @@ class MatryoshkaBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
 class JumpReLUTrainingSAEConfig(TrainingSAEConfig):
     """A learned threshold for each latent."""
 
-    jumprelu_init_threshold: float = 0.01
-    jumprelu_bandwidth: float = 0.05
+    jumprelu_init_threshold: float | int = 0.01
+    jumprelu_bandwidth: float | int = 0.05
     jumprelu_sparsity_loss_mode: str = "step"
-    l0_coefficient: float = 1.0
+    l0_coefficient: float | int = 1.0
     l0_warm_up_steps: int = 0
-    pre_act_loss_coefficient: float | None = None
-    jumprelu_tanh_scale: float = 4.0
+    pre_act_loss_coefficient: float | int | None = None
+    jumprelu_tanh_scale: float | int = 4.0
     jumprelu_ste_to_input: bool = False
-    target_l0: float | None = None
+    target_l0: float | int | None = None
 
 
 NESTED: dict[str, type[TrainingSAEConfig]] = {

@@ -1,9 +1,13 @@
 """`SAETrainingRunner(cfg).run()`: collect, train into a run directory, and return the SAE."""
 
+import contextlib
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any, final
+
+import torch
 
 from mechint.config import CollectConfig
 from mechint.data import open_activations
@@ -56,9 +60,15 @@ class SAETrainingRunner:
             Stopped: Ctrl-C or SIGTERM.
         """
         cfg = self.cfg
-        if cfg.verbose:
-            for note in self.notes:
-                print(f"note: {note}", file=sys.stderr)
+        if not cfg.verbose:
+            # the lines of the training curve, which metrics.csv has as well
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                return self._run(cfg)
+        for note in self.notes:
+            print(f"note: {note}", file=sys.stderr)
+        return self._run(cfg)
+
+    def _run(self, cfg: LanguageModelSAERunnerConfig) -> SAE:
         if cfg.resume_from_checkpoint is not None:
             self.run_dir = resume(cfg.resume_from_checkpoint, progress=cfg.verbose).root
         else:
@@ -115,8 +125,6 @@ class SAETrainingRunner:
     def _sae(self, run: Run) -> SAE:
         sae = SAE.load_from_disk(run.path, device="cpu")
         activations = open_activations(run.activations_path())
-        import torch
-
         rows = torch.linspace(0, activations.n_rows - 1, min(SPARSITY_ROWS, activations.n_rows)).long()
         activity = measure_activity(sae.to_mechint(), activations, rows)
         sae.sparsity = (activity.fire_counts.double() / activity.n_rows + 1e-10).log10().float()
