@@ -217,7 +217,7 @@ def _activations(
     return found
 
 
-def _logit_histogram(effects: Tensor) -> dict[str, list[float]]:
+def _logit_histogram(effects: Tensor) -> dict[str, Any]:
     """How a feature's effects on the logits are distributed over the vocabulary, their mean taken off."""
     effects = effects - effects.mean()
     counts, edges = torch.histogram(effects.float().cpu(), bins=LOGIT_BINS)

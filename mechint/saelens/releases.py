@@ -174,18 +174,14 @@ def fetch(where: Where, *, force_download: bool = False) -> Path:
         MechintError: no such repository or folder in it (those that hold an SAE are named), no access, or the Hub out
             of reach and nothing in the cache.
     """
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import hf_hub_download
 
     assert where.repo_id is not None
     prefix = "" if str(where.folder) == "." else f"{where.folder.as_posix()}/"
     state = check_repo(where.repo_id, "model")
     if not state.online:
-        try:
-            folder = Path(snapshot_download(where.repo_id, local_files_only=True)) / where.folder
-        except LocalEntryNotFoundError:
-            folder = None
-        if folder is None or not any((folder / name).is_file() for name in FILES):
+        folder = _cached(where.repo_id, where.folder)
+        if folder is None:
             raise MechintError(
                 f"{where.repo_id} {prefix.rstrip('/')} is not in the local cache and the Hub cannot be reached: check"
                 " the network (and HF_ENDPOINT, HF_HUB_OFFLINE), or give a local folder"
@@ -204,6 +200,16 @@ def fetch(where: Where, *, force_download: bool = False) -> Path:
     except Exception as error:  # the HTTP library's classes differ between major versions of huggingface_hub
         raise MechintError(f"downloading from {where.repo_id} failed: {one_line(error, 200)}; try again") from error
     return Path(paths[0]).parent
+
+
+def _cached(repo_id: str, folder: Path) -> Path | None:
+    """The SAE's folder of the commit that was downloaded last, if any was."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    commits = Path(HF_HUB_CACHE, f"models--{repo_id.replace('/', '--')}", "snapshots").glob("*")
+    newest_first = sorted(commits, key=lambda commit: commit.stat().st_mtime, reverse=True)
+    places = (commit / folder for commit in newest_first)
+    return next((place for place in places if any((place / name).is_file() for name in FILES)), None)
 
 
 @contextlib.contextmanager
