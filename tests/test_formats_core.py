@@ -317,6 +317,7 @@ def test_pre_6_keys(tmp_path: Path) -> None:
         ({**SIX, "architecture": "standard", "normalize_activations": "covariance_whitening"}, "covariance_whitening"),
         ({**SIX, "architecture": "standard", "normalize_activations": {}}, "the weights have 6"),
         ({**SIX, "architecture": "jumprelu"}, "lacks threshold"),
+        ({"sae_lens_version": "6.1", "metadata": ["hook_name"]}, "should be a JSON object, found list"),
         ({**SIX, "architecture": "batchtopk"}, "topk_threshold"),
         ({**SIX, "architecture": "skip_transcoder"}, "W_skip"),
         ({**SIX, "architecture": "standard", "d_in": 7}, "says d_in 7, but the weights have 6"),
@@ -464,11 +465,43 @@ def test_export_of_a_run(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "nearest: saelens" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["mechint", "x.pt", "saelens", "saelens-pre6"])
+def test_broken_and_hostile_files_are_one_line_of_error(name: str, run_dir: Path, tmp_path: Path) -> None:
+    """Every file of an SAE cut, overwritten or replaced: an error of ours, or an SAE that is still whole."""
+    place = tmp_path / "in" / ("x.pt" if name == "x.pt" else "x")
+    name = "mechint" if name == "x.pt" else name
+    _, certificate = convert(run_dir, place, to=name)
+    certificate.unlink()
+    whole = load(place)[1]
+    generator = torch.Generator().manual_seed(0)
+    seen = 0
+    for path in [path for path in place.parent.rglob("*") if path.is_file()]:
+        content = path.read_bytes()
+        cuts = torch.randint(len(content), (12,), generator=generator).tolist()
+        broken = [content[:cut] for cut in cuts]
+        broken += [content[:cut] + bytes(8) + content[cut + 8 :] for cut in cuts]
+        broken += [b"", b"[" * 100_000, b"\xff" * 64, (2**62).to_bytes(8, "little") + content[8:]]
+        for data in broken:
+            path.write_bytes(data)
+            for chosen in (None, name):
+                try:
+                    found = load(place, from_format=chosen)[1]
+                    assert found.tensors.keys() == whole.tensors.keys()
+                    assert (found.d_in, found.d_sae) == (whole.d_in, whole.d_sae)
+                except MechintError as error:
+                    assert "\n" not in str(error)
+                    seen += 1
+        path.write_bytes(content)
+    assert seen > 20
+    assert torch.equal(load(place)[1].tensors["W_enc"], whole.tensors["W_enc"])
+
+
 def test_opening_does_not_import_transformer_lens(run_dir: Path) -> None:
     code = (
         "import sys; from mechint.formats.convert import load; from mechint.formats import to_sae\n"
         f"to_sae(load({str(run_dir)!r})[1])\n"
-        "print({'transformer_lens', 'transformers', 'datasets', 'pandas'} & set(sys.modules))"
+        "heavy = {'transformer_lens', 'transformers', 'datasets', 'pandas', 'torch._dynamo'}\n"
+        "print(heavy & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

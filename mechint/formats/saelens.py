@@ -79,10 +79,7 @@ def read(path: Path) -> Loaded:
     tensors = read_safetensors(folder / WEIGHTS_FILE)[0]
     if pre_6:
         cfg = as_6(cfg, config)
-    metadata = cfg.get("metadata") or {}
-    if not isinstance(metadata, dict):
-        raise MechintError(f"{config}: metadata should be an object, found {type(metadata).__name__}")
-    metadata = own_metadata(metadata)
+    metadata = own_metadata(cfg.get("metadata") or {})
     if cfg.get("reshape_activations", "none") != "none":
         metadata["reshape_activations"] = cfg["reshape_activations"]
     notes = list(cfg.get("notes", ()))

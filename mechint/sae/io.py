@@ -6,7 +6,6 @@ ever unpickles code: `.pt` files are opened with `weights_only=True`.
 
 import pickle
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +70,10 @@ def metadata_path(checkpoint: Path) -> Path:
     return checkpoint.with_suffix(".json")
 
 
-def own_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
+def own_metadata(metadata: Any) -> dict[str, Any]:
     """The metadata of a cfg.json without the marks of its writer, which may say how activations were processed."""
+    if not isinstance(metadata, dict):
+        raise MechintError(f"metadata of an SAE should be a JSON object, found {type(metadata).__name__}")
     if "mechint_version" in metadata:  # ours: names the processing wherever it is known
         return {name: value for name, value in metadata.items() if name not in OUR_MARKS}
     if "sae_lens_version" in metadata:
@@ -109,7 +110,7 @@ def load_sae(path: str | Path, *, config: str | Path | None = None, device: str 
         if (path.parent / "sae" / CFG_FILE).is_file():
             metadata = own_metadata(read_json(path.parent / "sae" / CFG_FILE).get("metadata") or {})
         elif metadata_path(path).is_file():
-            metadata = read_json(metadata_path(path)).get("sae_metadata")
+            metadata = own_metadata(read_json(metadata_path(path)).get("sae_metadata") or {})
     sae = sae_from_tensors(tensors, source=str(path))
     metadata = metadata or {}
     sae.metadata = metadata if "processing" in metadata else {**_legacy_metadata(path, config), **metadata}
@@ -147,7 +148,7 @@ def read_state_dict(path: str | Path) -> dict[str, Any]:
             f"{path} is not a plain tensor file and was not executed; expected a state dict saved with torch.save"
             f" ({one_line(error, 90)})"
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a broken pickle can fail in any way: IndexError, AttributeError, UnicodeError ...
         raise MechintError(f"{path} is truncated or not a checkpoint: {one_line(error, 120)}") from error
     if not isinstance(loaded, dict):
         raise MechintError(f"{path} holds a {type(loaded).__name__}, not the state dict of an SAE")
