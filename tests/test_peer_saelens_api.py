@@ -5,11 +5,15 @@ value where no folding is needed.
 """
 
 import importlib.util
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from loopback_hub import LoopbackHub
 from test_saelens_api import D_IN, drawn
 
 from mechint.models import load_model
@@ -160,3 +164,25 @@ def test_releases_known_here_are_those_of_their_list():
             assert theirs[release].neuronpedia_id[item["id"]] == item["neuronpedia"]
     where = find_release("gemma-scope-2b-pt-res-canonical", "layer_12/width_16k/canonical")
     assert where.repo_id == "google/gemma-scope-2b-pt-res" and where.metadata["neuronpedia_id"]
+
+
+@pytest.mark.slow
+def test_saelens_opens_what_we_upload(tmp_path: Path):
+    sae = SAE(drawn("jumprelu")).requires_grad_(False)
+    sae.save_model(tmp_path / "sae", sparsity=torch.full((sae.cfg.d_sae,), -2.0))
+    script = f"""
+import json, warnings
+warnings.simplefilter("ignore")
+from mechint import upload_saes_to_huggingface
+upload_saes_to_huggingface({{"three": {str(tmp_path / "sae")!r}}}, "tester/saes")
+from sae_lens import SAE
+sae, cfg, sparsity = SAE.from_pretrained_with_cfg_and_sparsity("tester/saes", "three")
+print(json.dumps([float(sae.W_enc.sum()), float(sae.threshold.sum()), cfg["architecture"], float(sparsity.mean())]))
+"""
+    with LoopbackHub(tmp_path / "hub") as hub:
+        env = hub.env(tmp_path / "hf", token=hub.token)
+        done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found[2] == "jumprelu" and found[3] == -2.0
+    assert found[:2] == pytest.approx([float(sae.W_enc.sum()), float(sae.threshold.sum())], rel=1e-6)

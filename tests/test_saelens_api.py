@@ -12,9 +12,10 @@ import pytest
 import torch
 from loopback_hub import LoopbackHub
 
-from mechint import SAE, LanguageModelSAERunnerConfig, SAEConfig
+from mechint import SAE, LanguageModelSAERunnerConfig, SAEConfig, SAETrainingRunner
 from mechint.errors import MechintError
 from mechint.formats import Loaded, reference_decode, reference_encode
+from mechint.runs import Run
 from mechint.saelens import LoggingConfig, StandardTrainingSAEConfig, TopKTrainingSAEConfig, upload
 from mechint.saelens.nested import JumpReLUTrainingSAEConfig, MatryoshkaBatchTopKTrainingSAEConfig
 from mechint.saelens.neuronpedia import neuronpedia_id, neuronpedia_url, parse_neuronpedia
@@ -320,6 +321,51 @@ def test_widths_that_do_not_fit_are_refused():
     with pytest.raises(MechintError, match="d_in is 64"):
         LanguageModelSAERunnerConfig(d_in=64).expansion(128)
     assert LanguageModelSAERunnerConfig(expansion_factor=16).expansion(128) == 16
+
+
+@pytest.mark.slow
+def test_the_runner_in_the_nested_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    given: dict[str, Any] = {
+        "model_name": "builtin/pythia-tiny",
+        "hook_name": HOOK,
+        "dataset_path": "builtin/tales",
+        "context_size": 32,
+        "training_tokens": 5120,
+        "train_batch_size_tokens": 256,
+        "device": "cpu",
+        "checkpoint_path": str(tmp_path / "runs"),
+        "output_path": str(tmp_path / "out"),
+        "verbose": False,
+    }
+    nested = TopKTrainingSAEConfig(d_in=128, d_sae=256, k=8)
+    runner = SAETrainingRunner(
+        LanguageModelSAERunnerConfig(sae=nested, logger=LoggingConfig(run_name="mine"), **given),
+        activations_root=tmp_path / "activations",
+    )
+    with pytest.raises(MechintError, match="call run"):
+        runner.metrics()
+    sae = runner.run()
+    assert capsys.readouterr().out == ""
+    assert runner.run_dir == tmp_path / "runs" / "mine" and Run(runner.run_dir).is_done
+    assert (sae.cfg.architecture, sae.cfg.k, sae.cfg.hook_name) == ("topk", 8, HOOK)
+    assert (sae.cfg.context_size, sae.cfg.dataset_path, sae.cfg.prepend_bos) == (32, "builtin/tales", True)
+    assert runner.metrics()["l0"] == pytest.approx(8, abs=0.5)
+    assert sae.sparsity is not None and sae.sparsity.shape == (256,)
+    # log10 of frequencies whose sum is L0
+    assert float((10 ** sae.sparsity.double()).sum()) == pytest.approx(8, abs=0.5)
+    assert torch.equal(SAE.load_from_disk(tmp_path / "out").W_dec, sae.W_dec)
+    # other settings of the training use the same activations again
+    stores = list((tmp_path / "activations").iterdir())
+    other = LanguageModelSAERunnerConfig(architecture="gated", d_sae=256, **{**given, "output_path": None})
+    SAETrainingRunner(other, activations_root=tmp_path / "activations").run()
+    assert list((tmp_path / "activations").iterdir()) == stores
+    by_path = {**given, "use_cached_activations": True, "cached_activations_path": str(stores[0])}
+    again = SAETrainingRunner(LanguageModelSAERunnerConfig(sae=nested, **by_path)).run()
+    assert torch.equal(again.W_enc, sae.W_enc)  # the same seed, the same activations
+    wrong = LanguageModelSAERunnerConfig(d_sae=200, **given)
+    with pytest.raises(MechintError, match="take 128 or 256"):
+        SAETrainingRunner(wrong, activations_root=tmp_path / "none").run()
+    assert not (tmp_path / "none").exists()
 
 
 # --- Neuronpedia ------------------------------------------------------------------------------------------------------
