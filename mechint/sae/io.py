@@ -103,7 +103,8 @@ def load_sae(path: str | Path, *, config: str | Path | None = None, device: str 
             tensors = read_state_dict(path)
         else:
             raise MechintError(
-                f"{path} holds neither checkpoint.pt nor {CFG_FILE}: not a run directory or an SAE folder"
+                f"{path} holds neither checkpoint.pt nor {CFG_FILE}: not a run directory or an SAE folder;"
+                " `mechint convert` opens those of other tools"
             )
     else:
         tensors = read_state_dict(path)
@@ -163,7 +164,10 @@ def sae_from_tensors(tensors: dict[str, Any], *, source: str) -> SAE:
     cls = next((kind for kind in ARCHITECTURES.values() if set(kind.saved_tensors) == set(tensors)), None)
     if cls is None or not all(isinstance(value, Tensor) for value in tensors.values()):
         found = ", ".join(sorted(map(str, tensors))[:8]) or "nothing"
-        raise MechintError(f"{source} is not an SAE: expected W_enc, b_enc, W_dec and b_pre (or b_dec), found {found}")
+        raise MechintError(
+            f"{source} is not an SAE: expected W_enc, b_enc, W_dec and b_pre (or b_dec), found {found};"
+            " `mechint convert` opens the files of other tools"
+        )
     W_dec = tensors["W_dec"]
     if W_dec.ndim != 2:
         raise MechintError(f"{source}: W_dec should be [d_sae, d_in], found shape {list(W_dec.shape)}")
