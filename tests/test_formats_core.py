@@ -401,7 +401,10 @@ def test_convert_writes_a_certificate_and_overwrites_only_when_asked(
     assert "--overwrite" in capsys.readouterr().err
     assert convert_command.main([str(run_dir), str(out), "--to", "saelens-pre6", "--overwrite"]) == 0
     assert identify(out).formats == ("saelens-pre6",)
-    # a folder that is something else is never replaced
+    # a folder that is something else, or that holds something else, is never replaced
+    (out / "mine.txt").write_text("mine")
+    assert convert_command.main([str(run_dir), str(out), "--to", "saelens", "--overwrite"]) == 2
+    assert "mine.txt" in capsys.readouterr().err and (out / "mine.txt").is_file()
     assert convert_command.main([str(out), str(run_dir), "--to", "mechint", "--overwrite"]) == 2
     assert (run_dir / "config.json").is_file()
     back = tmp_path / "back.pt"
@@ -456,6 +459,16 @@ def test_identify_says_what_is_missing_and_hints_at_the_model(
     assert identify_command.main([str(tmp_path / "none")]) == 2
     (tmp_path / "text.pt").write_text("not an SAE")
     assert identify_command.main([str(tmp_path / "text.pt")]) == 2
+
+
+def test_what_is_only_assumed_is_not_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_checkpoint(build_sae("standard", 512, 8), tmp_path / "old.pt")
+    assert identify_command.main([str(tmp_path / "old.pt")]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "processing: centred (assumed)" in said and "not said: model_name, hook_name, processing, prepend_bos" in said
+    )
+    assert "a hint only: EleutherAI/pythia-70m" in said and "note: " in said
 
 
 def test_export_of_a_run(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from mechint.errors import MechintError
 def main(argv: Sequence[str]) -> int:
     config = parse(IdentifyConfig, argv, prog="mechint identify")
     from mechint.formats.base import not_ours
-    from mechint.formats.convert import identify, inside, shapes_in_words
+    from mechint.formats.convert import assumed, identify, inside, shapes_in_words
 
     found = identify(config.path)
     if config.json:
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     print(f"input: b_dec {subtracted} it, normalisation {loaded.normalize}{scaled}")
     for name in ("model_name", "hook_name", "processing", "prepend_bos"):
         if loaded.metadata.get(name) is not None:
-            print(f"{name}: {loaded.metadata[name]}")
+            print(f"{name}: {loaded.metadata[name]}{' (assumed)' if name in assumed(loaded) else ''}")
     if found.missing:
         print(f"not said: {', '.join(found.missing)}")
     if "model_name" in found.missing and found.model_hint:

@@ -11,7 +11,8 @@ from mechint import __version__
 from mechint.errors import MechintError, nearest
 from mechint.formats.base import FORMATS, Format, Loaded, expected_shapes, not_ours, variants
 from mechint.formats.certificate import Certificate, certify
-from mechint.provenance import fsync_dir, make_dir, sha256_file, write_json
+from mechint.provenance import fsync_dir, make_dir, read_json, sha256_file, write_json
+from mechint.sae.io import LEGACY_SETTING
 
 CERTIFICATE_FILE = "certificate.json"
 # Widths of the residual stream of well-known models. A hint: most widths belong to several models.
@@ -162,10 +163,15 @@ def identify(path: str | Path) -> Identified:
         problem = str(error)
     if loaded is None:
         return Identified(path, names, None, problem, (), ())
-    missing = tuple(name for name in WANTED if loaded.metadata.get(name) is None)
+    missing = tuple(name for name in WANTED if loaded.metadata.get(name) is None or name in assumed(loaded))
     named = loaded.metadata.get("model_name")
     hint = (str(named),) if named else MODELS_OF_WIDTH.get(loaded.d_in, ())
     return Identified(path, names, loaded, problem, missing, hint)
+
+
+def assumed(loaded: Loaded) -> tuple[str, ...]:
+    """Names in its metadata that no file said: those of a checkpoint of the first pipeline."""
+    return tuple(name for name in LEGACY_SETTING if name != "legacy") if loaded.metadata.get("legacy") else ()
 
 
 def held_variant(loaded: Loaded, target: Format) -> tuple[Loaded, tuple[str, ...]]:
@@ -254,7 +260,7 @@ def write_proved(
         record = {"mechint_version": __version__, "format": target.name, **(extra or {}), **certificate.to_dict()}
         record["notes"] = list(loaded.notes)
         if not as_file:
-            write_json(stage / CERTIFICATE_FILE, record)
+            write_json(stage / CERTIFICATE_FILE, record | {"files": sorted(files_in(stage))})
             _replace_folder(stage, output, Path(temporary) / "old")
             return certificate, output / CERTIFICATE_FILE
         beside = output.name + "." + CERTIFICATE_FILE
@@ -293,8 +299,23 @@ def check_output(output: Path, overwrite: bool) -> None:
         return
     if output.exists() and not overwrite:
         raise MechintError(f"{output} exists: give another place, or --overwrite")
-    if output.is_dir() and not (output / CERTIFICATE_FILE).is_file() and overwrite:
+    if not output.is_dir():
+        return
+    if not (output / CERTIFICATE_FILE).is_file():
         raise MechintError(f"{output} is a folder that no conversion wrote; remove it yourself or give another place")
+    recorded = read_json(output / CERTIFICATE_FILE, "certificate").get("files")
+    others = files_in(output) - set(recorded if isinstance(recorded, list) else ())
+    if others:
+        raise MechintError(
+            f"{output} holds what no conversion wrote ({', '.join(sorted(others)[:4])}); remove it yourself or give"
+            " another place"
+        )
+
+
+def files_in(folder: Path) -> set[str]:
+    """Files below a folder, relative to it, without its certificate."""
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    return found - {CERTIFICATE_FILE}
 
 
 def _replace_folder(stage: Path, output: Path, aside: Path) -> None:
