@@ -377,6 +377,7 @@ def test_saev_topk_keeps_negative_entries(tmp_path: Path):
 def test_saev_batchtopk_without_a_learned_threshold_is_relu(learned: float, tmp_path: Path):
     state = {**saev_state(), "activation.threshold": torch.tensor(learned)}
     loaded = read("saev", saev_file(tmp_path / "sae.pt", SCHEMAS["3"][0], state))
+    assert not loaded.tensors["threshold"].any()
     d = {name: tensor.double() for name, tensor in state.items()}
     agrees(loaded, lambda x: (x @ d["W_enc"] + d["b_enc"]).relu(), lambda f: f @ d["W_dec"] + d["b_dec"])
 
