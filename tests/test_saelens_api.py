@@ -315,6 +315,13 @@ def test_what_cannot_be_trained_is_refused_at_once(given: dict[str, Any], words:
         LanguageModelSAERunnerConfig(**given)
 
 
+def test_short_forms_are_enough():
+    for given in ({"architecture": "gated"}, {"architecture": "jumprelu"}, {"architecture": "standard"}):
+        assert LanguageModelSAERunnerConfig(**given).sae_architecture == given["architecture"]
+    by_function = LanguageModelSAERunnerConfig(activation_fn="topk", activation_fn_kwargs={"k": 50})
+    assert by_function.train_config("x", 64).architecture == "topk" and by_function.train_config("x", 64).k == 50
+
+
 def test_widths_that_do_not_fit_are_refused():
     with pytest.raises(MechintError, match="take 128 or 256"):
         LanguageModelSAERunnerConfig(d_sae=200).expansion(128)
@@ -331,6 +338,7 @@ def test_the_runner_in_the_nested_form(tmp_path: Path, capsys: pytest.CaptureFix
         "dataset_path": "builtin/tales",
         "context_size": 32,
         "training_tokens": 5120,
+        "lr": 4e-3,
         "train_batch_size_tokens": 256,
         "device": "cpu",
         "checkpoint_path": str(tmp_path / "runs"),
@@ -349,7 +357,9 @@ def test_the_runner_in_the_nested_form(tmp_path: Path, capsys: pytest.CaptureFix
     assert runner.run_dir == tmp_path / "runs" / "mine" and Run(runner.run_dir).is_done
     assert (sae.cfg.architecture, sae.cfg.k, sae.cfg.hook_name) == ("topk", 8, HOOK)
     assert (sae.cfg.context_size, sae.cfg.dataset_path, sae.cfg.prepend_bos) == (32, "builtin/tales", True)
-    assert runner.metrics()["l0"] == pytest.approx(8, abs=0.5)
+    metrics = runner.metrics()
+    assert metrics["l0"] == pytest.approx(8, abs=0.5) and metrics["l1_loss"] is None
+    assert 0 < metrics["ce_loss_score"] < 1 and 0 < metrics["explained_variance"] < 1
     assert sae.sparsity is not None and sae.sparsity.shape == (256,)
     # log10 of frequencies whose sum is L0
     assert float((10 ** sae.sparsity.double()).sum()) == pytest.approx(8, abs=0.5)

@@ -156,7 +156,10 @@ def test_an_sae_of_the_centred_stream_in_a_raw_model_predicts_as_in_a_centred_on
     here, cache = model.run_with_cache_with_saes(TOKENS, saes=[sae])
     same(here.log_softmax(-1), there.log_softmax(-1))
     same(cache[f"{HOOK}.hook_sae_input"].mean(-1), torch.zeros(TOKENS.shape))
-    same(model.run_with_saes(TOKENS, saes=[sae], use_error_term=True), model(TOKENS))
+    exact, cache = model.run_with_cache_with_saes(TOKENS, saes=[sae], use_error_term=True)
+    same(exact, model(TOKENS))
+    # the mean that was taken off is there again
+    same(cache["blocks.4.hook_resid_pre"], model.language_model.activations(TOKENS, HOOK))
     with pytest.raises(MechintError, match="raw.*center_writing_weights"):
         centred.add_sae(sae_at())
 

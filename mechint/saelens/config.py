@@ -275,7 +275,6 @@ class LanguageModelSAERunnerConfig:
             "activations_mixing_fraction",
             "feature_sampling_window",
             "dead_feature_threshold",
-            "n_eval_batches",
             "eval_batch_size_prompts",
             "n_batches_for_norm_estimate",
             "disable_concat_sequences",

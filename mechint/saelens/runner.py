@@ -11,15 +11,18 @@ import torch
 
 from mechint.config import CollectConfig
 from mechint.data import open_activations
+from mechint.data.batches import split_indices
 from mechint.data.collect import collect_activations
 from mechint.data.text import open_texts
 from mechint.errors import MechintError
+from mechint.eval import evaluate_texts, texts_from_rows
 from mechint.eval.reconstruction import measure_activity
 from mechint.models import load_model
 from mechint.provenance import read_json, sha256_json
 from mechint.runs import Run
 from mechint.saelens.config import LanguageModelSAERunnerConfig
 from mechint.saelens.sae import SAE
+from mechint.subject import open_subject
 from mechint.train import resume, train
 
 # Texts whose length says how many are needed.
@@ -81,18 +84,36 @@ class SAETrainingRunner:
         return sae
 
     def metrics(self) -> dict[str, Any]:
-        """What came out, under SAELens's names: `l0`, `mse_loss` (a sum over d_in), `explained_variance`,
-        `dead_features`. `ce_loss_score` is in the run's evaluation (`mechint eval --run-dir`)."""
+        """What came out, on texts that were held out, under SAELens's names: `l0` and `l1` (sums over latents a token),
+        `mse_loss` (a sum over d_in), `l1_loss` (`l1` times the coefficient; None where there is none),
+        `ce_loss_score` (the share of the cross-entropy lost by zeroing the hook that the SAE keeps),
+        `explained_variance`, `dead_features`. docs/metrics.md defines each.
+
+        The cross-entropy is measured here, on `n_eval_batches` batches of texts; 0 leaves it out.
+        """
         if self.run_dir is None:
             raise MechintError("nothing was trained yet: call run() first")
         run = Run(self.run_dir)
-        summary = run.summary
+        summary, config = run.summary, run.config
+        penalised = config.architecture in ("standard", "gated") and summary.get("l1") is not None
         return {
             "l0": summary.get("l0"),
-            "mse_loss": None if summary["val_mse"] is None else summary["val_mse"] * run.config.activation_dim,
+            "mse_loss": summary.get("mse_per_token"),
+            "l1": summary.get("l1"),
+            "l1_loss": summary["l1"] * config.l1_lambda if penalised else None,
+            "ce_loss_score": self._ce_loss_score(run) if self.cfg.n_eval_batches else None,
             "explained_variance": summary.get("explained_variance"),
             "dead_features": summary["dead_features"],
         }
+
+    def _ce_loss_score(self, run: Run) -> float:
+        activations = open_activations(run.activations_path())
+        _, held_out = split_indices(activations, run.config.val_fraction, run.config.seed, run.config.split_by)
+        texts = texts_from_rows(
+            activations, held_out, max_texts=self.cfg.n_eval_batches * self.cfg.store_batch_size_prompts
+        )
+        subject = open_subject(run.path, device=self.cfg.llm_device or self.cfg.device)
+        return evaluate_texts(subject, texts, n_resamples=0)["ce_recovered_zero"]
 
     def _activations(self) -> Path:
         """The store to train on."""
