@@ -436,7 +436,8 @@ def test_gemma_scope(tmp_path: Path):
     a["threshold"][0] = -0.5  # ReLU(pre) * (pre > threshold): as 0
     folder = tmp_path / "layer_20" / "width_16k" / "average_l0_71"
     folder.mkdir(parents=True)
-    np.savez(folder / "params.npz", **{name: tensor.numpy() for name, tensor in a.items()})
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in a.items()}
+    np.savez(folder / "params.npz", **arrays)
     d = {name: tensor.double() for name, tensor in a.items()}
 
     def encode(x: Tensor) -> Tensor:
@@ -697,14 +698,46 @@ def test_archives_that_unpack_to_a_multiple_of_themselves(tmp_path: Path):
         read("dictionary_learning", tmp_path / "ae.pt")
 
 
-def test_an_npz_whose_header_claims_another_shape(tmp_path: Path):
+@pytest.mark.parametrize("claimed", ["(9, 7)", "(1000000, 1000000)", "(-5, -7)", "(3, 7)"])
+def test_an_npz_whose_header_claims_another_shape(claimed: str, tmp_path: Path):
     path = any_file("gemma_scope", tmp_path)
-    content = path.read_bytes()
-    lie = content.replace(b"'shape': (5, 7)", b"'shape': (9, 7)", 1)
-    assert lie != content
-    path.write_bytes(lie)
-    with pytest.raises(MechintError, match="do not fill|CRC"):
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    header = members["W_enc.npy"]
+    true = b"'shape': (5, 7), }"
+    assert true in header
+    lie = f"'shape': {claimed}, }}".encode()
+    spare = b" " * (len(lie) - len(true))  # the header is padded with blanks, which make room
+    members["W_enc.npy"] = header.replace(true + spare, lie.ljust(len(true)), 1)
+    assert len(members["W_enc.npy"]) == len(header) and claimed.encode() in members["W_enc.npy"]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(MechintError, match="do not fill|not an .npz"):
         read("gemma_scope", path)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_settings_without_a_place_are_refused(name: str, tmp_path: Path):
+    architecture = "topk" if name in ("sparsify", "mech_platform") else "standard"
+    loaded = _as(name, make(architecture))
+    held = next(found for found, _ in variants(loaded) if FORMATS[name].holds(found) is None)
+    for change, says in (({"scale": 2.0}, "input scale"), ({"rescale_acts_by_decoder_norm": True}, "decoder norms")):
+        assert says in str(FORMATS[name].holds(replace(held, **change)))
+        with pytest.raises(MechintError, match=says):
+            write(name, replace(held, **change), tmp_path)
+    if name != "sparsify":
+        assert FORMATS[name].holds(replace(held, transcoder=True)) == "a transcoder"
+    assert not list(tmp_path.iterdir())
+
+
+def test_gemma_scope_transcoders_are_known_by_their_folder(tmp_path: Path):
+    folder = tmp_path / "models--google--gemma-scope-2b-pt-transcoders" / "layer_1"
+    folder.mkdir(parents=True)
+    path = write("gemma_scope", make("jumprelu", apply_b_dec_to_input=False), folder)
+    loaded = read("gemma_scope", path)
+    assert loaded.transcoder and "transcoder" in loaded.notes[0]
+    assert loaded.metadata["layer"] == 1
 
 
 def test_settings_that_are_nested_without_end_or_huge(tmp_path: Path):

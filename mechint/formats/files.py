@@ -148,10 +148,7 @@ def read_settings(path: Path, what: str) -> dict[str, Any]:
         raise MechintError(
             f"{what} {path} has {path.stat().st_size / 2**20:.0f} MiB: no settings file does; not opened"
         )
-    try:
-        return read_json(path, what)
-    except RecursionError:
-        raise MechintError(f"{what} {path} is nested too deeply to be one") from None
+    return read_json(path, what)
 
 
 def require_file(path: Path) -> None:
@@ -235,8 +232,9 @@ def write_pt(path: Path, state: Mapping[str, Any], *, header: bytes = b"") -> No
 
 def write_npz(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A new uncompressed `.npz`, atomically. Raises `MechintError` if there is one."""
+    arrays: dict[str, Any] = {name: tensor.contiguous().numpy() for name, tensor in tensors.items()}
     with atomic_path(path, overwrite=False) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **{name: tensor.contiguous().numpy() for name, tensor in tensors.items()})
+        np.savez(file, **arrays)
 
 
 def _alone(tensor: Tensor) -> Tensor:
