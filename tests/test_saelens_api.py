@@ -372,9 +372,9 @@ def test_the_runner_in_the_nested_form(tmp_path: Path, capsys: pytest.CaptureFix
     by_path = {**given, "use_cached_activations": True, "cached_activations_path": str(stores[0])}
     again = SAETrainingRunner(LanguageModelSAERunnerConfig(sae=nested, **by_path)).run()
     assert torch.equal(again.W_enc, sae.W_enc)  # the same seed, the same activations
-    wrong = LanguageModelSAERunnerConfig(d_sae=200, **given)
-    with pytest.raises(MechintError, match="take 128 or 256"):
-        SAETrainingRunner(wrong, activations_root=tmp_path / "none").run()
+    for wrong, words in (({"d_sae": 200}, "take 128 or 256"), ({"d_in": 64}, "is 128 wide")):
+        with pytest.raises(MechintError, match=words):
+            SAETrainingRunner(LanguageModelSAERunnerConfig(**wrong, **given), activations_root=tmp_path / "none").run()
     assert not (tmp_path / "none").exists()
 
 

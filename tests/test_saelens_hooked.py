@@ -118,6 +118,22 @@ def expected_logits(model: HookedSAETransformer, out: torch.Tensor) -> torch.Ten
     return logits
 
 
+@pytest.mark.parametrize(
+    "hook_name", ["blocks.2.attn.hook_z", "blocks.2.hook_mlp_out", "blocks.2.hook_attn_out", "blocks.0.hook_resid_pre"]
+)
+def test_other_hooks(model: HookedSAETransformer, hook_name: str):
+    sae, clean = sae_at(hook_name), model(TOKENS)
+    _, before = model.run_with_cache(TOKENS)
+    value = before[hook_name].reshape(*TOKENS.shape, 32)  # heads side by side
+    assert (model.run_with_saes(TOKENS, saes=[sae]) - clean).abs().max() > 1e-2
+    same(model.run_with_saes(TOKENS, saes=[sae], use_error_term=True), clean)
+    wanted = f"{hook_name}.hook_sae_acts_post"
+    _, cache = model.run_with_cache_with_saes(TOKENS, saes=[sae], names_filter=[wanted])
+    assert list(cache) == [wanted]
+    same(cache[wanted], sae.encode(value))
+    assert model.to("cpu").eval() is model
+
+
 def test_a_block_leaves_things_as_they_were(model: HookedSAETransformer):
     first, second, other = sae_at(), sae_at(seed=1), sae_at("blocks.1.hook_resid_pre", seed=2)
     model.add_sae(first, use_error_term=True)

@@ -103,6 +103,17 @@ class HookedSAETransformer:
     def __repr__(self) -> str:
         return f"HookedSAETransformer({self.language_model.name}, SAEs at {', '.join(self._attached) or 'no hook'})"
 
+    def to(self, *args: Any, **kwargs: Any) -> "HookedSAETransformer":
+        """Move the model (not the attached SAEs), as `torch.nn.Module.to`."""
+        self.bridge.to(*args, **kwargs)
+        self.language_model.device = str(next(self.bridge.parameters()).device)
+        return self
+
+    def eval(self) -> "HookedSAETransformer":
+        """Evaluation mode, which a loaded model is in already."""
+        self.bridge.eval()
+        return self
+
     @property
     def acts_to_saes(self) -> dict[str, SAE]:
         """The attached SAEs by the name of their hook."""

@@ -14,6 +14,7 @@ from mechint.data import open_activations
 from mechint.data.batches import split_indices
 from mechint.data.collect import collect_activations
 from mechint.data.text import open_texts
+from mechint.data.windows import hook_width
 from mechint.errors import MechintError
 from mechint.eval import evaluate_texts, texts_from_rows
 from mechint.eval.reconstruction import measure_activity
@@ -132,9 +133,9 @@ class SAETrainingRunner:
             raise MechintError(f"{cfg.dataset_path} has no text")
         sample = model.tokenize(texts, prepend_bos=cfg.prepend_bos, context_size=cfg.context_size)
         lengths = [len(row) for row in sample]
-        given = cfg.nested.d_in if cfg.nested is not None else cfg.d_in
-        cfg.expansion(given or model.d_model)  # a d_sae that does not fit is known before anything is collected
-        most = MOST_BYTES // (4 * (given or model.d_model))
+        d_in = hook_width(model, cfg.hook_name)
+        cfg.expansion(d_in)  # widths that do not fit are known before anything is collected
+        most = MOST_BYTES // (4 * d_in)
         # a tenth more: what is held out for validation, and texts that are shorter than those at the beginning
         rows = min(math.ceil(cfg.training_tokens * 1.1), most)
         rows = max(rows, 2 * cfg.train_batch_size_tokens)
