@@ -124,6 +124,9 @@ def test_what_is_held_comes_back_bit_for_bit_and_the_rest_is_refused(
         path = write(name, loaded, Path(folder))
         assert [form.name for form in FORMATS.values() if form.sniff(path)] == [name]
         back = read(name, path)
+        if path.is_file():  # the folder that holds it will do as well
+            assert FORMATS[name].sniff(path.parent)
+            assert_same(read(name, path.parent), back)
     assert_same(back, loaded, exactly=name != "mistudio")
 
 

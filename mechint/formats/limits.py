@@ -6,6 +6,12 @@ from typing import Any
 from mechint.errors import MechintError
 from mechint.formats.base import Format, Loaded, Normalize
 
+NORMALISED: dict[Normalize, str] = {
+    "none": "inputs that are not normalised",
+    "sqrt_d": "inputs scaled to the norm sqrt(d_in)",
+    "layer_norm": "layer-normalised inputs",
+}
+
 
 def beyond(
     loaded: Loaded,
@@ -25,7 +31,7 @@ def beyond(
     if loaded.transcoder and not transcoder:
         return "a transcoder"
     if loaded.normalize not in normalize:
-        return "inputs that are not normalised" if loaded.normalize == "none" else f"inputs after {loaded.normalize}"
+        return NORMALISED[loaded.normalize]
     if loaded.scale != 1.0:
         return f"a constant input scale ({loaded.scale:g})"
     if loaded.rescale_acts_by_decoder_norm:

@@ -20,15 +20,21 @@ from mechint.formats.files import peek_pt, read_pt, refuse_unknown, take_tensors
 from mechint.formats.limits import beyond, refuse
 
 NAMES = {"pre_bias": "b_dec", "encoder.weight T": "W_enc", "latent_bias": "b_enc", "decoder.weight T": "W_dec"}
+WEIGHTS_FILE = "autoencoder.pt"  # where we choose; OpenAI's own are numbered by layer
 TIED = "decoder.linear.weight"
 OTHERS = {"stats_last_nonzero", "activation", "activation_state_dict"}
 
 
+def _file(path: Path) -> Path:
+    return path / WEIGHTS_FILE if path.is_dir() else path
+
+
 def sniff(path: Path) -> bool:
-    return path.is_file() and peek_pt(path) >= {"pre_bias", "encoder.weight", "latent_bias"}
+    return _file(path).is_file() and peek_pt(_file(path)) >= {"pre_bias", "encoder.weight", "latent_bias"}
 
 
 def read(path: Path) -> Loaded:
+    path = _file(path)
     state = read_pt(path)
     activation = state.get("activation", "ReLU")
     if activation not in ("ReLU", "TopK"):
@@ -93,5 +99,5 @@ FORMAT = Format(
     read=read,
     write=write,
     holds=holds,
-    file_name="autoencoder.pt",
+    file_name=WEIGHTS_FILE,
 )

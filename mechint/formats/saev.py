@@ -29,6 +29,7 @@ from mechint.formats.files import (
 from mechint.formats.limits import beyond, refuse
 from mechint.provenance import get_git_commit
 
+WEIGHTS_FILE = "sae.pt"
 SCHEMA = 5
 # The first schema of files whose encoder does not subtract b_dec.
 UNSUBTRACTED = 2
@@ -40,7 +41,12 @@ ZIP_START = b"PK\x03\x04"
 DEFAULT_TOP_K = 32
 
 
+def _file(path: Path) -> Path:
+    return path / WEIGHTS_FILE if path.is_dir() else path
+
+
 def sniff(path: Path) -> bool:
+    path = _file(path)
     try:
         return path.is_file() and _header(path) is not None
     except MechintError:
@@ -64,6 +70,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int] | None:
 
 
 def read(path: Path) -> Loaded:
+    path = _file(path)
     found = _header(path)
     if found is None:
         raise MechintError(f"{path} is not a saev checkpoint: expected a line of JSON and a torch archive after it")
@@ -198,5 +205,5 @@ FORMAT = Format(
     read=read,
     write=write,
     holds=holds,
-    file_name="sae.pt",
+    file_name=WEIGHTS_FILE,
 )
