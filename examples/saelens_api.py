@@ -1,6 +1,6 @@
 """SAELens's API on mechint, end to end: train, inspect, save, publish, load, put into the model.
 
-    python examples/saelens_api.py                          # a minute on the built-in model, no network
+    python examples/saelens_api.py                          # half a minute on the built-in model, no network
     python examples/saelens_api.py --repo USER/my-saes      # also uploads to the Hub (log in first), loads from it
 
 Code that imports these names from `sae_lens` runs with the import changed; docs/saelens.md says what differs.
