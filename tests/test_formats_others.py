@@ -544,6 +544,35 @@ def test_dictionary_learning_names_its_hook(tmp_path: Path):
     assert "unit norm" in loaded.notes[0]
 
 
+def test_dictionary_learning_checkpoints_have_their_config_one_folder_up(tmp_path: Path):
+    s = linear_state() | {
+        "b_dec": torch.randn(5),
+        "k": torch.tensor(3, dtype=torch.int),
+        "threshold": torch.tensor(0.6),
+    }
+    folder = dictionary(tmp_path / "trainer_0", "BatchTopKSAE", s, k=3)
+    (folder / "checkpoints").mkdir()
+    early = folder / "checkpoints" / "ae_1000.pt"
+    torch.save(s | {"threshold": torch.tensor(0.25)}, early)
+    assert [form.name for form in FORMATS.values() if form.sniff(early)] == ["dictionary_learning"]
+    assert float(read("dictionary_learning", early).tensors["threshold"][0]) == 0.25
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_file_that_may_not_be_read_is_an_error(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = any_file(name, tmp_path)
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    for module in (f"mechint.formats.{name}", "mechint.formats.files"):
+        monkeypatch.setattr(f"{module}.open", refuse, raising=False)
+        monkeypatch.setattr(f"{module}.safe_open", refuse, raising=False)
+    with pytest.raises(MechintError, match="denied"):
+        read(name, path)
+    FORMATS[name].sniff(path)
+
+
 def test_a_file_saved_on_cuda_opens_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     s = linear_state() | {"bias": torch.randn(5)}
     monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")

@@ -56,14 +56,16 @@ def sniff(path: Path) -> bool:
 def _header(path: Path) -> tuple[dict[str, Any], int] | None:
     """`(first line as JSON, its length)`, or None where the file does not begin with a line and an archive."""
     require_file(path)
-    with open(path, "rb") as file:
-        if file.read(1) != b"{":
-            return None
-        line = b"{" + file.readline(MAX_HEADER)
-        if not line.endswith(b"\n") or file.read(len(ZIP_START)) != ZIP_START:
-            return None
     try:
+        with open(path, "rb") as file:
+            if file.read(1) != b"{":
+                return None
+            line = b"{" + file.readline(MAX_HEADER)
+            if not line.endswith(b"\n") or file.read(len(ZIP_START)) != ZIP_START:
+                return None
         header = json.loads(line)
+    except OSError as error:
+        raise MechintError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise MechintError(f"{path}: its first line is not JSON: {one_line(error, 100)}") from error
     return (header, len(line)) if isinstance(header, dict) else None
