@@ -14,6 +14,14 @@ _PUBLIC = {
     "SAETrainConfig": "mechint.config",
     "SparseAutoEncoder": "mechint.sae",
     "SAEloss": "mechint.sae",
+    # the SAELens-style API: docs/saelens.md
+    "SAE": "mechint.saelens",
+    "SAEConfig": "mechint.saelens",
+    "HookedSAETransformer": "mechint.saelens",
+    "ActivationsStore": "mechint.saelens",
+    "LanguageModelSAERunnerConfig": "mechint.saelens",
+    "SAETrainingRunner": "mechint.saelens",
+    "upload_saes_to_huggingface": "mechint.saelens",
 }
 __all__ = sorted(_PUBLIC)
 

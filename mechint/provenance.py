@@ -134,6 +134,8 @@ def read_json(path: str | os.PathLike, what: str = "JSON file") -> dict[str, Any
         raise MechintError(f"{what} not found: {path}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise MechintError(f"{what} {path} cannot be read: {error}") from error
+    except RecursionError:
+        raise MechintError(f"{what} {path} cannot be read: it is nested too deeply") from None
     if not isinstance(value, dict):
         raise MechintError(f"{what} {path} should hold a JSON object, found {type(value).__name__}")
     return value

@@ -109,6 +109,8 @@ class SAE(nn.Module, ABC):
         # folds the norms into the encoder.
         self.unit_decoder = True
         self.metadata: dict[str, Any] = {}
+        if self.W_enc.is_meta:  # shapes only, values come from a file; random ops on meta import torch's compiler
+            return
         with torch.no_grad():  # drawn row by row, so that the numbers do not depend on the layout
             self.W_enc.copy_(nn.init.xavier_normal_(torch.empty(d_in, d_sae), generator=generator))
         nn.init.xavier_normal_(self.W_dec, generator=generator)

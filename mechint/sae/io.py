@@ -6,7 +6,6 @@ ever unpickles code: `.pt` files are opened with `weights_only=True`.
 
 import pickle
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mechint import __version__
 from mechint.errors import MechintError, one_line
 from mechint.provenance import atomic_path, make_dir, read_json, write_json
 from mechint.sae.base import ARCHITECTURES, MIN_DECODER_NORM, SAE
 
 CFG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
+# The layout that cfg.json follows. SAELens keeps a file's metadata only beside a version of its own, from 6 on.
+SAELENS_VERSION = "6.54.12"
+# What every cfg.json of ours says of itself, in its metadata. Not kept when it is read.
+OUR_MARKS = {"sae_lens_version": SAELENS_VERSION, "mechint_version": __version__}
 # How the original pipeline collected (compare TransformerLens's old default): residual minus its mean, BOS prepended.
 LEGACY_SETTING = {"processing": "centred", "prepend_bos": True, "legacy": True}
 
@@ -56,7 +60,7 @@ def save_sae_folder(sae: SAE, folder: str | Path) -> None:
         "normalize_activations": "none",
         "reshape_activations": "none",
         **sae.extra_cfg(),
-        "metadata": dict(sae.metadata),
+        "metadata": {**sae.metadata, **OUR_MARKS},
     }
     write_json(folder / CFG_FILE, cfg)
 
@@ -64,6 +68,17 @@ def save_sae_folder(sae: SAE, folder: str | Path) -> None:
 def metadata_path(checkpoint: Path) -> Path:
     """`X.json` of `X.pt`: what an SAE was trained on, for a checkpoint in the legacy layout."""
     return checkpoint.with_suffix(".json")
+
+
+def own_metadata(metadata: Any) -> dict[str, Any]:
+    """The metadata of a cfg.json without the marks of its writer, which may say how activations were processed."""
+    if not isinstance(metadata, dict):
+        raise MechintError(f"metadata of an SAE should be a JSON object, found {type(metadata).__name__}")
+    if "mechint_version" in metadata:  # ours: names the processing wherever it is known
+        return {name: value for name, value in metadata.items() if name not in OUR_MARKS}
+    if "sae_lens_version" in metadata:
+        return {"processing": "raw", **metadata}  # SAELens loads its models without processing
+    return dict(metadata)
 
 
 def load_sae(path: str | Path, *, config: str | Path | None = None, device: str = "cpu") -> SAE:
@@ -88,18 +103,17 @@ def load_sae(path: str | Path, *, config: str | Path | None = None, device: str 
             tensors = read_state_dict(path)
         else:
             raise MechintError(
-                f"{path} holds neither checkpoint.pt nor {CFG_FILE}: not a run directory or an SAE folder"
+                f"{path} holds neither checkpoint.pt nor {CFG_FILE}: not a run directory or an SAE folder;"
+                " `mechint convert` opens those of other tools"
             )
     else:
         tensors = read_state_dict(path)
         if (path.parent / "sae" / CFG_FILE).is_file():
-            metadata = dict(read_json(path.parent / "sae" / CFG_FILE).get("metadata") or {})
+            metadata = own_metadata(read_json(path.parent / "sae" / CFG_FILE).get("metadata") or {})
         elif metadata_path(path).is_file():
-            metadata = read_json(metadata_path(path)).get("sae_metadata")
+            metadata = own_metadata(read_json(metadata_path(path)).get("sae_metadata") or {})
     sae = sae_from_tensors(tensors, source=str(path))
     metadata = metadata or {}
-    if "sae_lens_version" in metadata:
-        metadata = {"processing": "raw", **metadata}  # SAELens loads its models without processing
     sae.metadata = metadata if "processing" in metadata else {**_legacy_metadata(path, config), **metadata}
     return sae.to(device)
 
@@ -135,7 +149,7 @@ def read_state_dict(path: str | Path) -> dict[str, Any]:
             f"{path} is not a plain tensor file and was not executed; expected a state dict saved with torch.save"
             f" ({one_line(error, 90)})"
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a broken pickle can fail in any way: IndexError, AttributeError, UnicodeError ...
         raise MechintError(f"{path} is truncated or not a checkpoint: {one_line(error, 120)}") from error
     if not isinstance(loaded, dict):
         raise MechintError(f"{path} holds a {type(loaded).__name__}, not the state dict of an SAE")
@@ -150,7 +164,10 @@ def sae_from_tensors(tensors: dict[str, Any], *, source: str) -> SAE:
     cls = next((kind for kind in ARCHITECTURES.values() if set(kind.saved_tensors) == set(tensors)), None)
     if cls is None or not all(isinstance(value, Tensor) for value in tensors.values()):
         found = ", ".join(sorted(map(str, tensors))[:8]) or "nothing"
-        raise MechintError(f"{source} is not an SAE: expected W_enc, b_enc, W_dec and b_pre (or b_dec), found {found}")
+        raise MechintError(
+            f"{source} is not an SAE: expected W_enc, b_enc, W_dec and b_pre (or b_dec), found {found};"
+            " `mechint convert` opens the files of other tools"
+        )
     W_dec = tensors["W_dec"]
     if W_dec.ndim != 2:
         raise MechintError(f"{source}: W_dec should be [d_sae, d_in], found shape {list(W_dec.shape)}")
@@ -185,7 +202,14 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise MechintError(
             f"{folder}: only {known} with apply_b_dec_to_input and without input normalisation open"
             f" here; this one is {architecture!r}, apply_b_dec_to_input {cfg.get('apply_b_dec_to_input', True)},"
-            f" normalize_activations {cfg.get('normalize_activations', 'none')!r}"
+            f" normalize_activations {cfg.get('normalize_activations', 'none')!r};"
+            f" `mechint convert {folder} NEW` writes it anew if weights can say that"
+        )
+    activation = cfg.get("activation_fn_str") or cfg.get("activation_fn")  # SAELens's keys before 6
+    if activation not in (None, "relu", architecture):
+        raise MechintError(
+            f"{folder}: {architecture} with the activation function {activation!r} does not open here;"
+            f" `mechint convert {folder} NEW` writes it anew if it can"
         )
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
@@ -203,7 +227,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors["W_enc"] = tensors["W_enc"] * norms
         tensors["b_enc"] = tensors["b_enc"] * norms
         tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
-    return tensors, dict(cfg.get("metadata") or {})
+    return tensors, own_metadata(cfg.get("metadata") or {})
 
 
 def _legacy_metadata(path: Path, config: str | Path | None) -> dict[str, Any]:

@@ -1,0 +1,29 @@
+"""`mechint convert SRC DST --to FORMAT`: an SAE in another tool's format, with a certificate."""
+
+from collections.abc import Sequence
+
+from mechint.cli.flags import command, parse
+from mechint.config.formats import ConvertConfig
+
+
+@command
+def main(argv: Sequence[str]) -> int:
+    config = parse(ConvertConfig, argv, prog="mechint convert")
+    from mechint.formats.convert import convert_each
+
+    done = convert_each(
+        config.source,
+        config.output,
+        to=config.to,
+        from_format=config.from_format,
+        overwrite=config.overwrite,
+        n_probes=config.n_probes,
+        seed=config.seed,
+    )
+    for output, (certificate, path) in done.items():
+        print(f"output: {output}")
+        print(f"certificate: {path}")
+        print(f"folded: {', '.join(certificate.folded) or 'nothing'}")
+        print(f"encode_difference: {certificate.encode_difference:.2e}  (relative, {certificate.n_probes} probes)")
+        print(f"decode_difference: {certificate.decode_difference:.2e}")
+    return 0

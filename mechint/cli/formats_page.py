@@ -1,0 +1,153 @@
+"""docs/formats.md, made from the registry of formats: `python -m mechint.cli.formats_page docs/formats.md`."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mechint.cli.flags import command
+from mechint.provenance import write_text
+
+HEAD = """# Formats
+
+<!-- written by `python -m mechint.cli.formats_page docs/formats.md` -->
+
+    mechint identify PATH                      what an SAE's files are
+    mechint convert SRC DST --to saelens       another format, with a certificate beside the output
+    python scripts/export_sae.py --run-dir runs/x --format saelens
+
+| `--to`, `--from` | format | read | write | how its files are told |
+| --- | --- | --- | --- | --- |
+"""
+
+TAIL = """
+## What each can hold
+
+Yes: as it is. Folded: after an exact fold of the weights (below). No: refused. Each cell is the answer of the format
+itself for a small random SAE of that kind.
+
+{kinds}
+
+## Folds
+
+Formats disagree on what is done to the input before encoding. What can be said with weights is moved into them, in
+float64, rounded once:
+
+| what | fold |
+| --- | --- |
+| `b_dec` is not subtracted from the input | `b_enc += b_dec @ W_enc` (gated: `b_gate`, `b_mag` by `exp(r_mag)`) |
+| `b_dec` is subtracted, and the target does not do that | the reverse |
+| inputs are multiplied by a constant s | `W_enc *= s`, `W_dec /= s`, `b_dec /= s` |
+| top-k chooses by activation times decoder norm n | `W_enc *= n`, `b_enc *= n`, `W_dec /= n` |
+| thresholds below 0 | 0: the ReLU drops what lies between |
+| ReLU where a format has only JumpReLU, and back | thresholds of 0 |
+
+What no weights can say is refused, with the reason: top-k without k, top-k that keeps negative entries, inputs
+normalised one by one where the target does not do it, transcoders where it has none, an input scale whose value is
+not in the files.
+
+## The certificate
+
+`certificate.json` in the folder (or beside the file) holds the largest differences between both sides on probe
+vectors. The output is read back by its own reader first, so keys, orientations and settings are tested too. Both
+sides are computed in float64 from the float32 tensors. Probes are Gaussian vectors and mixtures of encoder directions
+around `b_dec`, at 0.1 to 30 times the size at which the median latent begins to fire. Differences of codes are
+relative to the largest code of the probe, those of reconstructions to its largest entry; allowed are 1e-6, and 1e-5
+after a fold. A conversion that exceeds them is not kept. Codes whose latent rounding switches on or off (a
+pre-activation within 1e-6 of its threshold) are counted instead (`at_border`). `weights_equal` says that no bit of a
+shared tensor changed.
+
+The certificate compares what this package takes the two formats to mean. That the other tools mean the same is tested
+against the tools themselves (`tests/test_peer_formats*.py`).
+
+## Untrusted files
+
+Opened are safetensors, npz without pickle, JSON, and `.pt` with `weights_only=True`. What a path is, is found out from
+names, first bytes and JSON keys; nothing is executed. Broken files are one line of error.
+
+## Adding a format
+
+One file in `mechint/formats/` that defines `FORMAT = Format(...)` (`mechint/formats/base.py`): `sniff`, `read` into a
+`Loaded`, `write`, and `holds`, which says what the format can hold as it is. A reader ends with `checked(...)`. A
+writer folds nothing: `convert` tries the folds and hands over the first form that `holds` accepts. The registry, both
+commands, this page and the common round-trip tests find it because it is there.
+"""
+
+# What the table of kinds asks each format about.
+KINDS: dict[str, dict[str, Any]] = {
+    "standard": {},
+    "topk": {"options": {"k": 2}},
+    "jumprelu": {},
+    "jumprelu with one threshold": {},
+    "gated": {},
+    "b_dec not subtracted": {"apply_b_dec_to_input": False},
+    "inputs to norm sqrt(d_in)": {"normalize": "sqrt_d"},
+    "inputs layer-normed": {"normalize": "layer_norm"},
+    "constant input scale": {"scale": 2.0},
+    "topk by decoder norm": {"options": {"k": 2}, "rescale_acts_by_decoder_norm": True},
+    "topk without ReLU": {"options": {"k": 2}, "topk_relu": False},
+    "transcoder": {"transcoder": True, "apply_b_dec_to_input": False},
+    "topk transcoder": {"options": {"k": 2}, "transcoder": True, "apply_b_dec_to_input": False},
+    "skip transcoder": {"transcoder": True, "apply_b_dec_to_input": False},
+}
+
+
+def page() -> str:
+    """The whole of docs/formats.md."""
+    from mechint.formats import FORMATS
+
+    rows = []
+    for name, found in sorted(FORMATS.items()):
+        can = ["yes" if side else "no" for side in (found.read, found.write)]
+        rows.append(f"| `{name}` | {found.title} | {can[0]} | {can[1]} | {found.marks} |\n")
+    return HEAD + "".join(rows) + TAIL.format(kinds=kinds_table())
+
+
+def kinds_table() -> str:
+    """Which format holds which kind of SAE, as the formats answer."""
+    from mechint.errors import MechintError
+    from mechint.formats import FORMATS
+    from mechint.formats.convert import held_variant
+
+    targets = [found for _, found in sorted(FORMATS.items()) if found.write]
+    lines = ["| | " + " | ".join(f"`{found.name}`" for found in targets) + " |", "| --- " * (len(targets) + 1) + "|"]
+    for kind in KINDS:
+        cells = []
+        for target in targets:
+            try:
+                folded = held_variant(example(kind), target)[1]
+                cells.append("folded" if folded else "yes")
+            except MechintError:
+                cells.append("no")
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def example(kind: str) -> Any:
+    """A small SAE of a kind of `KINDS`, with nothing zero."""
+    import torch
+
+    from mechint.formats.base import Loaded, checked
+
+    generator = torch.Generator().manual_seed(0)
+    architecture = next((name for name in ("topk", "jumprelu", "gated") if name in kind), "standard")
+    names = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}.get(architecture, ("b_enc",))
+    shapes = {"W_enc": (4, 8), "W_dec": (8, 4), "b_dec": (4,), **dict.fromkeys(names, (8,))}
+    if kind == "skip transcoder":
+        shapes["W_skip"] = (4, 4)
+    tensors = {name: torch.rand(shape, generator=generator) + 0.1 for name, shape in shapes.items()}
+    if "one threshold" in kind:
+        tensors["threshold"] = torch.full((8,), 0.5)
+    return checked(Loaded(architecture, tensors, **KINDS[kind]), kind)
+
+
+@command
+def main(argv: Sequence[str]) -> int:
+    path = Path(argv[0] if argv else "docs/formats.md")
+    write_text(path, page())
+    print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""Proof that a conversion changed nothing: probe vectors through both sides, and the largest difference.
+
+Both sides are computed in float64 from the float32 tensors, as `base.py` defines them: what is written is read back by
+the format's own reader first, so a wrong key, orientation or setting shows. Probes lie where this SAE works: around its
+`b_dec`, at sizes from well below to well above those at which its latents begin to fire.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechint.errors import MechintError
+from mechint.formats.base import BLOCK, Loaded, activate, reference_decode, reference_pre
+
+# Weights that are the same bits give the same codes; folded ones are rounded to float32 once more.
+EXACT, FOLDED = 1e-6, 1e-5
+# Sizes of the probes, in units of the size at which the median latent begins to fire.
+SIZES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+# A pre-activation this close to where its latent switches (in units of the probe's largest) may fall on either side
+# when weights are rounded.
+BORDER = 1e-6
+# Codes that are computed at once: 32 MB in float64.
+ENTRIES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What probes showed.
+
+    Attributes:
+        probe_size: RMS of the entries of a probe of size 1, around `b_dec`.
+        folded: what moved from a setting into the weights, in words.
+        weights_equal: whether both sides hold the same bits.
+        encode_difference: largest difference of a code, relative to the largest code of its probe (or to what `b_dec`
+            adds to a pre-activation, where that is larger: in float32 the original rounds at that size too).
+        decode_difference: largest difference of a reconstructed entry, relative to the largest one of its probe.
+        at_border: codes left out because rounding decides whether their latent fires.
+        mean_l0: latents active a probe; the probes say little where it is 0.
+    """
+
+    n_probes: int
+    seed: int
+    probe_size: float
+    folded: tuple[str, ...]
+    weights_equal: bool
+    encode_difference: float
+    decode_difference: float
+    at_border: int
+    mean_l0: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        return max(self.encode_difference, self.decode_difference) <= self.tolerance
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "folded": list(self.folded), "holds": self.holds}
+
+
+def certify(
+    before: Loaded, after: Loaded, *, folded: tuple[str, ...] = (), n_probes: int = 192, seed: int = 0
+) -> Certificate:
+    """Compare two SAEs that should be the same function of an activation.
+
+    Args:
+        folded: what was folded on the way; without it the tolerance is 1e-6, with it 1e-5.
+        n_probes: vectors, spread evenly over the sizes.
+
+    Raises:
+        MechintError: widths that differ.
+    """
+    if (before.d_in, before.d_sae, before.d_out) != (after.d_in, after.d_sae, after.d_out):
+        raise MechintError(
+            f"the widths differ: [{before.d_in}, {before.d_sae}] before, [{after.d_in}, {after.d_sae}] after"
+        )
+    size = firing_size(before)
+    x = probes(before, size, n_probes, seed)
+    reach = bias_reach(before)
+    encode, decode, at_border, active = 0.0, 0.0, 0, 0
+    for part in x.split(max(1, ENTRIES // before.d_sae)):
+        pre = reference_pre(before, part)
+        pre_after = reference_pre(after, part)
+        f_before, f_after = activate(before, pre), activate(after, pre_after)
+        # a latent that rounding switched, not the conversion: its code, and that probe's reconstruction, are left out
+        border = on_border(before, pre, reach) & on_border(after, pre_after, reach)
+        switched = border & ((f_before != 0) != (f_after != 0))
+        differs = (f_before - f_after).abs() / _largest_in_row(f_before).clamp_min(reach)
+        encode = max(encode, _largest(differs.masked_fill(switched, 0.0)))
+        out_before, out_after = reference_decode(before, f_before, part), reference_decode(after, f_after, part)
+        differs = (out_before - out_after).abs() / _largest_in_row(out_before)
+        decode = max(decode, _largest(differs[~switched.any(dim=1)]))
+        at_border += int(switched.sum())
+        active += int((f_before != 0).sum())
+    return Certificate(
+        n_probes=len(x),
+        seed=seed,
+        probe_size=size,
+        folded=folded,
+        weights_equal=same_tensors(before, after),
+        encode_difference=encode,
+        decode_difference=decode,
+        at_border=at_border,
+        mean_l0=active / len(x),
+        tolerance=FOLDED if folded else EXACT,
+    )
+
+
+def probes(loaded: Loaded, size: float, n_probes: int, seed: int) -> Float[Tensor, "n_probes d_in"]:
+    """Half of them Gaussian around `b_dec`, half mixtures of a few encoder directions, which make latents fire."""
+    generator = torch.Generator().manual_seed(seed)
+    around = loaded.tensors["b_dec"].double() / loaded.scale
+    if loaded.transcoder or not loaded.apply_b_dec_to_input:
+        around = torch.zeros(loaded.d_in, dtype=torch.float64)
+    gaussian = torch.randn(n_probes, loaded.d_in, generator=generator, dtype=torch.float64)
+    chosen = torch.randint(loaded.d_sae, (n_probes, 4), generator=generator)
+    rows = loaded.tensors["W_enc"].T[chosen].double()
+    rows = rows / rows.norm(dim=2, keepdim=True).clamp_min(1e-12) * loaded.d_in**0.5
+    share = torch.rand(n_probes, 4, 1, generator=generator, dtype=torch.float64)
+    mixed = (rows * share).sum(dim=1)
+    every_other = (torch.arange(n_probes) % 2 == 0)[:, None]
+    sizes = torch.tensor(SIZES, dtype=torch.float64)[torch.arange(n_probes) // 2 % len(SIZES)]
+    x = around + torch.where(every_other, gaussian, mixed) * (size * sizes)[:, None]
+    return x.float()
+
+
+def firing_size(loaded: Loaded) -> float:
+    """RMS of the entries of an input at which the median latent begins to fire: |offset| / |W_enc column|.
+
+    Where latents have no offset, any size is as good: that of `b_dec`, or 1.
+    """
+    tensors = loaded.tensors
+    norms = tensors["W_enc"].double().norm(dim=0)
+    offset = -tensors["b_gate" if loaded.architecture == "gated" else "b_enc"].double()
+    if loaded.architecture == "jumprelu":
+        offset = offset + tensors["threshold"].double()
+    alive = norms > 0
+    found = float((offset[alive].abs() / norms[alive]).median()) if bool(alive.any()) else 0.0
+    if found <= 0:
+        found = float(tensors["b_dec"].double().square().mean().sqrt()) or 1.0
+    return found / loaded.scale
+
+
+def bias_reach(loaded: Loaded) -> float:
+    """Largest that `b_dec` adds to a pre-activation, or takes from it; 0 for a transcoder."""
+    if loaded.transcoder:
+        return 0.0
+    b_dec = loaded.tensors["b_dec"].double()
+    return max(float((b_dec @ block.double()).abs().max()) for block in loaded.tensors["W_enc"].split(BLOCK, dim=1))
+
+
+def on_border(loaded: Loaded, pre: Float[Tensor, "batch d_sae"], reach: float = 0.0) -> Bool[Tensor, "batch d_sae"]:
+    """Which entries lie so close to where they switch on that rounding may decide."""
+    near = BORDER * pre.abs().amax(dim=1, keepdim=True).clamp_min(reach)
+    if loaded.architecture == "topk":
+        k = loaded.options["k"]
+        cut = pre.topk(min(k + 1, pre.shape[1]), dim=1).values
+        return ((pre - cut[:, k - 1 : k]).abs() <= near) | ((pre - cut[:, -1:]).abs() <= near)
+    cut = loaded.tensors["threshold"].double() if loaded.architecture == "jumprelu" else 0.0
+    return (pre - cut).abs() <= near
+
+
+def same_tensors(before: Loaded, after: Loaded) -> bool:
+    """Whether the tensors that both have are the same bits."""
+    shared = before.tensors.keys() & after.tensors.keys()
+    return all(torch.equal(before.tensors[name], after.tensors[name]) for name in shared)
+
+
+def _largest_in_row(values: Float[Tensor, "batch width"]) -> Float[Tensor, "batch 1"]:
+    return values.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.max()) if values.numel() else 0.0

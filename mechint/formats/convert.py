@@ -1,0 +1,343 @@
+"""From any format to any other: find out what files are, fold what has to be folded, write, read back, compare."""
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mechint import __version__
+from mechint.errors import MechintError, nearest
+from mechint.formats.base import FORMATS, Format, Loaded, expected_shapes, not_ours, variants
+from mechint.formats.certificate import Certificate, certify
+from mechint.provenance import fsync_dir, make_dir, read_json, sha256_file, write_json
+from mechint.sae.io import LEGACY_SETTING
+
+CERTIFICATE_FILE = "certificate.json"
+# Widths of the residual stream of well-known models. A hint: most widths belong to several models.
+MODELS_OF_WIDTH = {
+    128: ("builtin/pythia-tiny",),
+    512: ("EleutherAI/pythia-70m",),
+    768: ("gpt2", "EleutherAI/pythia-160m"),
+    1024: ("gpt2-medium", "EleutherAI/pythia-410m"),
+    1280: ("gpt2-large",),
+    1600: ("gpt2-xl",),
+    2048: ("google/gemma-2b", "EleutherAI/pythia-1b", "EleutherAI/pythia-1.4b", "meta-llama/Llama-3.2-1B"),
+    2304: ("google/gemma-2-2b",),
+    2560: ("EleutherAI/pythia-2.8b",),
+    3072: ("google/gemma-7b", "meta-llama/Llama-3.2-3B"),
+    3584: ("google/gemma-2-9b",),
+    4096: ("meta-llama/Llama-2-7b", "meta-llama/Llama-3.1-8B", "EleutherAI/pythia-6.9b"),
+    4544: ("tiiuae/falcon-7b",),
+    5120: ("meta-llama/Llama-2-13b", "EleutherAI/pythia-12b"),
+    8192: ("meta-llama/Llama-2-70b",),
+}
+# Weights that say nothing without their cfg.json.
+BARE_WEIGHTS = ("sae_weights.safetensors", "sae.safetensors")
+# What an SAE's files should say so that it can be put back into its model.
+WANTED = ("model_name", "hook_name", "processing", "prepend_bos")
+
+
+@dataclass(frozen=True)
+class Identified:
+    """What the files at a path are.
+
+    Attributes:
+        formats: names of all formats that they look like; the first one was read.
+        loaded: the SAE, or None where it could not be read.
+        problem: why not.
+        missing: what the files do not say of the SAE's origin.
+        model_hint: models of this width, or the one that the files name. Never more than a hint in the first case.
+    """
+
+    path: Path
+    formats: tuple[str, ...]
+    loaded: Loaded | None
+    problem: str | None
+    missing: tuple[str, ...]
+    model_hint: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"path": str(self.path), "formats": list(self.formats), "problem": self.problem}
+        if (loaded := self.loaded) is None:
+            return found
+        return found | {
+            "architecture": loaded.architecture,
+            "transcoder": loaded.transcoder,
+            "d_in": loaded.d_in,
+            "d_sae": loaded.d_sae,
+            "d_out": loaded.d_out,
+            "options": loaded.options,
+            "tensors": {name: list(tensor.shape) for name, tensor in loaded.tensors.items()},
+            "apply_b_dec_to_input": loaded.apply_b_dec_to_input,
+            "normalize": loaded.normalize,
+            "scale": loaded.scale,
+            "metadata": loaded.metadata,
+            "missing": list(self.missing),
+            "model_hint": list(self.model_hint),
+            "opens_here": not_ours(loaded) is None,
+            "notes": list(loaded.notes),
+        }
+
+
+def find_format(name: str, *, to: bool = False) -> Format:
+    """The format of a name. Raises `MechintError` with the nearest one, or where it cannot be written."""
+    if name not in FORMATS:
+        raise MechintError(f"unknown format {name!r}; {nearest(name, FORMATS)}")
+    found = FORMATS[name]
+    if (found.write if to else found.read) is None:
+        raise MechintError(f"{found.title} is only {'read' if to else 'written'} here; docs/formats.md lists all")
+    return found
+
+
+def formats_of(path: Path) -> tuple[Format, ...]:
+    """Every format that can be read and that the files at `path` look like."""
+    if not path.exists():
+        raise MechintError(f"{path} does not exist")
+    return tuple(found for found in FORMATS.values() if found.read is not None and found.sniff(path))
+
+
+def inside(path: Path) -> tuple[Path, ...]:
+    """The SAEs in a folder that holds several: its entries that are SAEs, where it is none itself."""
+    if not path.is_dir():
+        return ()
+    own = set(formats_of(path))
+    found = {entry: set(formats_of(entry)) for entry in sorted(path.iterdir()) if not entry.name.startswith(".")}
+    if not own:
+        return tuple(entry for entry, formats in found.items() if formats)
+    # some formats take a folder of such folders for themselves; a run directory's own sae/ is of another one
+    same = tuple(entry for entry, formats in found.items() if entry.is_dir() and formats & own)
+    return same if len(same) > 1 else ()
+
+
+def load(path: str | Path, *, from_format: str | None = None) -> tuple[Format, Loaded]:
+    """Read an SAE in whatever format it is.
+
+    Raises:
+        MechintError: no format, or several of them, or files that are broken.
+    """
+    path = Path(path)
+    if from_format is not None:
+        if not path.exists():
+            raise MechintError(f"{path} does not exist")
+        chosen = find_format(from_format)
+    else:
+        candidates = formats_of(path)
+        if several := inside(path):
+            names = ", ".join(entry.name for entry in several[:6])
+            raise MechintError(f"{path} holds {len(several)} SAEs; give one of them: {names}")
+        if len(candidates) > 1:
+            names = ", ".join(found.name for found in candidates)
+            raise MechintError(f"{path} could be any of {names}: say which with --from")
+        chosen = next(iter(candidates), None)
+        if chosen is None:
+            raise MechintError(unknown_in_words(path))
+    assert chosen.read is not None
+    return chosen, chosen.read(path)
+
+
+def unknown_in_words(path: Path) -> str:
+    """Why nothing opens `path`, and what would help."""
+    folder = path if path.is_dir() else path.parent
+    weights = next((name for name in BARE_WEIGHTS if (folder / name).is_file()), None)
+    if weights is not None and not (folder / "cfg.json").is_file():
+        return (
+            f"{folder / weights} lies there without cfg.json: nothing says which activation function it has and whether"
+            " b_dec is subtracted; write a cfg.json with architecture, d_in, d_sae and apply_b_dec_to_input beside it"
+        )
+    return (
+        f"{path} is in none of the formats that open here ({', '.join(FORMATS)}); docs/formats.md says what their files"
+        " look like"
+    )
+
+
+def identify(path: str | Path) -> Identified:
+    """What the files are, without raising for broken ones. Raises `MechintError` if nothing is at `path`."""
+    path = Path(path)
+    names = tuple(found.name for found in formats_of(path))
+    loaded, problem = None, None
+    try:
+        loaded = load(path, from_format=names[0] if names and not inside(path) else None)[1]
+    except MechintError as error:
+        problem = str(error)
+    if loaded is None:
+        return Identified(path, names, None, problem, (), ())
+    missing = tuple(name for name in WANTED if loaded.metadata.get(name) is None or name in assumed(loaded))
+    named = loaded.metadata.get("model_name")
+    hint = (str(named),) if named else MODELS_OF_WIDTH.get(loaded.d_in, ())
+    return Identified(path, names, loaded, problem, missing, hint)
+
+
+def assumed(loaded: Loaded) -> tuple[str, ...]:
+    """Names in its metadata that no file said: those of a checkpoint of the first pipeline."""
+    return tuple(name for name in LEGACY_SETTING if name != "legacy") if loaded.metadata.get("legacy") else ()
+
+
+def held_variant(loaded: Loaded, target: Format) -> tuple[Loaded, tuple[str, ...]]:
+    """`(SAE, what was folded)`: the least changed tensors of the same function that the format can hold.
+
+    Raises:
+        MechintError: there are none; the reason is the format's about the most folded one.
+    """
+    reasons = []
+    for variant, folded in variants(loaded):
+        reason = target.holds(variant)
+        if reason is None:
+            return variant, folded
+        reasons.append(reason)
+    # what remains in every variant is what cannot be folded; without such a one, what the first lacks
+    common = next((reason for reason in reasons if reasons.count(reason) == len(reasons)), reasons[0])
+    raise MechintError(f"{target.title} cannot hold {common}; what the SAE computes would change, so it is not written")
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    *,
+    to: str = "mechint",
+    from_format: str | None = None,
+    overwrite: bool = False,
+    n_probes: int = 192,
+    seed: int = 0,
+) -> tuple[Certificate, Path]:
+    """Write the SAE at `source` as format `to` at `output`, and prove it: `(certificate, its file)`.
+
+    Files are written beside `output` and moved there once they are read back and hold.
+
+    Raises:
+        MechintError: see `load`; a format that cannot hold the SAE; an `output` that exists without `overwrite`; a
+            written file that computes something else (our mistake or a broken disk: nothing is kept).
+    """
+    source, target = Path(source), find_format(to, to=True)
+    check_output(destination(Path(output), target), overwrite)
+    origin, loaded = load(source, from_format=from_format)
+    extra = {"source": {"path": str(source), "format": origin.name, **_hash(source)}}
+    return write_proved(loaded, Path(output), target, overwrite=overwrite, n_probes=n_probes, seed=seed, extra=extra)
+
+
+def convert_each(source: str | Path, output: str | Path, **arguments: Any) -> dict[Path, tuple[Certificate, Path]]:
+    """`convert` of every SAE in a folder that holds several, into folders of the same names; else of `source` itself.
+
+    Returns:
+        What `convert` returns, under the place of each output.
+    """
+    source, output = Path(source), Path(output)
+    several = () if arguments.get("from_format") or not source.exists() else inside(source)
+    if not several:
+        return {output: convert(source, output, **arguments)}
+    if output.suffix and output.suffix in find_format(arguments.get("to", "mechint"), to=True).suffixes:
+        raise MechintError(f"{source} holds {len(several)} SAEs: {output} should be a folder")
+    places = {entry: output / (entry.stem if entry.is_file() else entry.name) for entry in several}
+    if len(set(places.values())) < len(places):
+        raise MechintError(f"{source} holds files that differ in their suffix only; convert them one by one")
+    return {place: convert(entry, place, **arguments) for entry, place in places.items()}
+
+
+def write_proved(
+    loaded: Loaded,
+    output: Path,
+    target: Format,
+    *,
+    overwrite: bool = False,
+    n_probes: int = 192,
+    seed: int = 0,
+    extra: dict[str, Any] | None = None,
+) -> tuple[Certificate, Path]:
+    """`convert` from an SAE that is loaded already; `extra` goes into the certificate."""
+    assert target.write is not None
+    output = destination(output, target)
+    as_file = target.is_file(output)
+    check_output(output, overwrite)
+    variant, folded = held_variant(loaded, target)
+    make_dir(output.parent)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
+        stage = Path(temporary) / "stage"
+        written = stage / output.name if as_file else stage
+        stage.mkdir()
+        target.write(variant, written)
+        certificate = _read_back(loaded, target, written, folded, n_probes, seed)
+        record = {"mechint_version": __version__, "format": target.name, **(extra or {}), **certificate.to_dict()}
+        record["notes"] = list(loaded.notes)
+        if not as_file:
+            write_json(stage / CERTIFICATE_FILE, record | {"files": sorted(files_in(stage))})
+            _replace_folder(stage, output, Path(temporary) / "old")
+            return certificate, output / CERTIFICATE_FILE
+        beside = output.name + "." + CERTIFICATE_FILE
+        write_json(stage / beside, record)
+        entries = sorted(stage.iterdir(), key=lambda entry: entry.name == output.name)  # the SAE itself last
+        for entry in entries:
+            check_output(output.parent / entry.name, overwrite)
+        for entry in entries:
+            os.replace(entry, output.parent / entry.name)
+        fsync_dir(output.parent)
+        return certificate, output.parent / beside
+
+
+def _read_back(
+    loaded: Loaded, target: Format, written: Path, folded: tuple[str, ...], n_probes: int, seed: int
+) -> Certificate:
+    if target.read is None:
+        raise MechintError(f"{target.title} is not read here, so nothing proves what is written")
+    certificate = certify(loaded, target.read(written), folded=folded, n_probes=n_probes, seed=seed)
+    if not certificate.holds:
+        raise MechintError(
+            f"as {target.title} it computes something else (codes differ by {certificate.encode_difference:.1e},"
+            f" reconstructions by {certificate.decode_difference:.1e}, allowed {certificate.tolerance:.0e}); not kept"
+        )
+    return certificate
+
+
+def destination(output: Path, target: Format) -> Path:
+    """Where the SAE will lie: `output`, or the format's one file in the folder `output`."""
+    return output / target.file_name if target.file_name and not target.is_file(output) else output
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raise `MechintError` if there is something at `output` that may not be replaced."""
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if output.exists() and not overwrite:
+        raise MechintError(f"{output} exists: give another place, or --overwrite")
+    if not output.is_dir():
+        return
+    if not (output / CERTIFICATE_FILE).is_file():
+        raise MechintError(f"{output} is a folder that no conversion wrote; remove it yourself or give another place")
+    recorded = read_json(output / CERTIFICATE_FILE, "certificate").get("files")
+    others = files_in(output) - set(recorded if isinstance(recorded, list) else ())
+    if others:
+        raise MechintError(
+            f"{output} holds what no conversion wrote ({', '.join(sorted(others)[:4])}); remove it yourself or give"
+            " another place"
+        )
+
+
+def files_in(folder: Path) -> set[str]:
+    """Files below a folder, relative to it, without its certificate."""
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    return found - {CERTIFICATE_FILE}
+
+
+def _replace_folder(stage: Path, output: Path, aside: Path) -> None:
+    """Rename `stage` to `output`; what was there goes `aside`, to be removed with it."""
+    if output.exists():
+        os.replace(output, aside)
+    try:
+        os.replace(stage, output)
+    except OSError:
+        if aside.exists():
+            os.replace(aside, output)
+        raise
+    fsync_dir(output.parent)
+    if aside.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _hash(source: Path) -> dict[str, Any]:
+    """SHA-256 of a source that is one file."""
+    return {"sha256": sha256_file(source)} if source.is_file() else {}
+
+
+def shapes_in_words(loaded: Loaded) -> str:
+    """`W_enc [512, 4096]  b_enc [4096] ...`, in a fixed order."""
+    return "  ".join(f"{name} {list(shape)}" for name, shape in expected_shapes(loaded).items())

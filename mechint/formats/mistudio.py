@@ -1,0 +1,235 @@
+"""miStudio checkpoints: `checkpoint.safetensors`, in a folder or in its `layer_<i>[_<hook type>]` folders.
+
+    model.encoder.weight [d_sae, d_in]   model.encoder.bias   model.decoder.weight [d_in, d_sae]
+    model.decoder.bias [d_in]   model.decoder_bias [d_in]     (tied: no model.decoder.weight; either bias may be absent)
+or, JumpReLU,
+    model.W_enc [d_sae, d_in]   model.b_enc   model.W_dec [d_in, d_sae]   model.b_dec   model.activation.log_threshold
+
+and `optimizer.*`, which is left out. b_dec is not subtracted from the input; both decoder biases are added. Two
+settings change the function but are not in the checkpoint: `top_k_sparsity` (percent of d_sae, after ReLU) and
+`normalize_activations`. They are taken from `metadata.json` beside it or from its string metadata. A checkpoint of a
+training (it has a `step`) that names no normalisation was trained with miStudio's default, constant_norm_rescale.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechint.errors import MechintError, one_line
+from mechint.formats.base import Format, Loaded, Normalize, checked
+from mechint.formats.files import (
+    peek_safetensors,
+    read_safetensors,
+    read_settings,
+    refuse_unknown,
+    take_tensors,
+    write_safetensors,
+)
+from mechint.formats.limits import beyond, layer_of, refuse
+from mechint.provenance import make_dir, write_json
+
+CHECKPOINT_FILE, METADATA_FILE = "checkpoint.safetensors", "metadata.json"
+STANDARD = {
+    "encoder.weight T": "W_enc",
+    "encoder.bias": "b_enc",
+    "decoder.weight T?": "W_dec",
+    "decoder.bias?": "decoder.bias",
+    "decoder_bias?": "decoder_bias",
+}
+JUMPRELU = {"W_enc T": "W_enc", "b_enc": "b_enc", "W_dec T": "W_dec", "b_dec": "b_dec"}
+LOG_THRESHOLD = "activation.log_threshold"
+NORMALIZE: dict[str, Normalize] = {"none": "none", "constant_norm_rescale": "sqrt_d", "layer_norm": "layer_norm"}
+HOOKS = {"residual": "hook_resid_post", "mlp": "hook_mlp_out", "attention": "hook_attn_out"}
+
+
+def _candidates(path: Path) -> list[Path]:
+    """The checkpoints at a path: the file itself, the folder's, or those of its layer folders."""
+    if not path.is_dir():
+        return [path]
+    if (path / CHECKPOINT_FILE).is_file():
+        return [path / CHECKPOINT_FILE]
+    return sorted(path.glob(f"layer_*/{CHECKPOINT_FILE}"))
+
+
+def sniff(path: Path) -> bool:
+    files = _candidates(path)
+    names = set(peek_safetensors(files[0])) if files else set()
+    return bool(names) and (names >= {"model.encoder.weight"} or names >= {"model.W_enc", "model.W_dec"})
+
+
+def read(path: Path) -> Loaded:
+    files = _candidates(path)
+    if len(files) != 1:
+        inside = f" give one of its folders: {', '.join(file.parent.name for file in files)}" if files else ""
+        raise MechintError(f"{path} holds {len(files) or 'no'} miStudio checkpoints, expected one;{inside}".rstrip(";"))
+    file = files[0]
+    state, strings = read_safetensors(file)
+    model = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
+    refuse_unknown({name: 0 for name in state if not name.startswith(("model.", "optimizer."))}, set(), file)
+    settings = _settings(file, strings)
+    kind = str(settings.get("architecture", ""))
+    transcoder = "transcoder" in kind.lower()
+    if "skip" in kind.lower():
+        raise MechintError(f"{file} is a {kind}: what its skip connection computes is not known here")
+    architecture, tensors = _tensors(file, model)
+    options: dict[str, Any] = {}
+    if (percent := settings.get("top_k_sparsity")) is not None and architecture == "standard":
+        architecture, options = "topk", {"k": k_of_percent(_number(percent, file), tensors["W_enc"].shape[1])}
+    elif "topk" in (kind.lower(), settings.get("activation_fn")):
+        raise MechintError(f"{file} is said to be top-k, without k: write top_k_sparsity (percent) to {METADATA_FILE}")
+    normalize, notes = _normalisation(file, settings)
+    loaded = Loaded(
+        architecture,
+        tensors,
+        options,
+        apply_b_dec_to_input=False,
+        normalize=normalize,
+        transcoder=transcoder,
+        metadata=_metadata(file, settings),
+        notes=notes,
+    )
+    return checked(loaded, file)
+
+
+def _tensors(file: Path, model: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    if "W_enc" in model:
+        refuse_unknown(model, {name.removesuffix(" T") for name in JUMPRELU} | {LOG_THRESHOLD}, file)
+        tensors = take_tensors(model, {**JUMPRELU, LOG_THRESHOLD: "threshold"}, file)
+        # -inf stands for a threshold of 0; float64 so that its only rounding is the last
+        tensors["threshold"] = tensors["threshold"].double().exp().float()
+        return "jumprelu", tensors
+    refuse_unknown(model, {name.removesuffix("?").removesuffix(" T") for name in STANDARD}, file)
+    tensors = take_tensors(model, STANDARD, file)
+    if "W_dec" not in tensors:
+        tensors["W_dec"] = tensors["W_enc"].t().clone()
+    biases = [tensors.pop(name) for name in ("decoder.bias", "decoder_bias") if name in tensors]
+    if not biases:
+        raise MechintError(f"{file} has neither decoder.bias nor decoder_bias")
+    if len({bias.shape for bias in biases}) > 1:
+        raise MechintError(
+            f"{file}: decoder.bias {list(biases[0].shape)} and decoder_bias {list(biases[1].shape)} differ"
+        )
+    tensors["b_dec"] = biases[0] if len(biases) == 1 else (biases[0].double() + biases[1].double()).float()
+    return "standard", tensors
+
+
+def _settings(file: Path, strings: Mapping[str, str]) -> dict[str, Any]:
+    """What is said beside the tensors: the checkpoint's string metadata, and metadata.json, which has the last word."""
+    settings: dict[str, Any] = dict(strings)
+    if (file.parent / METADATA_FILE).is_file():
+        settings |= read_settings(file.parent / METADATA_FILE, "miStudio metadata")
+    for name in ("hyperparameters", "training_hyperparameters"):  # as the service nests what the training was given
+        nested = settings.get(name)
+        if isinstance(nested, str):
+            try:
+                nested = json.loads(nested)
+            except (ValueError, RecursionError) as error:
+                raise MechintError(f"{file}: {name} is not JSON: {one_line(error, 80)}") from error
+        if isinstance(nested, dict):
+            settings = {**nested, **settings}
+    return settings
+
+
+def _normalisation(file: Path, settings: Mapping[str, Any]) -> tuple[Normalize, tuple[str, ...]]:
+    named = settings.get("normalize_activations")
+    if named is not None:
+        if named not in NORMALIZE:
+            raise MechintError(f"{file}: normalize_activations {named!r} is not one of {', '.join(NORMALIZE)}")
+        return NORMALIZE[named], ()
+    if "step" in settings and "original_format" not in settings:
+        note = (
+            "nothing says how inputs were normalised: taken as miStudio's default for training, constant_norm_rescale;"
+            f' if it was not, write {{"normalize_activations": "none"}} to {METADATA_FILE} beside the checkpoint'
+        )
+        return "sqrt_d", (note,)
+    return "none", ()
+
+
+def k_of_percent(percent: float, d_sae: int) -> int:
+    """Latents kept a vector, as miStudio counts them."""
+    return min(d_sae, max(1, int(percent / 100 * d_sae)))
+
+
+def _number(value: Any, file: Path) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, bool) or not 0 < number <= 100:
+        raise MechintError(f"{file}: top_k_sparsity should be a percentage above 0, found {value!r}")
+    return number
+
+
+def _metadata(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    ours = settings.get("mechint")
+    if isinstance(ours, dict):
+        return dict(ours)
+    metadata: dict[str, Any] = {}
+    if isinstance(settings.get("model_name"), str):
+        metadata["model_name"] = settings["model_name"]
+    found = re.fullmatch(r"layer_(\d+)(?:_(\w+))?", file.absolute().parent.name)
+    if found and (found[2] or "residual") in HOOKS:
+        metadata["hook_name"] = f"blocks.{found[1]}.{HOOKS[found[2] or 'residual']}"
+    return metadata
+
+
+def holds(loaded: Loaded) -> str | None:
+    if loaded.architecture == "topk":
+        return "the k of a top-k (miStudio keeps it in its database, not in a checkpoint)"
+    known: tuple[Normalize, ...] = ("none", "sqrt_d", "layer_norm")
+    reason = beyond(loaded, architectures=("standard", "jumprelu"), subtracts_b_dec=False, normalize=known)
+    if reason is None and loaded.architecture == "jumprelu" and bool((loaded.tensors["threshold"] < 0).any()):
+        return "thresholds below 0 (it keeps their logarithms)"
+    return reason
+
+
+def write(loaded: Loaded, path: Path) -> None:
+    """Thresholds are kept as logarithms in float32, which moves them by some units in the last place."""
+    refuse(FORMAT, loaded)
+    make_dir(path)
+    t, names = loaded.tensors, {value: key for key, value in NORMALIZE.items()}
+    if loaded.architecture == "jumprelu":
+        kind, activation = "JumpReLUSAE", "jumprelu"
+        tensors = {"W_enc": t["W_enc"].t(), "b_enc": t["b_enc"], "W_dec": t["W_dec"].t(), "b_dec": t["b_dec"]}
+        tensors[LOG_THRESHOLD] = t["threshold"].double().log().float()
+    else:
+        kind, activation = "SparseAutoencoder", "relu"
+        tensors = {
+            "encoder.weight": t["W_enc"].t(),
+            "encoder.bias": t["b_enc"],
+            "decoder.weight": t["W_dec"].t(),
+            "decoder.bias": torch.zeros_like(t["b_dec"]),
+            "decoder_bias": t["b_dec"],
+        }
+    model = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    write_safetensors(path / CHECKPOINT_FILE, model, {"architecture": kind})
+    metadata = {
+        "format": "mistudio",
+        "original_format": "mechint",
+        "model_name": loaded.metadata.get("model_name"),
+        "layer": layer_of(loaded.metadata),
+        "d_in": loaded.d_in,
+        "d_sae": loaded.d_sae,
+        "architecture": loaded.architecture,
+        "activation_fn": activation,
+        "normalize_activations": names[loaded.normalize],
+        "mechint": loaded.metadata,
+    }
+    write_json(path / METADATA_FILE, metadata, overwrite=False)
+
+
+FORMAT = Format(
+    name="mistudio",
+    title="miStudio checkpoint",
+    marks="`checkpoint.safetensors` of `model.encoder.weight` ... or `model.W_enc` ..., also in `layer_*` folders",
+    sniff=sniff,
+    read=read,
+    write=write,
+    holds=holds,
+)

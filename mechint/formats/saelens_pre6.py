@@ -1,0 +1,65 @@
+"""SAELens before 6, and the community's files that follow it: cfg.json with everything at the top.
+
+It has ReLU, topk (`activation_fn_kwargs.k`), jumprelu and gated; no transcoders. Reading is shared with `saelens`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from mechint.config import layer_of_hook
+from mechint.formats import saelens
+from mechint.formats.base import Format, Loaded
+from mechint.formats.limits import refuse
+from mechint.sae.io import OUR_MARKS
+
+
+def sniff(path: Path) -> bool:
+    cfg = saelens.peek_cfg(path)
+    return cfg is not None and saelens.is_pre_6(cfg)
+
+
+def holds(loaded: Loaded) -> str | None:
+    if loaded.transcoder:
+        return "a transcoder"
+    if loaded.rescale_acts_by_decoder_norm:
+        return "a top-k that weighs latents by their decoder norms"
+    return saelens.holds(loaded)
+
+
+def write(loaded: Loaded, path: Path) -> None:
+    refuse(FORMAT, loaded)
+    said = {name: value for name, value in loaded.metadata.items() if name not in OUR_MARKS}
+    hook = said.get("hook_name")
+    topk = loaded.architecture == "topk"
+    cfg: dict[str, Any] = {
+        **saelens.common_cfg(loaded),
+        "architecture": "standard" if topk else loaded.architecture,
+        "activation_fn_str": "topk" if topk else "relu",
+        "activation_fn_kwargs": dict(loaded.options) if topk else {},
+        "finetuning_scaling_factor": False,
+        "sae_lens_training_version": None,
+        "model_name": said.get("model_name"),
+        "hook_name": hook,
+        "hook_layer": said.get("hook_layer", layer_of_hook(hook) if isinstance(hook, str) else None),
+        "hook_head_index": said.get("hook_head_index"),
+        "prepend_bos": said.get("prepend_bos", True),
+        "context_size": said.get("context_size"),
+        "dataset_path": said.get("dataset_path"),
+        "dataset_trust_remote_code": False,
+        "model_from_pretrained_kwargs": said.get("model_from_pretrained_kwargs", {}),
+        "neuronpedia_id": said.get("neuronpedia_id"),
+        # what the old keys have no place for; SAELens does not look here before 6
+        "metadata": said,
+    }
+    saelens.write_folder(loaded.tensors, cfg, path)
+
+
+FORMAT = Format(
+    name="saelens-pre6",
+    title="SAELens before 6 (also what the community writes as its layout)",
+    marks="cfg.json that names no sae_lens_version of 6 or above, and sae_weights.safetensors",
+    sniff=sniff,
+    read=saelens.read,
+    write=write,
+    holds=holds,
+)

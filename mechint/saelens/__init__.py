@@ -1,0 +1,41 @@
+"""Code that was written for SAELens, on mechint: its names, arguments and returns. See docs/saelens.md.
+
+Names load on first use, so that importing the package imports neither torch nor transformer_lens.
+"""
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "SAE": "mechint.saelens.sae",
+    "SAEConfig": "mechint.saelens.sae_config",
+    "SAEMetadata": "mechint.saelens.sae_config",
+    "HookedSAETransformer": "mechint.saelens.hooked",
+    "ActivationsStore": "mechint.saelens.store",
+    "LanguageModelSAERunnerConfig": "mechint.saelens.config",
+    "LoggingConfig": "mechint.saelens.config",
+    "StandardTrainingSAEConfig": "mechint.saelens.nested",
+    "GatedTrainingSAEConfig": "mechint.saelens.nested",
+    "TopKTrainingSAEConfig": "mechint.saelens.nested",
+    "JumpReLUTrainingSAEConfig": "mechint.saelens.nested",
+    "BatchTopKTrainingSAEConfig": "mechint.saelens.nested",
+    "MatryoshkaBatchTopKTrainingSAEConfig": "mechint.saelens.nested",
+    "SAETrainingRunner": "mechint.saelens.runner",
+    "LanguageModelSAETrainingRunner": "mechint.saelens.runner",
+    "upload_saes_to_huggingface": "mechint.saelens.upload",
+    "neuronpedia_id": "mechint.saelens.neuronpedia",
+    "neuronpedia_url": "mechint.saelens.neuronpedia",
+    "parse_neuronpedia": "mechint.saelens.neuronpedia",
+    "neuronpedia_features": "mechint.saelens.neuronpedia",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'mechint.saelens' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

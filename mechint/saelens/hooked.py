@@ -1,0 +1,372 @@
+"""`HookedSAETransformer`: a language model with SAEs in it, on TransformerLens's bridge (3.9 and 4.x).
+
+An SAE is attached to a hook: what the hook holds is replaced by the SAE's output, and the SAE's own stages become hooks
+of the model, `<hook>.hook_sae_input`, `_acts_pre`, `_acts_post`, `_recons`, `_error` and `_output`, that caches hold
+and that functions can be attached to.
+
+An SAE that was trained on the centred residual stream (TransformerLens's old default processing) is given centred
+values also in a model that is loaded raw: the mean over d_model that centring removes is removed again by every
+LayerNorm that reads the stream, so that predictions are those of a centred model. The other way round is an error.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from mechint.errors import MechintError, nearest
+from mechint.models import LanguageModel, load_model
+from mechint.saelens.sae import HOOKS, SAE, as_sae
+
+# Hooks that hold the residual stream or what is added to it, which is all that centring changes.
+_CENTRED = re.compile(r"(.*\.)?hook_(resid_(pre|mid|post)|mlp_out|attn_out)")
+# Arguments of TransformerLens's own from_pretrained that change no residual stream and no log-probability.
+PROCESSING = ("fold_ln", "center_unembed", "fold_value_biases")
+TOKENS_HOOK = "embed.hook_in"
+
+
+@dataclass(eq=False)
+class Attachment:
+    """An SAE at a hook, and what must be undone to take it off."""
+
+    sae: SAE
+    hook_name: str
+    use_error_term: bool
+    exclude: frozenset[int]  # token ids at whose positions the SAE is passed by
+    handle: Any  # TransformerLens's record of our function at the hook
+    centres: bool
+
+
+@final
+class HookedSAETransformer:
+    """A language model that SAEs can be attached to. Make one with `from_pretrained`.
+
+    Everything that TransformerLens's bridge can do is here as well (`to_tokens`, `run_with_cache`, `run_with_hooks`,
+    `hook_dict`, `generate`, `cfg`, `tokenizer`, ...), with the attached SAEs in place.
+    """
+
+    def __init__(self, model: LanguageModel):
+        self.language_model = model
+        self.bridge: Any = model.bridge
+        self._attached: dict[str, Attachment] = {}
+        self._tokens: Tensor | None = None
+        self._tokens_handle: Any = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name: str,
+        *,
+        device: str | None = None,
+        dtype: str | torch.dtype = "float32",
+        center_writing_weights: bool = False,
+        revision: str | None = None,
+        **processing: Any,
+    ) -> "HookedSAETransformer":
+        """Load a model by Hub id, alias, local folder or `builtin/pythia-tiny`.
+
+        Args:
+            center_writing_weights: TransformerLens's old default processing, under which the residual stream is
+                centred. Off here: SAEs trained on either kind can be attached to a raw model.
+            processing: `fold_ln`, `center_unembed`, `fold_value_biases` are accepted; none of them changes a residual
+                stream or a log-probability.
+
+        Raises:
+            MechintError: unknown model or argument, Hub unreachable, unusable device.
+        """
+        for name in processing:
+            if name not in PROCESSING:
+                raise MechintError(f"from_pretrained has no argument {name!r}; {nearest(name, PROCESSING)}")
+        name = str(dtype).removeprefix("torch.")
+        kind = "centred" if center_writing_weights else "raw"
+        return cls(
+            load_model(model_name, device=device, dtype=name, processing=kind, backend="bridge", revision=revision)
+        )
+
+    @classmethod
+    def from_pretrained_no_processing(cls, model_name: str, **given: Any) -> "HookedSAETransformer":
+        """`from_pretrained` with the hooks exactly as the Hugging Face model computes them."""
+        return cls.from_pretrained(model_name, **{**given, "center_writing_weights": False})
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("bridge", "language_model"):  # not there before __init__ has run
+            raise AttributeError(name)
+        return getattr(self.bridge, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.bridge(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"HookedSAETransformer({self.language_model.name}, SAEs at {', '.join(self._attached) or 'no hook'})"
+
+    def to(self, *args: Any, **kwargs: Any) -> "HookedSAETransformer":
+        """Move the model (not the attached SAEs), as `torch.nn.Module.to`."""
+        self.bridge.to(*args, **kwargs)
+        self.language_model.device = str(next(self.bridge.parameters()).device)
+        return self
+
+    def eval(self) -> "HookedSAETransformer":
+        """Evaluation mode, which a loaded model is in already."""
+        self.bridge.eval()
+        return self
+
+    @property
+    def acts_to_saes(self) -> dict[str, SAE]:
+        """The attached SAEs by the name of their hook."""
+        return {name: attachment.sae for name, attachment in self._attached.items()}
+
+    def get_sae_hook_name(self, sae: Any, internal: str = "hook_sae_acts_post") -> str:
+        """The full name of one of an SAE's hooks, as caches and `hook_dict` have it."""
+        return f"{_hook_of(as_sae(sae))}.{internal}"
+
+    # --- attaching and taking off -------------------------------------------------------------------------------------
+
+    def add_sae(
+        self, sae: Any, use_error_term: bool | None = None, exclude_special_tokens: bool | list[int] = False
+    ) -> None:
+        """Attach an SAE to the hook that it was trained on, in place of one that is there. It stays until `reset_saes`.
+
+        Args:
+            use_error_term: add what the SAE misses, so that the model computes what it did unless the SAE's hooks are
+                interfered with. None: as `sae.use_error_term` says.
+            exclude_special_tokens: pass the SAE by at special tokens (those of the tokenizer, or these ids).
+
+        Raises:
+            MechintError: the SAE names no hook, or one that the model does not have; another width or processing.
+        """
+        sae = as_sae(sae)
+        hook_name = _hook_of(sae)
+        hooks = self.bridge.hook_dict
+        if hook_name not in hooks:
+            raise self._no_hook(hook_name, hooks)
+        centres = self._centres(sae, hook_name)
+        exclude = self._excluded(exclude_special_tokens)
+        self._take_off(hook_name)
+        point = hooks[hook_name]
+        stages = {name: type(point)() for name in HOOKS}
+        for name, stage in stages.items():
+            stage.name = f"{hook_name}.{name}"
+            self.bridge._hook_registry[stage.name] = stage
+        error = sae.use_error_term if use_error_term is None else use_error_term
+        attachment = Attachment(sae, hook_name, error, exclude, None, centres)
+
+        def replace(value: Tensor, hook: Any) -> Tensor:
+            return self._through(attachment, value, lambda name, stage: stages[name](stage))
+
+        point.add_hook(replace, is_permanent=True)
+        attachment.handle = point.fwd_hooks[-1]
+        self._attached[hook_name] = attachment
+        self._watch_tokens()
+
+    def reset_saes(self, act_names: str | Sequence[str] | None = None) -> None:
+        """Take off the SAEs at these hooks, or all. Raises `MechintError` for a hook that has none."""
+        names = list(self._attached) if act_names is None else [act_names] if isinstance(act_names, str) else act_names
+        for name in names:
+            if name not in self._attached:
+                there = ", ".join(self._attached) or "there is none at all"
+                raise MechintError(f"no SAE is attached to {name!r}; attached: {there}")
+        for name in names:
+            self._take_off(name)
+
+    @contextmanager
+    def saes(
+        self,
+        saes: Any = (),
+        reset_saes_end: bool = True,
+        use_error_term: bool | None = None,
+        exclude_special_tokens: bool | list[int] = False,
+    ) -> Iterator["HookedSAETransformer"]:
+        """A block in which these SAEs are attached too; afterwards those are that were before, as they were.
+
+        Args:
+            reset_saes_end: False leaves them attached.
+        """
+        before = dict(self._attached)
+        try:
+            for sae in _listed(saes):
+                self.add_sae(sae, use_error_term, exclude_special_tokens)
+            yield self
+        finally:
+            if reset_saes_end:
+                for name in [name for name, now in self._attached.items() if before.get(name) is not now]:
+                    self._take_off(name)
+                for name, was in before.items():
+                    if name not in self._attached:
+                        self.add_sae(was.sae, was.use_error_term, sorted(was.exclude))
+
+    # --- running ------------------------------------------------------------------------------------------------------
+
+    def run_with_saes(
+        self,
+        *model_args: Any,
+        saes: Any = (),
+        reset_saes_end: bool = True,
+        use_error_term: bool | None = None,
+        exclude_special_tokens: bool | list[int] = False,
+        **model_kwargs: Any,
+    ) -> Any:
+        """A forward pass with these SAEs attached; what the model returns (logits, unless `return_type` says other)."""
+        with self.saes(saes, reset_saes_end, use_error_term, exclude_special_tokens):
+            return self.bridge(*model_args, **model_kwargs)
+
+    def run_with_cache_with_saes(
+        self,
+        *model_args: Any,
+        saes: Any = (),
+        reset_saes_end: bool = True,
+        use_error_term: bool | None = None,
+        exclude_special_tokens: bool | list[int] = False,
+        return_cache_object: bool = True,
+        remove_batch_dim: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """`run_with_cache` with these SAEs attached: `(output, cache)`; the SAEs' hooks are in the cache."""
+        with self.saes(saes, reset_saes_end, use_error_term, exclude_special_tokens):
+            return self.bridge.run_with_cache(
+                *model_args, return_cache_object=return_cache_object, remove_batch_dim=remove_batch_dim, **kwargs
+            )
+
+    def run_with_hooks_with_saes(
+        self,
+        *model_args: Any,
+        saes: Any = (),
+        reset_saes_end: bool = True,
+        use_error_term: bool | None = None,
+        exclude_special_tokens: bool | list[int] = False,
+        fwd_hooks: Sequence[tuple[str | Callable, Callable]] = (),
+        bwd_hooks: Sequence[tuple[str | Callable, Callable]] = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        **model_kwargs: Any,
+    ) -> Any:
+        """`run_with_hooks` with these SAEs attached; functions may be put at the SAEs' hooks.
+
+        Raises:
+            MechintError: a hook that the model does not have (TransformerLens ignores those silently).
+        """
+        with self.saes(saes, reset_saes_end, use_error_term, exclude_special_tokens):
+            there = self.bridge.hook_dict
+            for name, _ in (*fwd_hooks, *bwd_hooks):
+                if isinstance(name, str) and name not in there:
+                    raise self._no_hook(name, there)
+            return self.bridge.run_with_hooks(
+                *model_args,
+                fwd_hooks=list(fwd_hooks),
+                bwd_hooks=list(bwd_hooks),
+                reset_hooks_end=reset_hooks_end,
+                clear_contexts=clear_contexts,
+                **model_kwargs,
+            )
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _no_hook(self, name: str, hooks: Iterable[str]) -> MechintError:
+        return MechintError(f"{self.language_model.name} has no hook {name!r}; {nearest(name, sorted(hooks))}")
+
+    def _through(self, attachment: Attachment, value: Tensor, at: Callable[[str, Tensor], Tensor]) -> Tensor:
+        """What the hook holds from now on."""
+        sae = attachment.sae
+        x, mean = value, None
+        if value.shape[-1] != sae.cfg.d_in and value.ndim > 2 and value.shape[-2] * value.shape[-1] == sae.cfg.d_in:
+            x = value.flatten(-2)  # a hook on single heads: side by side
+        if attachment.centres:
+            # given back afterwards, so that the error term makes up for all that is lost
+            mean = x.mean(dim=-1, keepdim=True)
+            x = x - mean
+        passed = self._passed(attachment, value)
+
+        def staged(name: str, stage: Tensor) -> Tensor:
+            if passed is None or name not in ("hook_sae_error", "hook_sae_output"):
+                return at(name, stage)
+            mask = passed.reshape(*passed.shape, *(1,) * (stage.ndim - passed.ndim))
+            return at(name, torch.where(mask, torch.zeros_like(stage) if name == "hook_sae_error" else x, stage))
+
+        out = sae.run_with(x, staged, use_error_term=attachment.use_error_term)
+        if mean is not None:
+            out = out + mean
+        return out.to(value.dtype).reshape(value.shape)
+
+    def _passed(self, attachment: Attachment, value: Tensor) -> Tensor | None:
+        """Where the SAE is passed by, `[batch, pos]`; None for nowhere."""
+        if not attachment.exclude:
+            return None
+        assert self._tokens is not None and self._tokens.shape == value.shape[:2], "no tokens seen for this pass"
+        return torch.isin(self._tokens, torch.tensor(sorted(attachment.exclude), device=self._tokens.device))
+
+    def _centres(self, sae: SAE, hook_name: str) -> bool:
+        if _CENTRED.fullmatch(hook_name) is None:
+            return False
+        trained, here = processing_of(sae), self.language_model.processing
+        if trained == "raw" and here == "centred":
+            raise MechintError(
+                f"the SAE was trained on the raw {hook_name}, but {self.language_model.name} is loaded with"
+                " center_writing_weights=True, which takes the mean out: load it without"
+            )
+        return trained == "centred" and here == "raw"
+
+    def _excluded(self, exclude_special_tokens: bool | Sequence[int]) -> frozenset[int]:
+        if isinstance(exclude_special_tokens, bool):
+            tokenizer = self.language_model.tokenizer
+            return frozenset(tokenizer.all_special_ids) if exclude_special_tokens else frozenset()
+        return frozenset(int(token) for token in exclude_special_tokens)
+
+    def _take_off(self, hook_name: str) -> None:
+        attachment = self._attached.pop(hook_name, None)
+        if attachment is None:
+            return
+        _remove(self.bridge.hook_dict[hook_name], attachment.handle)
+        for name in HOOKS:
+            self.bridge._hook_registry.pop(f"{hook_name}.{name}", None)
+        self._watch_tokens()
+
+    def _watch_tokens(self) -> None:
+        """See the token ids of each pass while an attached SAE needs them."""
+        needed = any(attachment.exclude for attachment in self._attached.values())
+        point = self.bridge.hook_dict[TOKENS_HOOK]
+        if needed and self._tokens_handle is None:
+
+            def see(tokens: Tensor, hook: Any) -> None:
+                self._tokens = tokens
+
+            point.add_hook(see, is_permanent=True)
+            self._tokens_handle = point.fwd_hooks[-1]
+        elif not needed and self._tokens_handle is not None:
+            _remove(point, self._tokens_handle)
+            self._tokens_handle = self._tokens = None
+
+
+def processing_of(sae: SAE) -> str:
+    """Which residual stream an SAE was trained on, "raw" or "centred", as its metadata say; raw if they do not."""
+    recorded = sae.cfg.metadata.get("processing")
+    if recorded is not None:
+        return str(recorded)
+    kwargs = sae.cfg.metadata.get("model_from_pretrained_kwargs") or {}
+    return "centred" if kwargs.get("center_writing_weights") else "raw"
+
+
+def _hook_of(sae: SAE) -> str:
+    name = sae.cfg.metadata.get("hook_name")
+    if not name:
+        raise MechintError(
+            "the SAE does not say which hook it was trained on: set sae.cfg.metadata.hook_name, for example to"
+            " 'blocks.3.hook_resid_post'"
+        )
+    return str(name)
+
+
+def _listed(saes: Any) -> Iterable[Any]:
+    """One SAE or several. An SAE of this package can be iterated over too, so it is asked for its kind first."""
+    return [saes] if isinstance(saes, torch.nn.Module) else list(saes)
+
+
+def _remove(point: Any, handle: Any) -> None:
+    """Take one function off a hook and leave the others; by identity, as handles compare by content."""
+    handle.hook.remove()
+    for index, there in enumerate(point.fwd_hooks):
+        if there is handle:
+            del point.fwd_hooks[index]
+            return

@@ -1,0 +1,101 @@
+"""The `sae=` of a `LanguageModelSAERunnerConfig` in SAELens 6's form: one dataclass an architecture."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from mechint.errors import MechintError, nearest
+
+
+@dataclass
+class TrainingSAEConfig:
+    """What the nested forms share."""
+
+    d_in: int
+    d_sae: int
+    dtype: str = "float32"
+    device: str = "cpu"
+    apply_b_dec_to_input: bool = True
+    normalize_activations: str = "none"
+    reshape_activations: str = "none"
+    metadata: dict[str, Any] = field(default_factory=dict)
+    decoder_init_norm: float | int | None = 0.1
+
+
+@dataclass
+class StandardTrainingSAEConfig(TrainingSAEConfig):
+    """ReLU with an L1 that is weighed by the norms of the decoder rows."""
+
+    l1_coefficient: float | int = 1.0
+    lp_norm: float | int = 1.0
+    l1_warm_up_steps: int = 0
+
+
+@dataclass
+class GatedTrainingSAEConfig(TrainingSAEConfig):
+    """Gate and magnitude; the L1 is on the gate."""
+
+    l1_coefficient: float | int = 1.0
+    l1_warm_up_steps: int = 0
+
+
+@dataclass
+class TopKTrainingSAEConfig(TrainingSAEConfig):
+    """The k largest of each vector."""
+
+    k: float | int = 100
+    use_sparse_activations: bool = True
+    aux_loss_coefficient: float | int = 1.0
+    rescale_acts_by_decoder_norm: bool = True
+
+
+@dataclass
+class BatchTopKTrainingSAEConfig(TopKTrainingSAEConfig):
+    """The k largest a vector on average over a batch."""
+
+    topk_threshold_lr: float | int = 0.01
+
+
+@dataclass
+class MatryoshkaBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
+    """BatchTopK with nested prefixes."""
+
+    matryoshka_widths: list[int] = field(default_factory=list)
+    use_matryoshka_aux_loss: bool = False
+
+
+@dataclass
+class JumpReLUTrainingSAEConfig(TrainingSAEConfig):
+    """A learned threshold for each latent."""
+
+    jumprelu_init_threshold: float | int = 0.01
+    jumprelu_bandwidth: float | int = 0.05
+    jumprelu_sparsity_loss_mode: str = "step"
+    l0_coefficient: float | int = 1.0
+    l0_warm_up_steps: int = 0
+    pre_act_loss_coefficient: float | int | None = None
+    jumprelu_tanh_scale: float | int = 4.0
+    jumprelu_ste_to_input: bool = False
+    target_l0: float | int | None = None
+
+
+NESTED: dict[str, type[TrainingSAEConfig]] = {
+    "standard": StandardTrainingSAEConfig,
+    "gated": GatedTrainingSAEConfig,
+    "topk": TopKTrainingSAEConfig,
+    "batchtopk": BatchTopKTrainingSAEConfig,
+    "matryoshka_batchtopk": MatryoshkaBatchTopKTrainingSAEConfig,
+    "jumprelu": JumpReLUTrainingSAEConfig,
+}
+
+
+def nested_from_dict(values: dict[str, Any]) -> TrainingSAEConfig:
+    """`sae=` from a dictionary with `architecture` and the fields of its config."""
+    name = str(values.get("architecture", "standard"))
+    if name not in NESTED:
+        raise MechintError(f"unknown architecture {name!r}; {nearest(name, NESTED)}")
+    known = {part.name for part in dataclasses.fields(NESTED[name])}
+    for key in values:
+        if key != "architecture" and key not in known:
+            raise MechintError(f"{NESTED[name].__name__} has no {key!r}; {nearest(key, known)}")
+    return NESTED[name](**{key: value for key, value in values.items() if key != "architecture"})

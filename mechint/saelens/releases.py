@@ -1,0 +1,244 @@
+"""From `release` and `sae_id` to a folder: registry files, the Hugging Face Hub, the local disk.
+
+A registry file is JSON or YAML in the layout of SAELens's own list, which is found by itself where it is installed:
+
+    {"my-release": {"repo_id": "user/repo", "model": "pythia-70m",
+                    "saes": [{"id": "blocks.3.hook_resid_post", "path": "layer_3", "neuronpedia": "pythia-70m/3-me"}]}}
+
+Files are looked into in this order: the one that is passed, those that MECHINT_SAE_REGISTRY names, SAELens's, and
+last the few releases that are known here without any file.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mechint.errors import MechintError, nearest, one_line
+from mechint.models.resolve import check_repo
+from mechint.provenance import read_json, write_json
+
+VARIABLE = "MECHINT_SAE_REGISTRY"
+# The files of an SAE in one folder, whatever format it is in; nothing else is downloaded.
+FILES = (
+    "cfg.json",
+    "sae_weights.safetensors",
+    "sparsity.safetensors",
+    "config.json",
+    "ae.pt",
+    "sae.safetensors",
+    "params.npz",
+    "checkpoint.pt",
+)
+_RESID = "blocks.{layer}.hook_resid_pre"
+
+
+def _series(model: str, source: str, hook: str, layers: range, path: str) -> list[dict[str, str]]:
+    """One SAE a layer, named by its hook."""
+    return [
+        {
+            "id": hook.format(layer=layer),
+            "path": path.format(layer=layer, hook=hook.format(layer=layer)),
+            "neuronpedia": f"{model}/{layer}-{source}",
+        }
+        for layer in layers
+    ]
+
+
+# What SAELens's list says of releases that documents use as examples.
+KNOWN: dict[str, dict[str, Any]] = {
+    "gpt2-small-res-jb": {
+        "repo_id": "jbloom/GPT2-Small-SAEs-Reformatted",
+        "model": "gpt2-small",
+        "config_overrides": {"model_from_pretrained_kwargs": {"center_writing_weights": True}},
+        "saes": _series("gpt2-small", "res-jb", _RESID, range(12), "{hook}"),
+    },
+    "pythia-70m-deduped-res-sm": {
+        "repo_id": "ctigges/pythia-70m-deduped__res-sm_processed",
+        "model": "pythia-70m-deduped",
+        "saes": _series("pythia-70m-deduped", "res-sm", "blocks.{layer}.hook_resid_post", range(6), "{layer}-res-sm"),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where an SAE's files are: below `folder` of the Hub repository `repo_id`, or (without one) at `folder`."""
+
+    folder: Path
+    repo_id: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    norm_scaling_factor: float | None = None
+
+
+def find_release(release: str, sae_id: str, registry: str | Path | None = None) -> Where:
+    """Where `release` and `sae_id` lead. Nothing is downloaded.
+
+    Raises:
+        MechintError: a name that no registry file has and that is neither a repository nor a folder; an unknown id.
+    """
+    sae_id = sae_id.strip("/")
+    if sae_id and not is_inside(sae_id):
+        raise MechintError(f"sae_id {sae_id!r} should be a path inside {release}, without '..' or a leading '/'")
+    known = dict(_releases(registry))
+    if release in known:
+        return _in_release(release, known[release], sae_id)
+    local = Path(release).expanduser()
+    if local.exists():
+        return Where(local / sae_id if sae_id else local)
+    parts = release.split("/")
+    if len(parts) != 2 or not all(parts) or release.startswith((".", "~")):
+        raise MechintError(
+            f"{release!r} is no release that is known here, no user/repo and no folder; {nearest(release, known)}."
+            f" More releases: a registry file, as {VARIABLE} or registry=..."
+        )
+    return Where(Path(sae_id), release)
+
+
+def is_inside(path: str) -> bool:
+    """Whether a path of a repository stays in it."""
+    parts = PurePosixPath(path).parts
+    return bool(parts) and not path.startswith("/") and ".." not in parts and "\\" not in path and "\0" not in path
+
+
+def _in_release(release: str, entry: Mapping[str, Any], sae_id: str) -> Where:
+    saes = {str(item["id"]): item for item in entry["saes"]}
+    if sae_id not in saes:
+        raise MechintError(f"release {release} has no SAE {sae_id!r}; {nearest(sae_id, saes)}")
+    item = saes[sae_id]
+    metadata = dict(entry.get("config_overrides") or {})
+    if "model" in entry:
+        metadata.setdefault("model_name", entry["model"])
+    if item.get("neuronpedia"):
+        metadata["neuronpedia_id"] = item["neuronpedia"]
+    if (metadata.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights"):
+        metadata["processing"] = "centred"
+    path = str(item.get("path", sae_id)).strip("/")
+    if not is_inside(path):
+        raise MechintError(f"release {release}: the path {path!r} of {sae_id} does not lie in the repository")
+    return Where(Path(path), str(entry["repo_id"]), metadata, item.get("norm_scaling_factor"))
+
+
+def _releases(registry: str | Path | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """All releases; of several with one name, the one that counts comes last."""
+    yield from KNOWN.items()
+    spec = importlib.util.find_spec("sae_lens")
+    if spec is not None and spec.origin is not None:
+        theirs = Path(spec.origin).parent / "pretrained_saes.yaml"
+        if theirs.is_file():
+            yield from _read_registry(theirs).items()
+    for name in reversed([name for name in os.environ.get(VARIABLE, "").split(os.pathsep) if name]):
+        yield from _read_registry(Path(name)).items()
+    if registry is not None:
+        yield from _read_registry(Path(registry)).items()
+
+
+@functools.cache
+def _read_registry(path: Path) -> dict[str, Mapping[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            found = json.loads(text)
+        else:
+            import yaml
+
+            found = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except FileNotFoundError:
+        raise MechintError(f"registry file not found: {path}") from None
+    except (OSError, ValueError, ImportError) as error:
+        raise MechintError(f"registry file {path} cannot be read: {one_line(error, 160)}") from error
+    except Exception as error:  # yaml's errors have no common class with the others
+        raise MechintError(f"registry file {path} is not JSON or YAML: {one_line(error, 160)}") from error
+    whole = isinstance(found, dict) and all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("repo_id"), str)
+        and isinstance(entry.get("saes"), list)
+        and all(isinstance(item, dict) and "id" in item for item in entry["saes"])
+        for entry in found.values()
+    )
+    if not whole:
+        raise MechintError(f"registry file {path}: each release needs repo_id and a list saes, each with id and path")
+    return found
+
+
+def fetch(where: Where, *, force_download: bool = False) -> Path:
+    """The SAE's files in the local cache, downloaded if they are not there. Returns their folder.
+
+    Raises:
+        MechintError: no such repository or folder in it (those that hold an SAE are named), no access, or the Hub out
+            of reach and nothing in the cache.
+    """
+    from huggingface_hub import hf_hub_download
+
+    assert where.repo_id is not None
+    prefix = "" if str(where.folder) == "." else f"{where.folder.as_posix()}/"
+    state = check_repo(where.repo_id, "model")
+    if not state.online:
+        folder = _cached(where.repo_id, where.folder)
+        if folder is None:
+            raise MechintError(
+                f"{where.repo_id} {prefix.rstrip('/')} is not in the local cache and the Hub cannot be reached: check"
+                " the network (and HF_ENDPOINT, HF_HUB_OFFLINE), or give a local folder"
+            )
+        return folder
+    names = _names(where.repo_id, state.sha)
+    wanted = [f"{prefix}{name}" for name in FILES if f"{prefix}{name}" in names]
+    if not any(not name.endswith("sparsity.safetensors") for name in wanted):
+        folders = sorted({str(PurePosixPath(name).parent) for name in names if PurePosixPath(name).name in FILES})
+        what = f"holds no SAE at {prefix.rstrip('/')!r}" if prefix else "holds no SAE at its root: give sae_id"
+        raise MechintError(f"{where.repo_id} {what}; {nearest(prefix.rstrip('/'), folders)}")
+    try:
+        paths = [
+            hf_hub_download(where.repo_id, name, revision=state.sha, force_download=force_download) for name in wanted
+        ]
+    except Exception as error:  # the HTTP library's classes differ between major versions of huggingface_hub
+        raise MechintError(f"downloading from {where.repo_id} failed: {one_line(error, 200)}; try again") from error
+    return Path(paths[0]).parent
+
+
+def _cached(repo_id: str, folder: Path) -> Path | None:
+    """The SAE's folder of the commit that was downloaded last, if any was."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    commits = Path(HF_HUB_CACHE, f"models--{repo_id.replace('/', '--')}", "snapshots").glob("*")
+    newest_first = sorted(commits, key=lambda commit: commit.stat().st_mtime, reverse=True)
+    places = (commit / folder for commit in newest_first)
+    return next((place for place in places if any((place / name).is_file() for name in FILES)), None)
+
+
+@contextlib.contextmanager
+def with_norm_factor(folder: Path, factor: float | None) -> Iterator[Path]:
+    """The SAE's folder, with the constant that inputs are scaled by in its cfg.json if a release says it elsewhere.
+
+    SAELens's list holds that number for files that only say `expected_average_only_in`.
+    """
+    config = folder / "cfg.json"
+    if factor is None or not config.is_file():
+        yield folder
+        return
+    cfg = read_json(config, "SAE configuration")
+    if cfg.get("normalize_activations") not in ("expected_average_only_in", True) or "norm_scaling_factor" in cfg:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in FILES:
+            if (folder / name).is_file():
+                os.symlink((folder / name).resolve(), Path(temporary) / name)
+        (Path(temporary) / "cfg.json").unlink()
+        write_json(Path(temporary) / "cfg.json", {**cfg, "norm_scaling_factor": factor})
+        yield Path(temporary)
+
+
+def _names(repo_id: str, revision: str | None) -> set[str]:
+    from huggingface_hub import HfApi
+
+    try:
+        return set(HfApi().list_repo_files(repo_id, revision=revision))
+    except Exception as error:
+        raise MechintError(f"the files of {repo_id} cannot be listed: {one_line(error, 200)}; try again") from error

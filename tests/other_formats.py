@@ -1,0 +1,76 @@
+"""Random SAEs and their files in the formats of other tools, for the tests of those formats."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechint.formats import FORMATS, Loaded, reference_decode, reference_encode
+from mechint.formats.base import checked, variants
+
+OTHERS = ("mistudio", "saev", "dictionary_learning", "sparsify", "mech_platform", "gemma_scope", "openai")
+
+
+def make(architecture: str, d_in: int = 5, d_sae: int = 7, seed: int = 0, **settings: Any) -> Loaded:
+    """A random SAE; thresholds differ from each other and are above 0."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    tensors = {"W_enc": draw(d_in, d_sae), "W_dec": draw(d_sae, d_in), "b_dec": draw(d_in)}
+    names = {"jumprelu": ("b_enc", "threshold"), "gated": ("b_gate", "b_mag", "r_mag")}.get(architecture, ("b_enc",))
+    tensors |= {name: draw(d_sae) for name in names}
+    if "threshold" in tensors:
+        tensors["threshold"] = tensors["threshold"].abs() * 0.3
+    options = {"k": int(torch.randint(1, d_sae + 1, (), generator=generator))} if architecture == "topk" else {}
+    metadata = {"hook_name": "blocks.3.hook_resid_post", "model_name": "a/model", "processing": "raw"}
+    return checked(Loaded(architecture, tensors, options, metadata=metadata, **settings), "a test")
+
+
+def write(name: str, loaded: Loaded, folder: Path) -> Path:
+    """Where it was written."""
+    form = FORMATS[name]
+    path = folder / (form.file_name or "out")
+    assert form.write is not None
+    form.write(loaded, path)
+    return path
+
+
+def read(name: str, path: Path) -> Loaded:
+    form = FORMATS[name]
+    assert form.read is not None
+    return form.read(path)
+
+
+def codes(loaded: Loaded, n: int = 64, seed: int = 9) -> tuple[Tensor, Tensor, Tensor]:
+    """`(x, feature_acts, reconstructions)` of random inputs, in float64."""
+    x = 2 * torch.randn(n, loaded.d_in, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    f = reference_encode(loaded, x)
+    return x, f, reference_decode(loaded, f, x)
+
+
+def main_file(path: Path) -> Path:
+    """The file with the weights."""
+    return path if path.is_file() else max(path.iterdir(), key=lambda file: (file.suffix != ".json", file.name))
+
+
+def as_held_by(name: str, loaded: Loaded) -> Loaded:
+    return replace(loaded, topk_relu=False) if name == "mech_platform" else loaded
+
+
+def linear_state(seed: int = 0, d_in: int = 5, d_sae: int = 7) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    return {
+        "encoder.weight": torch.randn(d_sae, d_in),
+        "encoder.bias": torch.randn(d_sae),
+        "decoder.weight": torch.randn(d_in, d_sae),
+    }
+
+
+def any_file(name: str, folder: Path) -> Path:
+    architecture = "topk" if name in ("sparsify", "mech_platform") else "standard"
+    loaded = as_held_by(name, make(architecture))
+    return write(name, next(found for found, _ in variants(loaded) if FORMATS[name].holds(found) is None), folder)

@@ -1,0 +1,524 @@
+"""Formats: the definition, the folds, certificates, and what convert, identify and export do with files."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mechint.cli import convert as convert_command
+from mechint.cli import export as export_command
+from mechint.cli import formats_page
+from mechint.cli import identify as identify_command
+from mechint.errors import MechintError
+from mechint.formats import FORMATS, Loaded, canonical, from_sae, reference_decode, reference_encode, to_sae
+from mechint.formats.base import as_jumprelu, as_standard, checked, fold_b_dec, fold_norms, fold_scale, variants
+from mechint.formats.certificate import certify
+from mechint.formats.convert import convert, held_variant, identify, load
+from mechint.sae import build_sae, load_sae, save_checkpoint, save_sae_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+KINDS = ("standard", "topk", "jumprelu", "gated")
+OFFSETS = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}
+
+
+def make(architecture: str, d_in: int = 6, d_sae: int = 20, seed: int = 0, **changes: Any) -> Loaded:
+    """A random SAE with free decoder norms and no bias at 0."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    shapes |= dict.fromkeys(OFFSETS.get(architecture, ("b_enc",)), (d_sae,))
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    if architecture == "jumprelu":
+        tensors["threshold"] = tensors["threshold"].abs()
+    if changes.get("transcoder"):
+        changes["apply_b_dec_to_input"] = False
+    options = {"k": max(1, d_sae // 4)} if architecture == "topk" else {}
+    metadata = {"hook_name": "blocks.1.hook_resid_post", "model_name": "m", "processing": "raw", "prepend_bos": True}
+    return checked(Loaded(architecture, tensors, options, metadata=metadata, **changes), "made")
+
+
+def inputs(loaded: Loaded, n: int = 40) -> Tensor:
+    return 2.0 * torch.randn(n, loaded.d_in, generator=torch.Generator().manual_seed(9))
+
+
+def assert_same_function(before: Loaded, after: Loaded, tolerance: float = 1e-5) -> None:
+    x = inputs(before)
+    f = reference_encode(before, x)
+    assert (f != 0).any()
+    torch.testing.assert_close(reference_encode(after, x), f, rtol=tolerance, atol=tolerance * float(f.abs().max()))
+    expected = reference_decode(before, f, x)
+    found = reference_decode(after, reference_encode(after, x), x)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+# --- the definition and the folds -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", [*KINDS, "batchtopk", "matryoshka_batchtopk"])
+def test_the_definition_is_what_our_modules_compute(architecture: str) -> None:
+    options = {"k": 4} if "topk" in architecture else {}
+    sae = build_sae(architecture, 6, 20, options=options, generator=torch.Generator().manual_seed(1)).saved_form()
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            parameter.add_(0.3 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    loaded = from_sae(sae)
+    x = inputs(loaded)
+    with torch.no_grad():
+        x_hat, f = sae(x)
+    torch.testing.assert_close(reference_encode(loaded, x).float(), f, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(reference_decode(loaded, f, x).float(), x_hat, rtol=1e-5, atol=1e-5)
+    again = to_sae(loaded)
+    assert again.architecture == sae.architecture
+    assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("architecture", KINDS)
+def test_folds_keep_the_function(architecture: str) -> None:
+    loaded = make(architecture, scale=3.0, apply_b_dec_to_input=False, rescale_acts_by_decoder_norm=False)
+    assert_same_function(loaded, fold_scale(loaded))
+    assert_same_function(loaded, fold_b_dec(loaded, apply_b_dec_to_input=True))
+    ours = canonical(loaded)
+    assert (ours.scale, ours.apply_b_dec_to_input) == (1.0, True)
+    assert_same_function(loaded, ours)
+    assert_same_function(loaded, fold_b_dec(ours, apply_b_dec_to_input=False))
+    for variant, _ in variants(loaded):
+        assert_same_function(loaded, variant)
+
+
+def test_decoder_norms_fold_and_weak_settings_do_not_pass_for_nothing() -> None:
+    loaded = make("topk", rescale_acts_by_decoder_norm=True)
+    folded = fold_norms(loaded)
+    assert_same_function(loaded, folded)
+    torch.testing.assert_close(folded.tensors["W_dec"].norm(dim=1), torch.ones(20))
+    # each setting changes the function: leaving it out instead of folding it would be seen
+    for plain, changed in (
+        (loaded, replace(loaded, rescale_acts_by_decoder_norm=False)),
+        (make("standard"), make("standard", scale=2.0)),
+        (make("standard"), make("standard", normalize="sqrt_d")),
+        (make("standard"), make("standard", normalize="layer_norm")),
+        (make("gated"), make("gated", apply_b_dec_to_input=False)),
+        (replace(make("topk"), options={"k": 18}), replace(make("topk", topk_relu=False), options={"k": 18})),
+    ):
+        certificate = certify(plain, changed)
+        assert max(certificate.encode_difference, certificate.decode_difference) > 1e-3
+        assert not certificate.holds
+
+
+def test_relu_and_jumprelu_at_zero_are_the_same() -> None:
+    loaded = make("standard")
+    jump = as_jumprelu(loaded)
+    assert_same_function(loaded, jump, 0.0)
+    assert as_standard(jump).architecture == "standard"
+    below = replace(jump, tensors={**jump.tensors, "threshold": torch.full((20,), -0.5)})
+    assert_same_function(below, canonical(below), 0.0)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"normalize": "sqrt_d"}, {"normalize": "layer_norm"}, {"topk_relu": False}, {"transcoder": True}]
+)
+def test_what_no_weights_can_say_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(MechintError, match="would change"):
+        canonical(make("topk", **changes))
+
+
+# --- certificates -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", KINDS)
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_probes_are_of_the_scale_of_the_sae(architecture: str, size: float) -> None:
+    """An SAE of activations of any size fires on them, and a change of one weight is seen."""
+    loaded = make(architecture, d_in=16, d_sae=64)
+    names = ("b_dec", "b_enc", "threshold", "b_gate", "b_mag")
+    scaled = {name: value * size if name in names else value for name, value in loaded.tensors.items()}
+    loaded = replace(loaded, tensors=scaled)
+    same = certify(loaded, loaded)
+    assert same.holds and same.weights_equal and (same.encode_difference, same.decode_difference) == (0.0, 0.0)
+    assert 1 < same.mean_l0 < 60
+    for name in loaded.tensors:
+        changed = {**loaded.tensors, name: loaded.tensors[name] * 1.01}
+        certificate = certify(loaded, replace(loaded, tensors=changed))
+        assert not certificate.holds and not certificate.weights_equal, name
+
+
+def test_latents_switched_by_rounding_are_counted_apart() -> None:
+    loaded = make("jumprelu", d_in=4, d_sae=8)
+    tensors = {**loaded.tensors, "W_enc": torch.zeros(4, 8), "b_enc": torch.ones(8), "threshold": torch.ones(8)}
+    loaded = replace(loaded, tensors=tensors)
+    nearly = replace(loaded, tensors={**tensors, "threshold": torch.full((8,), 1 - 1e-7)})
+    certificate = certify(loaded, nearly)
+    assert certificate.at_border == 8 * certificate.n_probes and certificate.holds
+    lower = replace(loaded, tensors={**tensors, "threshold": torch.full((8,), 0.9)})
+    assert not certify(loaded, lower).holds
+
+
+# --- every format -----------------------------------------------------------------------------------------------------
+
+CHANGES: tuple[dict[str, Any], ...] = (
+    {},
+    {"apply_b_dec_to_input": False},
+    {"scale": 2.5},
+    {"normalize": "sqrt_d"},
+    {"normalize": "layer_norm"},
+    {"transcoder": True},
+)
+
+
+@pytest.mark.parametrize("name", ["mechint", "saelens", "saelens-pre6"])
+@settings(max_examples=15, deadline=None)
+@given(
+    architecture=st.sampled_from(KINDS),
+    changes=st.sampled_from(CHANGES),
+    d_in=st.integers(2, 9),
+    d_sae=st.integers(1, 30),
+    seed=st.integers(0, 99),
+)
+def test_round_trips(
+    name: str,
+    architecture: str,
+    changes: dict[str, Any],
+    d_in: int,
+    d_sae: int,
+    seed: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """What a format holds comes back to the bit, as the same kind, with what is known of its origin."""
+    loaded = make(architecture, d_in, d_sae, seed, **changes)
+    target = FORMATS[name]
+    try:
+        variant, folded = held_variant(loaded, target)
+    except MechintError:
+        return
+    folder = tmp_path_factory.mktemp("round") / "x"
+    assert target.write is not None and target.read is not None
+    target.write(variant, folder)
+    assert [found.name for found in FORMATS.values() if found.sniff(folder)] == [name]
+    back = target.read(folder)
+    assert back.tensors.keys() == variant.tensors.keys()
+    assert all(torch.equal(back.tensors[key], variant.tensors[key]) for key in back.tensors)
+    for field in ("architecture", "options", "apply_b_dec_to_input", "normalize", "scale", "transcoder"):
+        assert getattr(back, field) == getattr(variant, field), field
+    assert {key: back.metadata[key] for key in loaded.metadata} == loaded.metadata
+    assert folded == () or changes
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    architecture=st.sampled_from(KINDS),
+    changes=st.sampled_from((*CHANGES[:2], *CHANGES[3:], {"topk_relu": False, "apply_b_dec_to_input": False})),
+    one_threshold=st.booleans(),
+    d_in=st.integers(2, 9),
+    d_sae=st.integers(2, 30),
+    seed=st.integers(0, 99),
+)
+def test_no_bit_changes_on_the_way_through_all_formats_that_hold_an_sae(
+    architecture: str,
+    changes: dict[str, Any],
+    one_threshold: bool,
+    d_in: int,
+    d_sae: int,
+    seed: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """From each format into the next: between any two of them nothing is rounded."""
+    loaded = make(architecture, d_in, d_sae, seed, **changes)
+    if one_threshold and architecture == "jumprelu":
+        same = loaded.tensors["threshold"].median().expand(d_sae).contiguous()
+        loaded = replace(loaded, tensors={**loaded.tensors, "threshold": same})
+    folder, passed = tmp_path_factory.mktemp("chain"), loaded
+    for name, target in sorted(FORMATS.items()):
+        if target.read is None or target.write is None or target.holds(loaded) is not None:
+            continue
+        path = folder / (name + (Path(target.file_name).suffix if target.file_name else ""))
+        target.write(passed, path)
+        assert [found.name for found in FORMATS.values() if found.sniff(path)] == [name]
+        passed = target.read(path)
+        assert passed.tensors.keys() == loaded.tensors.keys(), name
+        assert all(torch.equal(passed.tensors[key], loaded.tensors[key]) for key in loaded.tensors), name
+        certificate = certify(loaded, passed, n_probes=12)
+        assert certificate.weights_equal and (certificate.encode_difference, certificate.decode_difference) == (0, 0)
+
+
+def test_only_what_cannot_be_held_is_refused() -> None:
+    held = {
+        name: {
+            (kind, *change) for kind in KINDS for change in (tuple(c) for c in CHANGES) if _holds(name, kind, change)
+        }
+        for name in ("mechint", "saelens", "saelens-pre6")
+    }
+    everything = {(kind, *change) for kind in KINDS for change in CHANGES}
+    assert held["mechint"] == {found for found in everything if not {"normalize", "transcoder"} & set(found)}
+    assert held["saelens-pre6"] == {found for found in everything if "transcoder" not in found}
+    assert everything - held["saelens"] == {("topk", "transcoder"), ("gated", "transcoder")}
+
+
+def _holds(name: str, kind: str, change: tuple[str, ...]) -> bool:
+    changes = next(found for found in CHANGES if tuple(found) == change)
+    try:
+        held_variant(make(kind, **changes), FORMATS[name])
+    except MechintError:
+        return False
+    return True
+
+
+# --- SAELens's files --------------------------------------------------------------------------------------------------
+
+
+def write_cfg(folder: Path, loaded: Loaded, **cfg: Any) -> Path:
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(loaded.tensors, folder / "sae_weights.safetensors")
+    values = {"d_in": loaded.d_in, "d_sae": loaded.d_sae, "dtype": "float32", **cfg}
+    (folder / "cfg.json").write_text(json.dumps(values))
+    return folder
+
+
+SIX = {"metadata": {"sae_lens_version": "6.54.12", "hook_name": "blocks.3.hook_resid_post"}}
+
+
+def test_pre_6_keys(tmp_path: Path) -> None:
+    loaded = make("standard")
+    old = {"hook_point": "blocks.7.hook_resid_pre", "hook_point_layer": 7, "model_name": "gpt2-small"}
+    found = load(write_cfg(tmp_path / "a", loaded, **old, normalize_activations=False))[1]
+    assert found.metadata["hook_name"] == "blocks.7.hook_resid_pre" and found.metadata["hook_layer"] == 7
+    assert found.apply_b_dec_to_input and found.normalize == "none"
+    kwargs = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 5}}
+    found = load(write_cfg(tmp_path / "b", loaded, **old, **kwargs, apply_b_dec_to_input=False))[1]
+    assert (found.architecture, found.options, found.apply_b_dec_to_input) == ("topk", {"k": 5}, False)
+    found = load(write_cfg(tmp_path / "c", loaded, normalize_activations=True, norm_scaling_factor=0.5))[1]
+    assert found.scale == 0.5
+    factor = torch.linspace(0.5, 2, 20)
+    tuned = replace(loaded, tensors={**loaded.tensors, "scaling_factor": factor})
+    found = load(write_cfg(tmp_path / "d", tuned, finetuning_scaling_factor=True))[1]
+    torch.testing.assert_close(found.tensors["W_dec"], loaded.tensors["W_dec"] * factor[:, None])
+
+
+@pytest.mark.parametrize(
+    ("cfg", "words"),
+    [
+        ({"activation_fn_str": "topk"}, "topk activation without k"),
+        ({"activation_fn_str": "tanh-relu"}, "tanh-relu"),
+        ({"normalize_activations": True}, "norm_scaling_factor"),
+        ({**SIX, "architecture": "topk"}, "topk without k"),
+        ({**SIX, "architecture": "topk", "k": 21}, "from 1 to d_sae = 20"),
+        ({**SIX, "architecture": "topk", "k": "many"}, "whole number"),
+        ({**SIX, "architecture": "topk", "k": float("nan")}, "whole number"),
+        ({**SIX, "architecture": "temporal"}, "'temporal' does not open"),
+        ({**SIX, "architecture": ["standard"]}, "does not open"),
+        ({**SIX, "architecture": "standard", "normalize_activations": "covariance_whitening"}, "covariance_whitening"),
+        ({**SIX, "architecture": "standard", "normalize_activations": {}}, "the weights have 6"),
+        ({**SIX, "architecture": "jumprelu"}, "lacks threshold"),
+        ({"sae_lens_version": "6.1", "metadata": ["hook_name"]}, "should be a JSON object, found list"),
+        ({**SIX, "architecture": "batchtopk"}, "topk_threshold"),
+        ({**SIX, "architecture": "skip_transcoder"}, "W_skip"),
+        ({**SIX, "architecture": "standard", "d_in": 7}, "says d_in 7, but the weights have 6"),
+    ],
+)
+def test_cfg_that_would_be_another_function_is_refused(tmp_path: Path, cfg: dict[str, Any], words: str) -> None:
+    if cfg.get("normalize_activations") == {}:
+        cfg = {**cfg, "d_in": 9}
+    with pytest.raises(MechintError, match=words):
+        load(write_cfg(tmp_path / "x", make("standard"), **cfg))
+
+
+def test_an_sae_folder_of_another_function_does_not_open_as_ours(tmp_path: Path) -> None:
+    folder = write_cfg(tmp_path / "x", make("topk"), activation_fn_str="topk", activation_fn_kwargs={"k": 5})
+    with pytest.raises(MechintError, match="mechint convert"):
+        load_sae(folder)
+    convert(folder, tmp_path / "y")
+    assert load_sae(tmp_path / "y").architecture == "topk"
+
+
+def test_a_batchtopk_checkpoint_opens_as_what_it_is_applied_as(tmp_path: Path) -> None:
+    loaded = make("topk")
+    tensors = {**loaded.tensors, "topk_threshold": torch.tensor(1.5, dtype=torch.float64)}
+    cfg = {**SIX, "architecture": "batchtopk", "k": 3.0, "rescale_acts_by_decoder_norm": True}
+    found = load(write_cfg(tmp_path / "x", replace(loaded, tensors=tensors), **cfg))[1]
+    assert found.architecture == "jumprelu" and found.metadata["processing"] == "raw"
+    x = inputs(loaded)
+    t = loaded.tensors
+    weighed = ((x - t["b_dec"]) @ t["W_enc"] + t["b_enc"]) * t["W_dec"].norm(dim=1)
+    torch.testing.assert_close(reference_encode(found, x).float(), weighed * (weighed > 1.5), rtol=1e-5, atol=1e-5)
+
+
+def test_our_own_files_are_told_from_saelens_ones(tmp_path: Path) -> None:
+    sae = build_sae("standard", 4, 8)
+    sae.metadata = {"hook_name": "blocks.0.hook_resid_post", "processing": "centred", "prepend_bos": True}
+    save_sae_folder(sae, tmp_path / "ours")
+    recorded = json.loads((tmp_path / "ours" / "cfg.json").read_text())["metadata"]
+    assert recorded["sae_lens_version"].startswith("6.") and recorded["mechint_version"]
+    assert load_sae(tmp_path / "ours").metadata == sae.metadata
+    # Neither of ours that names no processing ...
+    sae.metadata = {"hook_name": "blocks.0.hook_resid_post"}
+    save_sae_folder(sae, tmp_path / "silent")
+    with pytest.warns(UserWarning, match="nothing says how its activations were processed"):
+        assert load_sae(tmp_path / "silent").metadata["processing"] == "centred"
+    # ... nor one of SAELens's own is mistaken for the other.
+    cfg = json.loads((tmp_path / "silent" / "cfg.json").read_text())
+    del cfg["metadata"]["mechint_version"]
+    (tmp_path / "silent" / "cfg.json").write_text(json.dumps(cfg))
+    assert load_sae(tmp_path / "silent").metadata["processing"] == "raw"
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """What a finished run holds of its SAE."""
+    sae = build_sae("jumprelu", 8, 24, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        sae.b_enc.normal_(generator=torch.Generator().manual_seed(4))
+        sae.b_dec.normal_(generator=torch.Generator().manual_seed(5))
+    sae.metadata = {"hook_name": "blocks.0.hook_resid_post", "model_name": "m", "processing": "raw"}
+    folder = tmp_path / "run"
+    save_checkpoint(sae, folder / "checkpoint.pt")
+    save_sae_folder(sae, folder / "sae")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_convert_writes_a_certificate_and_overwrites_only_when_asked(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert convert_command.main([str(run_dir), str(out), "--to", "saelens"]) == 0
+    assert "folded: nothing" in capsys.readouterr().out
+    record = json.loads((out / "certificate.json").read_text())
+    assert record["holds"] and record["weights_equal"] and record["encode_difference"] == 0.0
+    assert record["format"] == "saelens" and record["source"]["format"] == "mechint"
+    assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")]
+    assert convert_command.main([str(run_dir), str(out), "--to", "saelens"]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert convert_command.main([str(run_dir), str(out), "--to", "saelens-pre6", "--overwrite"]) == 0
+    assert identify(out).formats == ("saelens-pre6",)
+    # a folder that is something else, or that holds something else, is never replaced
+    (out / "mine.txt").write_text("mine")
+    assert convert_command.main([str(run_dir), str(out), "--to", "saelens", "--overwrite"]) == 2
+    assert "mine.txt" in capsys.readouterr().err and (out / "mine.txt").is_file()
+    assert convert_command.main([str(out), str(run_dir), "--to", "mechint", "--overwrite"]) == 2
+    assert (run_dir / "config.json").is_file()
+    back = tmp_path / "back.pt"
+    convert(out, back, to="mechint")
+    assert torch.equal(load_sae(back).W_enc, load_sae(run_dir).W_enc)
+    assert load_sae(back).metadata["hook_name"] == "blocks.0.hook_resid_post"
+    assert json.loads((tmp_path / "back.pt.certificate.json").read_text())["source"]["format"] == "saelens-pre6"
+
+
+def test_a_folder_of_several_is_converted_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for layer in range(2):
+        write_cfg(tmp_path / "release" / f"layer_{layer}", make("standard", seed=layer))
+    with pytest.raises(MechintError, match="holds 2 SAEs; give one of them: layer_0, layer_1"):
+        convert(tmp_path / "release", tmp_path / "one")
+    assert convert_command.main([str(tmp_path / "release"), str(tmp_path / "all"), "--to", "saelens"]) == 0
+    assert capsys.readouterr().out.count("certificate: ") == 2
+    for layer in range(2):
+        found = load(tmp_path / "all" / f"layer_{layer}")[1]
+        assert torch.equal(found.tensors["W_enc"], make("standard", seed=layer).tensors["W_enc"])
+
+
+def test_a_conversion_that_lies_is_not_kept(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = FORMATS["saelens"]
+    write = honest.write
+    assert write is not None
+
+    def forgetful(loaded: Loaded, path: Path) -> None:
+        write(replace(loaded, tensors={**loaded.tensors, "threshold": loaded.tensors["threshold"] + 0.1}), path)
+
+    monkeypatch.setitem(FORMATS, "saelens", replace(honest, write=forgetful))
+    with pytest.raises(MechintError, match="computes something else"):
+        convert(run_dir, tmp_path / "out", to="saelens")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["run"]
+
+
+def test_identify_says_what_is_missing_and_hints_at_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_cfg(tmp_path / "sae", make("topk", d_in=768, d_sae=8), activation_fn_str="topk", k=2)
+    assert identify_command.main([str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "format: saelens-pre6" in said and "topk SAE, k 2, d_in 768, d_sae 8" in said
+    assert "not said: model_name, hook_name" in said and "a hint only: gpt2, EleutherAI/pythia-160m" in said
+    assert identify_command.main([str(folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tensors"]["W_enc"] == [768, 8] and found["opens_here"] and "model_name" not in found["metadata"]
+    assert identify_command.main([str(tmp_path)]) == 0  # a folder of several
+    assert capsys.readouterr().out.strip() == str(folder)
+    (folder / "cfg.json").unlink()
+    assert identify_command.main([str(folder)]) == 2
+    assert "which activation function" in capsys.readouterr().err
+    assert identify_command.main([str(tmp_path / "none")]) == 2
+    (tmp_path / "text.pt").write_text("not an SAE")
+    assert identify_command.main([str(tmp_path / "text.pt")]) == 2
+
+
+def test_what_is_only_assumed_is_not_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_checkpoint(build_sae("standard", 512, 8), tmp_path / "old.pt")
+    assert identify_command.main([str(tmp_path / "old.pt")]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "processing: centred (assumed)" in said and "not said: model_name, hook_name, processing, prepend_bos" in said
+    )
+    assert "a hint only: EleutherAI/pythia-70m" in said and "note: " in said
+
+
+def test_export_of_a_run(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export_command.main(["--run-dir", str(run_dir)]) == 0
+    assert load(run_dir / "exports" / "saelens")[1].metadata["hook_name"] == "blocks.0.hook_resid_post"
+    assert export_command.main(["--run-dir", str(run_dir), "--format", "saelense"]) == 2
+    assert "nearest: saelens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mechint", "x.pt", "saelens", "saelens-pre6"])
+def test_broken_and_hostile_files_are_one_line_of_error(name: str, run_dir: Path, tmp_path: Path) -> None:
+    """Every file of an SAE cut, overwritten or replaced: an error of ours, or an SAE that is still whole."""
+    place = tmp_path / "in" / ("x.pt" if name == "x.pt" else "x")
+    name = "mechint" if name == "x.pt" else name
+    _, certificate = convert(run_dir, place, to=name)
+    certificate.unlink()
+    whole = load(place)[1]
+    generator = torch.Generator().manual_seed(0)
+    seen = 0
+    for path in [path for path in place.parent.rglob("*") if path.is_file()]:
+        content = path.read_bytes()
+        cuts = torch.randint(len(content), (12,), generator=generator).tolist()
+        broken = [content[:cut] for cut in cuts]
+        broken += [content[:cut] + bytes(8) + content[cut + 8 :] for cut in cuts]
+        broken += [b"", b"[" * 100_000, b"\xff" * 64, (2**62).to_bytes(8, "little") + content[8:]]
+        for data in broken:
+            path.write_bytes(data)
+            for chosen in (None, name):
+                try:
+                    found = load(place, from_format=chosen)[1]
+                    assert found.tensors.keys() == whole.tensors.keys()
+                    assert (found.d_in, found.d_sae) == (whole.d_in, whole.d_sae)
+                except MechintError as error:
+                    assert "\n" not in str(error)
+                    seen += 1
+        path.write_bytes(content)
+    assert seen > 20
+    assert torch.equal(load(place)[1].tensors["W_enc"], whole.tensors["W_enc"])
+
+
+def test_opening_does_not_import_transformer_lens(run_dir: Path) -> None:
+    code = (
+        "import sys; from mechint.formats.convert import load; from mechint.formats import to_sae\n"
+        f"to_sae(load({str(run_dir)!r})[1])\n"
+        "heavy = {'transformer_lens', 'transformers', 'datasets', 'pandas', 'torch._dynamo'}\n"
+        "print(heavy & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_the_page_of_formats_is_up_to_date() -> None:
+    text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    assert text == formats_page.page(), "run `python -m mechint.cli.formats_page docs/formats.md`"

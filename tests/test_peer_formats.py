@@ -1,0 +1,197 @@
+"""Our files in SAELens, and SAELens's files here. Runs where SAELens is: `make test-peers` (SAELens 6.54.12).
+
+Both sides compute in float32; what they may differ by is the rounding of sums in another order.
+"""
+
+import importlib.util
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mechint.errors import MechintError
+from mechint.formats import FORMATS, Loaded, from_sae, reference_decode, reference_encode, to_sae
+from mechint.formats.base import checked, not_ours
+from mechint.formats.convert import convert, load, write_proved
+from mechint.sae import build_sae, load_sae, save_sae_folder
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("sae_lens") is None, reason="SAELens is not in this environment: `make test-peers`"
+)
+
+D_IN, D_SAE = 12, 40
+SAES = ("standard", "topk", "jumprelu", "gated")
+TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
+NORMALIZE = {"none": "none", "constant_norm_rescale": "sqrt_d", "layer_norm": "layer_norm"}
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    scale = float(expected.abs().max())
+    assert scale > 0 and found.shape == expected.shape
+    assert float((found.double() - expected.double()).abs().max()) <= tolerance * scale
+
+
+def vectors() -> Tensor:
+    return 2.0 * torch.randn(64, D_IN, generator=torch.Generator().manual_seed(1))
+
+
+def theirs(architecture: str, **cfg: Any) -> Any:
+    """A SAELens module with random values in every tensor."""
+    from sae_lens.registry import get_sae_class  # pyright: ignore[reportMissingImports]
+
+    cls, config = get_sae_class(architecture)
+    if "transcoder" in architecture:
+        cfg |= {"d_out": D_IN + 3 if "skip" not in architecture else D_IN, "apply_b_dec_to_input": False}
+    if architecture == "topk":
+        cfg.setdefault("k", 7)
+    sae = cls(config(d_in=D_IN, d_sae=D_SAE, **cfg))
+    randomise(sae)
+    sae.cfg.metadata.hook_name = "blocks.2.hook_resid_post"
+    sae.cfg.metadata.model_name = "pythia-70m"
+    return sae
+
+
+def randomise(module: Any) -> None:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            values = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(values.abs() if name == "threshold" else values * (0.3 if name == "r_mag" else 1.0))
+
+
+@torch.no_grad()
+def both_agree(sae: Any, loaded: Loaded, tolerance: float) -> None:
+    """SAELens's module and our definition: codes, and the output for these codes."""
+    x = vectors()
+    f = sae.encode(x)
+    close(f, reference_encode(loaded, x), tolerance)
+    # its transcoders' decode leaves out the skip connection, which their forward adds
+    out = sae(x) if loaded.transcoder else sae.decode(f)
+    close(out, reference_decode(loaded, reference_encode(loaded, x), x), tolerance)
+
+
+def saelens_opens(folder: Path) -> Any:
+    from sae_lens import SAE  # pyright: ignore[reportMissingImports]
+
+    return SAE.load_from_disk(str(folder))
+
+
+@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("subtracts", [True, False])
+@pytest.mark.parametrize("architecture", SAES)
+def test_peer_saes_open_here(architecture: str, subtracts: bool, normalize: str, tmp_path: Path) -> None:
+    sae = theirs(architecture, apply_b_dec_to_input=subtracts, normalize_activations=normalize)
+    sae.save_model(tmp_path / "theirs")
+    found, loaded = load(tmp_path / "theirs")
+    assert found.name == "saelens" and loaded.normalize == NORMALIZE[normalize]
+    both_agree(sae, loaded, 1e-6 if normalize == "none" else 1e-5)
+    assert loaded.metadata["hook_name"] == "blocks.2.hook_resid_post" and loaded.metadata["processing"] == "raw"
+    if not_ours(loaded) is None:
+        convert(tmp_path / "theirs", tmp_path / "ours", to="mechint")
+        mine, x = load_sae(tmp_path / "ours"), vectors()
+        with torch.no_grad():
+            close(mine.encode(x), sae.encode(x), 1e-5)
+            close(mine(x)[0], sae(x), 1e-5)
+    # and what we write of it they open
+    write_proved(loaded, tmp_path / "again", FORMATS["saelens"])
+    both_agree(saelens_opens(tmp_path / "again"), loaded, 1e-6 if normalize == "none" else 1e-5)
+
+
+@pytest.mark.parametrize("architecture", TRANSCODERS)
+def test_peer_transcoders_both_ways(architecture: str, tmp_path: Path) -> None:
+    sae = theirs(architecture)
+    sae.save_model(tmp_path / "theirs")
+    loaded = load(tmp_path / "theirs")[1]
+    assert loaded.transcoder and ("W_skip" in loaded.tensors) == ("skip" in architecture)
+    both_agree(sae, loaded, 1e-6)
+    write_proved(loaded, tmp_path / "again", FORMATS["saelens"])
+    again = saelens_opens(tmp_path / "again")
+    assert again.cfg.architecture() == architecture
+    both_agree(again, loaded, 1e-6)
+    with pytest.raises(MechintError, match="transcoder"):
+        convert(tmp_path / "theirs", tmp_path / "ours", to="mechint")
+
+
+def test_peer_topk_by_decoder_norm(tmp_path: Path) -> None:
+    sae = theirs("topk", rescale_acts_by_decoder_norm=True)
+    sae.save_model(tmp_path / "theirs")
+    loaded = load(tmp_path / "theirs")[1]
+    both_agree(sae, loaded, 1e-6)
+    certificate, _ = convert(tmp_path / "theirs", tmp_path / "old", to="saelens-pre6")
+    assert certificate.folded == ("decoder norms",)
+    both_agree(saelens_opens(tmp_path / "old"), loaded, 1e-5)
+    with torch.no_grad():
+        close(to_sae(loaded)(vectors())[0], sae(vectors()), 1e-5)
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka_batchtopk"])
+def test_peer_batchtopk_checkpoints_and_inference_models(architecture: str, rescale: bool, tmp_path: Path) -> None:
+    from sae_lens.registry import get_sae_training_class  # pyright: ignore[reportMissingImports]
+
+    cls, config = get_sae_training_class(architecture)
+    extra = {"matryoshka_widths": [10, D_SAE]} if "matryoshka" in architecture else {}
+    sae = cls(config(d_in=D_IN, d_sae=D_SAE, k=6, rescale_acts_by_decoder_norm=rescale, **extra))
+    randomise(sae)
+    sae.topk_threshold = torch.tensor(2.5, dtype=torch.float64)
+    sae.save_model(tmp_path / "training")
+    sae.save_inference_model(tmp_path / "inference")
+    inference = saelens_opens(tmp_path / "inference")
+    both_agree(inference, load(tmp_path / "inference")[1], 1e-6)
+    training = load(tmp_path / "training")[1]
+    assert training.architecture == "jumprelu"
+    both_agree(inference, training, 1e-5)
+
+
+@pytest.mark.parametrize("architecture", [*SAES, "batchtopk"])
+def test_ours_open_in_peer_with_their_metadata(architecture: str, tmp_path: Path) -> None:
+    options = {"k": 5} if "topk" in architecture else {}
+    sae = build_sae(architecture, D_IN, D_SAE, options=options).saved_form()
+    randomise(sae)
+    sae.metadata = {"hook_name": "blocks.3.hook_resid_post", "model_name": "pythia-70m", "prepend_bos": True}
+    save_sae_folder(sae, tmp_path / "run")
+    opened = saelens_opens(tmp_path / "run")
+    assert opened.cfg.metadata.hook_name == "blocks.3.hook_resid_post" and opened.cfg.metadata.prepend_bos is True
+    with torch.no_grad():
+        x_hat, f = sae(vectors())
+        close(opened.encode(vectors()), f, 1e-6)
+        close(opened(vectors()), x_hat, 1e-6)
+    both_agree(opened, from_sae(sae), 1e-6)
+
+
+@pytest.mark.parametrize("architecture", SAES)
+def test_pre_6_files_mean_in_peer_what_they_mean_here(architecture: str, tmp_path: Path) -> None:
+    sae = build_sae(architecture, D_IN, D_SAE, options={"k": 5} if architecture == "topk" else {})
+    randomise(sae)
+    sae.metadata = {"hook_name": "blocks.3.hook_resid_post", "model_name": "pythia-70m", "processing": "raw"}
+    loaded = from_sae(sae)
+    for name, given in {"plain": loaded, "bare": replace(loaded, apply_b_dec_to_input=False)}.items():
+        write_proved(given, tmp_path / name, FORMATS["saelens-pre6"])
+        opened = saelens_opens(tmp_path / name)
+        assert opened.cfg.metadata.hook_name == "blocks.3.hook_resid_post"
+        both_agree(opened, given, 1e-6)
+
+
+def test_hook_z_files_of_peer_keep_their_reshaping(tmp_path: Path) -> None:
+    sae = theirs("standard", reshape_activations="hook_z")
+    sae.cfg.metadata.hook_name = "blocks.2.attn.hook_z"
+    sae.save_model(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "again", to="saelens")
+    assert json.loads((tmp_path / "again" / "cfg.json").read_text())["reshape_activations"] == "hook_z"
+    heads = vectors().view(8, 8, 3, 4)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        close(saelens_opens(tmp_path / "again")(heads), sae(heads), 1e-6)
+
+
+def test_peer_opens_bfloat16_files_as_we_do(tmp_path: Path) -> None:
+    sae = theirs("jumprelu").to(torch.bfloat16)
+    sae.save_model(tmp_path / "theirs")
+    loaded = load(tmp_path / "theirs")[1]
+    assert all(tensor.dtype == torch.float32 for tensor in loaded.tensors.values())
+    both_agree(sae.to(torch.float32), checked(loaded, "theirs"), 1e-6)
