@@ -16,7 +16,7 @@ help:
 	@echo "make bench      measure speed and memory against the original's way"
 	@echo "make bench-train, bench-quality   speed and quality of training against the peers"
 	@echo "make readme     write the command reference in README.md anew from --help"
-	@echo "make test-peers the peers in an environment of their own: their trainers, and SAELens's evaluation against ours"
+	@echo "make test-peers the peers in an environment of their own: their trainers, files, evaluation and API against ours"
 	@echo "make test-tl4   the model tests with TransformerLens $(TL4), in an environment of their own"
 
 setup: $(VENV)/.ready
@@ -75,13 +75,14 @@ build/constraints-tl4.txt: constraints.txt
 
 test-tl4: build/constraints-tl4.txt
 	$(MAKE) setup VENV=.venv-tl4 CONSTRAINTS=build/constraints-tl4.txt EXTRAS=dev
-	.venv-tl4/bin/python -m pytest -q -m "slow or not slow" tests/test_models.py tests/test_suffix.py tests/test_ablation.py
+	.venv-tl4/bin/python -m pytest -q -m "slow or not slow" tests/test_models.py tests/test_suffix.py tests/test_ablation.py tests/test_saelens_hooked.py
 
-# In an environment that holds the peers: that they train as the benchmarks call them, and that SAELens's evaluation agrees.
+# In an environment that holds the peers: that they train as the benchmarks call them, that SAELens's evaluation and API agree
+# with ours, and that what we write they load, and the reverse.
 test-peers: setup
 	$(BIN)/python benchmarks/peers.py
 	build/peers-venv/bin/python -m pip install --quiet --disable-pip-version-check pytest beartype -c $(CONSTRAINTS)
-	OMP_NUM_THREADS=1 build/peers-venv/bin/python -m pytest -q -m "slow or not slow" tests/test_benchmarks.py tests/test_peer_eval.py -k "peer"
+	OMP_NUM_THREADS=1 build/peers-venv/bin/python -m pytest -q -m "slow or not slow" tests/test_benchmarks.py tests/test_peer_*.py -k "peer"
 
 clean:
 	rm -rf .venv .venv-tl4 build *.egg-info .pytest_cache .ruff_cache .hypothesis

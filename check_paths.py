@@ -23,6 +23,7 @@ REQUIRED_FILES = (
     "scripts/extract_steering.py",
     "scripts/steer.py",
     "scripts/make_report.py",
+    "scripts/export_sae.py",
     "scripts/train_builtin.py",
     "mechint/config/__init__.py",
     "mechint/sae/__init__.py",
@@ -30,12 +31,15 @@ REQUIRED_FILES = (
     "mechint/eval/__init__.py",
     "mechint/ablation/__init__.py",
     "mechint/analysis/__init__.py",
+    "mechint/formats/__init__.py",
+    "mechint/saelens/__init__.py",
     "mechint/builtin/pythia-tiny/model.safetensors",
     "notebooks/inspect-features.ipynb",
     "notebooks/ablation.ipynb",
     "notebooks/concepts.ipynb",
     "notebooks/tour.ipynb",
     "notebooks/archive/README.md",
+    "examples/saelens_api.py",
 )
 EXPECTED_DIRS = ("activations", "runs", "saved_models", "scripts", "mechint", "tests", "docs", "benchmarks")
 DEFAULT_ACTIVATIONS = "activations/activations_50000.pt"

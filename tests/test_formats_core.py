@@ -171,7 +171,7 @@ CHANGES: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.mark.parametrize("name", ["mechint", "saelens", "saelens-pre6"])
+@pytest.mark.parametrize("name", ["mechint", "saelens", "saelens_pre6"])
 @settings(max_examples=15, deadline=None)
 @given(
     architecture=st.sampled_from(KINDS),
@@ -251,11 +251,11 @@ def test_only_what_cannot_be_held_is_refused() -> None:
         name: {
             (kind, *change) for kind in KINDS for change in (tuple(c) for c in CHANGES) if _holds(name, kind, change)
         }
-        for name in ("mechint", "saelens", "saelens-pre6")
+        for name in ("mechint", "saelens", "saelens_pre6")
     }
     everything = {(kind, *change) for kind in KINDS for change in CHANGES}
     assert held["mechint"] == {found for found in everything if not {"normalize", "transcoder"} & set(found)}
-    assert held["saelens-pre6"] == {found for found in everything if "transcoder" not in found}
+    assert held["saelens_pre6"] == {found for found in everything if "transcoder" not in found}
     assert everything - held["saelens"] == {("topk", "transcoder"), ("gated", "transcoder")}
 
 
@@ -398,8 +398,8 @@ def test_convert_writes_a_certificate_and_overwrites_only_when_asked(
     assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")]
     assert convert_command.main([str(run_dir), str(out), "--to", "saelens"]) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert convert_command.main([str(run_dir), str(out), "--to", "saelens-pre6", "--overwrite"]) == 0
-    assert identify(out).formats == ("saelens-pre6",)
+    assert convert_command.main([str(run_dir), str(out), "--to", "saelens_pre6", "--overwrite"]) == 0
+    assert identify(out).formats == ("saelens_pre6",)
     # a folder that is something else, or that holds something else, is never replaced
     (out / "mine.txt").write_text("mine")
     assert convert_command.main([str(run_dir), str(out), "--to", "saelens", "--overwrite"]) == 2
@@ -410,7 +410,7 @@ def test_convert_writes_a_certificate_and_overwrites_only_when_asked(
     convert(out, back, to="mechint")
     assert torch.equal(load_sae(back).W_enc, load_sae(run_dir).W_enc)
     assert load_sae(back).metadata["hook_name"] == "blocks.0.hook_resid_post"
-    assert json.loads((tmp_path / "back.pt.certificate.json").read_text())["source"]["format"] == "saelens-pre6"
+    assert json.loads((tmp_path / "back.pt.certificate.json").read_text())["source"]["format"] == "saelens_pre6"
 
 
 def test_a_folder_of_several_is_converted_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -445,7 +445,7 @@ def test_identify_says_what_is_missing_and_hints_at_the_model(
     folder = write_cfg(tmp_path / "sae", make("topk", d_in=768, d_sae=8), activation_fn_str="topk", k=2)
     assert identify_command.main([str(folder)]) == 0
     said = capsys.readouterr().out
-    assert "format: saelens-pre6" in said and "topk SAE, k 2, d_in 768, d_sae 8" in said
+    assert "format: saelens_pre6" in said and "topk SAE, k 2, d_in 768, d_sae 8" in said
     assert "not said: model_name, hook_name" in said and "a hint only: gpt2, EleutherAI/pythia-160m" in said
     assert identify_command.main([str(folder), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -477,7 +477,7 @@ def test_export_of_a_run(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "nearest: saelens" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["mechint", "x.pt", "saelens", "saelens-pre6"])
+@pytest.mark.parametrize("name", ["mechint", "x.pt", "saelens", "saelens_pre6"])
 def test_broken_and_hostile_files_are_one_line_of_error(name: str, run_dir: Path, tmp_path: Path) -> None:
     """Every file of an SAE cut, overwritten or replaced: an error of ours, or an SAE that is still whole."""
     place = tmp_path / "in" / ("x.pt" if name == "x.pt" else "x")

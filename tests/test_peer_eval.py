@@ -57,12 +57,12 @@ def tokens(subject: Subject) -> torch.Tensor:
 
 
 def saelens_sae(subject: Subject) -> Any:
-    """The run's SAE as SAELens opens it. It reads a folder's metadata only beside a version of its own; told here."""
+    """The run's SAE as SAELens opens it."""
     from sae_lens import SAE  # pyright: ignore[reportMissingImports]
 
     assert subject.run is not None
     sae = SAE.load_from_disk(str(subject.run.sae_dir))
-    sae.cfg.metadata.hook_name = subject.hook_name
+    assert sae.cfg.metadata.hook_name == subject.hook_name
     return sae
 
 

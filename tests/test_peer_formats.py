@@ -122,7 +122,7 @@ def test_peer_topk_by_decoder_norm(tmp_path: Path) -> None:
     sae.save_model(tmp_path / "theirs")
     loaded = load(tmp_path / "theirs")[1]
     both_agree(sae, loaded, 1e-6)
-    certificate, _ = convert(tmp_path / "theirs", tmp_path / "old", to="saelens-pre6")
+    certificate, _ = convert(tmp_path / "theirs", tmp_path / "old", to="saelens_pre6")
     assert certificate.folded == ("decoder norms",)
     both_agree(saelens_opens(tmp_path / "old"), loaded, 1e-5)
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_pre_6_files_mean_in_peer_what_they_mean_here(architecture: str, tmp_pat
     sae.metadata = {"hook_name": "blocks.3.hook_resid_post", "model_name": "pythia-70m", "processing": "raw"}
     loaded = from_sae(sae)
     for name, given in {"plain": loaded, "bare": replace(loaded, apply_b_dec_to_input=False)}.items():
-        write_proved(given, tmp_path / name, FORMATS["saelens-pre6"])
+        write_proved(given, tmp_path / name, FORMATS["saelens_pre6"])
         opened = saelens_opens(tmp_path / name)
         assert opened.cfg.metadata.hook_name == "blocks.3.hook_resid_post"
         both_agree(opened, given, 1e-6)

@@ -29,6 +29,9 @@ COMMANDS = {
     ),
     "steer": ("mechint.cli.steer", "continue prompts with and without a direction", "steer.py"),
     "report": ("mechint.cli.report", "one HTML page about a run, or about several", "make_report.py"),
+    "export": ("mechint.cli.export", "write a run's SAE in another tool's format", "export_sae.py"),
+    "convert": ("mechint.cli.convert", "an SAE of any format in any other, with a proof that nothing changed", None),
+    "identify": ("mechint.cli.identify", "what an SAE's files are", None),
     "verify": ("mechint.cli.verify", "check a run's files against the hashes in its manifest", None),
 }
 

@@ -55,7 +55,7 @@ def write(loaded: Loaded, path: Path) -> None:
 
 
 FORMAT = Format(
-    name="saelens-pre6",
+    name="saelens_pre6",
     title="SAELens before 6 (also what the community writes as its layout)",
     marks="cfg.json that names no sae_lens_version of 6 or above, and sae_weights.safetensors",
     sniff=sniff,
