@@ -19,7 +19,7 @@ from test_saelens_api import D_IN, drawn
 from mechint.models import load_model
 from mechint.saelens import SAE, HookedSAETransformer
 from mechint.saelens.releases import KNOWN, find_release
-from mechint.saelens.store import token_windows
+from mechint.saelens.windows import token_windows
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("sae_lens") is None, reason="SAELens is not in this environment: `make test-peers`"

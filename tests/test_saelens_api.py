@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from mechint.saelens import LoggingConfig, StandardTrainingSAEConfig, TopKTraini
 from mechint.saelens.nested import JumpReLUTrainingSAEConfig, MatryoshkaBatchTopKTrainingSAEConfig
 from mechint.saelens.neuronpedia import neuronpedia_id, neuronpedia_url, parse_neuronpedia
 from mechint.saelens.releases import VARIABLE, find_release
-from mechint.saelens.store import mixed, token_windows
+from mechint.saelens.windows import mixed, token_windows
 
 ROOT = Path(__file__).resolve().parent.parent
 HOOK = "blocks.3.hook_resid_post"
+IN, OUT = "blocks.3.ln2.hook_normalized", "blocks.3.hook_mlp_out"
 D_IN, D_SAE = 16, 48
 
 
@@ -44,6 +46,18 @@ def drawn(architecture: str = "standard", *, d_in: int = D_IN, **settings: Any) 
     options = {"k": 5} if architecture == "topk" else {}
     metadata = {"hook_name": HOOK, "model_name": "tiny", "processing": "raw", "context_size": 8, "prepend_bos": True}
     return Loaded(architecture, tensors, options, metadata=metadata, **settings)
+
+
+def drawn_transcoder(
+    architecture: str = "standard", *, skip: bool = False, d_in: int = D_IN, d_out: int = D_IN + 8, **settings: Any
+) -> Loaded:
+    """A transcoder with nothing at its default."""
+    loaded = drawn(architecture, d_in=d_in, apply_b_dec_to_input=False, **settings)
+    generator = torch.Generator().manual_seed(8)
+    others = {"W_dec": (D_SAE, d_out), "b_dec": (d_out,)} | ({"W_skip": (d_out, d_in)} if skip else {})
+    tensors = {name: torch.randn(*shape, generator=generator) for name, shape in others.items()}
+    metadata = {**loaded.metadata, "hook_name": IN, "hook_name_out": OUT}
+    return replace(loaded, tensors={**loaded.tensors, **tensors}, transcoder=True, metadata=metadata)
 
 
 SETTINGS = [
@@ -76,6 +90,81 @@ def test_computes_what_its_file_defines_for_any_leading_shape(
         torch.testing.assert_close(found.double(), acts.reshape(found.shape), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(sae.decode(found).double(), expected, rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(sae(x).double(), expected, rtol=1e-5, atol=1e-4)
+
+
+TRANSCODERS = [
+    ("transcoder", "standard", False),
+    ("skip_transcoder", "standard", True),
+    ("jumprelu_transcoder", "jumprelu", False),
+    ("jumprelu_skip_transcoder", "jumprelu", True),
+]
+
+
+@pytest.mark.parametrize(("name", "architecture", "skip"), [*TRANSCODERS, ("topk_skip_transcoder", "topk", True)])
+def test_transcoders_compute_what_their_file_defines(tmp_path: Path, name: str, architecture: str, skip: bool):
+    loaded = drawn_transcoder(architecture, skip=skip)
+    sae = SAE(loaded)
+    x = torch.randn(2, 3, D_IN, generator=torch.Generator().manual_seed(1))
+    acts = reference_encode(loaded, x.flatten(0, 1))
+    expected = reference_decode(loaded, acts, x.flatten(0, 1)).reshape(2, 3, D_IN + 8)
+    with torch.no_grad():
+        torch.testing.assert_close(sae.encode(x).double(), acts.reshape(2, 3, D_SAE), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sae(x).double(), expected, rtol=1e-5, atol=1e-4)
+        without = expected - x.double() @ loaded.tensors["W_skip"].double().T if skip else expected
+        torch.testing.assert_close(sae.decode(sae.encode(x)).double(), without, rtol=1e-5, atol=1e-4)
+        sae.use_error_term = True  # what it should have given is not in its input: no error to add
+        torch.testing.assert_close(sae(x).double(), expected, rtol=1e-5, atol=1e-4)
+    cfg = sae.cfg
+    assert (cfg.architecture, cfg.d_in, cfg.d_out, cfg.d_sae) == (name, D_IN, D_IN + 8, D_SAE) and cfg.is_transcoder
+    assert (cfg.hook_name, cfg.hook_name_out, cfg.apply_b_dec_to_input) == (IN, OUT, False)
+    assert cfg.activation_fn_str == ("topk" if architecture == "topk" else "relu")
+    assert SAEConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+    assert "d_out" not in SAE(drawn()).cfg.to_dict()
+    new = SAE(cfg)  # another one of this kind
+    assert {k: v.shape for k, v in new.named_parameters()} == {k: v.shape for k, v in sae.named_parameters()}
+    assert new(x).shape == (2, 3, D_IN + 8) and bool((new.b_dec == 0).all())
+    with pytest.raises(MechintError, match="another output than its input"):
+        sae.to_mechint()
+    if architecture == "topk":
+        with pytest.raises(MechintError, match="topk"):
+            sae.save_model(tmp_path / "s")
+        return
+    sae.save_model(tmp_path / "s")
+    again = SAE.load_from_disk(tmp_path / "s")
+    assert again.cfg == cfg
+    for key, value in sae.named_parameters():
+        assert torch.equal(value, again.get_parameter(key)), key
+    again.fold_W_dec_norm()
+    with torch.no_grad():
+        torch.testing.assert_close(again(x).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_transcoders_that_are_none_are_refused():
+    whole = {"d_in": 4, "d_sae": 8, "d_out": 6}
+    for given, words in (
+        ({"architecture": "skip_transcode"}, "skip_transcoder"),
+        ({"architecture": "gated_transcoder"}, "transcoder"),
+        ({"architecture": "transcoder", "d_out": None}, "d_out"),
+        ({"architecture": "transcoder", "normalize_activations": "layer_norm"}, "layer_norm"),
+    ):
+        with pytest.raises(MechintError, match=words):
+            SAE(SAEConfig(**{**whole, **given}))
+
+
+def test_a_device_that_is_not_there_is_told_before_anything_is_done(tmp_path: Path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    sae = SAE(drawn())
+    folder = sae.save_model(tmp_path / "s")[0].parent
+    for call in (
+        lambda: SAE.load_from_disk(folder, device="cuda"),
+        lambda: SAE.from_pretrained(release="nobody/nothing", sae_id="x", device="cuda"),
+        lambda: SAE(SAEConfig(d_in=4, d_sae=8, device="cuda")),
+    ):
+        with pytest.raises(MechintError, match="device 'cuda' cannot be used here.*device=\"cpu\"") as told:
+            call()
+        assert "\n" not in str(told.value)
+    assert SAE.load_from_disk(folder, device=torch.device("cpu")).cfg.device == "cpu"
 
 
 def test_attributes_and_cfg_under_old_and_new_names():

@@ -1,10 +1,13 @@
 """SAEs in a model, and the store of tokens and activations, on a small random GPT-NeoX."""
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_saelens_api import IN, OUT, drawn_transcoder
 
 from mechint.errors import MechintError
 from mechint.formats import Loaded
@@ -39,6 +42,12 @@ def sae_at(hook_name: str = HOOK, *, d_in: int = 32, processing: str = "raw", se
     }
     metadata = {"hook_name": hook_name, "processing": processing, "context_size": 16, "prepend_bos": True}
     return SAE(Loaded("standard", tensors, metadata=metadata)).requires_grad_(False)
+
+
+def with_metadata(sae: SAE, **values: Any) -> SAE:
+    other = copy.deepcopy(sae)
+    other.cfg.metadata.update(values)
+    return other
 
 
 def same(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -252,5 +261,107 @@ def test_mistakes_of_the_store_are_told(model: HookedSAETransformer, tmp_path: P
         ActivationsStore.from_sae(model, sae, [{"tokens": [1, 2, 3]}]).get_batch_tokens()
     with pytest.raises(MechintError, match="context_size must be from 2 to 128"):
         ActivationsStore.from_sae(model, sae, TEXTS, context_size=4096)
-    with pytest.raises(MechintError, match="trained on centred"):
-        ActivationsStore.from_sae(model, sae_at(processing="centred"), TEXTS)
+    with pytest.raises(MechintError, match="seqpos_slice"):
+        ActivationsStore.from_sae(model, with_metadata(sae, seqpos_slice=(20, 30)), TEXTS)
+    with pytest.raises(MechintError, match="no head 9"):
+        store = ActivationsStore.from_sae(
+            model, with_metadata(sae_at("blocks.3.attn.hook_z", d_in=8), hook_head_index=9), TEXTS
+        )
+        store.get_activations(TOKENS)
+    with pytest.raises(MechintError, match="which hook"):
+        ActivationsStore.from_sae(model, with_metadata(sae, hook_name=None), TEXTS)
+
+
+def test_activations_are_those_that_the_sae_was_trained_on(model: HookedSAETransformer, tiny_neox_dir: Path):
+    residual = model.language_model.activations(TOKENS, HOOK).clone()
+    centred = ActivationsStore.from_sae(model, sae_at(processing="centred"), TEXTS).get_activations(TOKENS)
+    same(centred, residual - residual.mean(-1, keepdim=True))
+    assert (centred - residual).abs().max() > 0.1
+    other = HookedSAETransformer.from_pretrained(str(tiny_neox_dir), device="cpu", center_writing_weights=True)
+    same(ActivationsStore.from_sae(other, sae_at(processing="centred"), TEXTS).get_activations(TOKENS), centred)
+    with pytest.raises(MechintError, match="trained on the raw"):
+        ActivationsStore.from_sae(other, sae_at(), TEXTS)
+    # positions and heads
+    sliced = with_metadata(sae_at(), seqpos_slice=(2, -1))
+    store = ActivationsStore.from_sae(model, sliced, TEXTS, store_batch_size_prompts=2, train_batch_size_tokens=13)
+    same(store.get_activations(TOKENS), residual[:, 2:-1])
+    assert store.training_context_size == 13 and store.get_batch_tokens().shape == (2, 16)
+    assert store.next_batch().shape == (13, 32)
+    heads = model.language_model.activations(TOKENS, "blocks.3.attn.hook_z")
+    assert heads.shape == (2, 6, 4, 8)
+    one = with_metadata(sae_at("blocks.3.attn.hook_z", d_in=8), hook_head_index=2)
+    same(ActivationsStore.from_sae(model, one, TEXTS).get_activations(TOKENS), heads[:, :, 2])
+
+
+def test_rows_of_special_tokens_can_be_left_out(model: HookedSAETransformer):
+    sae = sae_at()
+    given = {"store_batch_size_prompts": 2, "train_batch_size_tokens": 10, "n_batches_in_buffer": 1}
+    store = ActivationsStore.from_sae(model, sae, TEXTS, exclude_special_tokens=True, **given)
+    tokens = store.get_batch_tokens()
+    assert bool((tokens[:, 0] == 0).all())
+    first = store.get_activations(tokens)[:, 0]
+    store.reset_input_dataset()
+    rows = store.next_batch()
+    assert (torch.cdist(rows, first) > 1e-3).all()
+    every = ActivationsStore.from_sae(model, sae, TEXTS, **given)
+    rows = torch.cat([every.next_batch() for _ in range(6)])
+    assert (torch.cdist(rows, first) < 1e-3).any()
+
+
+# --- transcoders ------------------------------------------------------------------------------------------------------
+
+
+def test_a_transcoder_replaces_what_it_writes_by_what_it_reads(model: HookedSAETransformer):
+    sae = SAE(drawn_transcoder(skip=True, d_in=32, d_out=32)).requires_grad_(False)
+    x, y = (model.language_model.activations(TOKENS, name).clone() for name in (IN, OUT))
+    out, cache = model.run_with_cache_with_saes(TOKENS, saes=[sae])
+    expected = model.language_model.logits_with(TOKENS, OUT, lambda value: sae(x))
+    same(out, expected)
+    same(cache[f"{OUT}.hook_sae_input"], x)
+    same(cache[f"{OUT}.hook_sae_acts_post"], sae.encode(x))
+    same(cache[f"{OUT}.hook_sae_recons"], sae.decode(sae.encode(x)))
+    same(cache[f"{OUT}.hook_sae_output"], sae(x))
+    assert model.get_sae_hook_name(sae) == f"{OUT}.hook_sae_acts_post"
+    exact, cache = model.run_with_cache_with_saes(TOKENS, saes=[sae], use_error_term=True)
+    same(exact, model(TOKENS))
+    same(cache[f"{OUT}.hook_sae_error"], y - sae(x))
+    _, cache = model.run_with_cache_with_saes(TOKENS, saes=[sae], exclude_special_tokens=True)
+    same(cache[f"{OUT}.hook_sae_output"], torch.where((TOKENS == 0)[..., None], y, sae(x)))
+    # attached: known by the hook that it reads; an SAE where it writes takes its place, and gives it back
+    model.add_sae(sae)
+    assert model.acts_to_saes == {IN: sae}
+    with model.saes([sae_at(OUT)]):
+        assert set(model.acts_to_saes) == {OUT}
+    assert set(model.acts_to_saes) == {IN}
+    same(model(TOKENS), expected)
+    model.reset_saes(IN)
+    assert not model.hook_dict[IN].fwd_hooks and not model.hook_dict[OUT].fwd_hooks
+    same(model(TOKENS), model.language_model.logits(TOKENS))
+
+
+def test_a_transcoder_of_the_centred_stream_predicts_as_in_a_centred_model(
+    model: HookedSAETransformer, tiny_neox_dir: Path
+):
+    loaded = drawn_transcoder(d_in=32, d_out=32)
+    metadata = {**loaded.metadata, "processing": "centred", "hook_name": "blocks.3.hook_resid_pre"}
+    sae = SAE(replace(loaded, metadata=metadata)).requires_grad_(False)
+    centred = HookedSAETransformer.from_pretrained(str(tiny_neox_dir), device="cpu", center_writing_weights=True)
+    same(
+        model.run_with_saes(TOKENS, saes=[sae]).log_softmax(-1),
+        centred.run_with_saes(TOKENS, saes=[sae]).log_softmax(-1),
+    )
+    same(model.run_with_saes(TOKENS, saes=[sae], use_error_term=True), model(TOKENS))
+
+
+def test_transcoders_that_do_not_fit_are_refused(model: HookedSAETransformer):
+    with pytest.raises(MechintError, match="d_out 24.*hook_mlp_out.*32 wide"):
+        model.run_with_saes(TOKENS, saes=[SAE(drawn_transcoder(d_in=32, d_out=24)).requires_grad_(False)])
+    sae = SAE(drawn_transcoder(d_in=32, d_out=32)).requires_grad_(False)
+    with pytest.raises(MechintError, match="which the model computes after"):
+        turned = with_metadata(sae, hook_name="blocks.4.hook_resid_post", hook_name_out="blocks.2.hook_resid_post")
+        model.run_with_saes(TOKENS, saes=[turned])
+    with pytest.raises(MechintError, match="no hook 'blocks.3.hook_mlp_ou'"):
+        model.add_sae(with_metadata(sae, hook_name_out="blocks.3.hook_mlp_ou"))
+    with pytest.raises(MechintError, match="which hook it writes"):
+        model.add_sae(with_metadata(sae, hook_name_out=None))
+    assert model.acts_to_saes == {}

@@ -2,17 +2,16 @@
 
 An SAE is attached to a hook: what the hook holds is replaced by the SAE's output, and the SAE's own stages become hooks
 of the model, `<hook>.hook_sae_input`, `_acts_pre`, `_acts_post`, `_recons`, `_error` and `_output`, that caches hold
-and that functions can be attached to.
+and that functions can be attached to. A transcoder reads one hook and is attached to another, `hook_name_out`.
 
 An SAE that was trained on the centred residual stream (TransformerLens's old default processing) is given centred
 values also in a model that is loaded raw: the mean over d_model that centring removes is removed again by every
 LayerNorm that reads the stream, so that predictions are those of a centred model. The other way round is an error.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
@@ -20,10 +19,9 @@ from torch import Tensor
 
 from mechint.errors import MechintError, nearest
 from mechint.models import LanguageModel, load_model
+from mechint.saelens.placing import centres, read_hook, special_ids, written_hook
 from mechint.saelens.sae import HOOKS, SAE, as_sae
 
-# Hooks that hold the residual stream or what is added to it, which is all that centring changes.
-_CENTRED = re.compile(r"(.*\.)?hook_(resid_(pre|mid|post)|mlp_out|attn_out)")
 # Arguments of TransformerLens's own from_pretrained that change no residual stream and no log-probability.
 PROCESSING = ("fold_ln", "center_unembed", "fold_value_biases")
 TOKENS_HOOK = "embed.hook_in"
@@ -34,11 +32,14 @@ class Attachment:
     """An SAE at a hook, and what must be undone to take it off."""
 
     sae: SAE
-    hook_name: str
+    reads: str  # the hook that is encoded
+    writes: str  # the hook whose value is replaced: the same, but for transcoders
     use_error_term: bool
     exclude: frozenset[int]  # token ids at whose positions the SAE is passed by
-    handle: Any  # TransformerLens's record of our function at the hook
-    centres: bool
+    centres_in: bool
+    centres_out: bool
+    handles: list[tuple[Any, Any]] = field(default_factory=list)  # hooks, and TransformerLens's record of our function
+    seen: Tensor | None = None  # what a transcoder reads, between the two hooks
 
 
 @final
@@ -116,12 +117,12 @@ class HookedSAETransformer:
 
     @property
     def acts_to_saes(self) -> dict[str, SAE]:
-        """The attached SAEs by the name of their hook."""
+        """The attached SAEs by the name of the hook that they read."""
         return {name: attachment.sae for name, attachment in self._attached.items()}
 
     def get_sae_hook_name(self, sae: Any, internal: str = "hook_sae_acts_post") -> str:
         """The full name of one of an SAE's hooks, as caches and `hook_dict` have it."""
-        return f"{_hook_of(as_sae(sae))}.{internal}"
+        return f"{written_hook(as_sae(sae))}.{internal}"
 
     # --- attaching and taking off -------------------------------------------------------------------------------------
 
@@ -129,6 +130,9 @@ class HookedSAETransformer:
         self, sae: Any, use_error_term: bool | None = None, exclude_special_tokens: bool | list[int] = False
     ) -> None:
         """Attach an SAE to the hook that it was trained on, in place of one that is there. It stays until `reset_saes`.
+
+        A transcoder replaces what its `hook_name_out` holds by what it computes from its `hook_name`, skip connection
+        included.
 
         Args:
             use_error_term: add what the SAE misses, so that the model computes what it did unless the SAE's hooks are
@@ -139,27 +143,34 @@ class HookedSAETransformer:
             MechintError: the SAE names no hook, or one that the model does not have; another width or processing.
         """
         sae = as_sae(sae)
-        hook_name = _hook_of(sae)
+        reads, writes = read_hook(sae), written_hook(sae)
         hooks = self.bridge.hook_dict
-        if hook_name not in hooks:
-            raise self._no_hook(hook_name, hooks)
-        centres = self._centres(sae, hook_name)
-        exclude = self._excluded(exclude_special_tokens)
-        self._take_off(hook_name)
-        point = hooks[hook_name]
-        stages = {name: type(point)() for name in HOOKS}
-        for name, stage in stages.items():
-            stage.name = f"{hook_name}.{name}"
-            self.bridge._hook_registry[stage.name] = stage
+        for name in (reads, writes):
+            if name not in hooks:
+                raise self._no_hook(name, hooks)
         error = sae.use_error_term if use_error_term is None else use_error_term
-        attachment = Attachment(sae, hook_name, error, exclude, None, centres)
+        exclude = self._excluded(exclude_special_tokens)
+        centring = [centres(sae, name, self.language_model) for name in (reads, writes)]
+        attachment = Attachment(sae, reads, writes, error, exclude, *centring)
+        for there in list(self._attached.values()):
+            if there.reads == reads or hooks[there.writes] is hooks[writes]:
+                self._take_off(there.reads)
+        stages = {name: type(hooks[writes])() for name in HOOKS}
+        for name, stage in stages.items():
+            stage.name = f"{writes}.{name}"
+            self.bridge._hook_registry[stage.name] = stage
+
+        def see(value: Tensor, hook: Any) -> None:
+            attachment.seen = value
 
         def replace(value: Tensor, hook: Any) -> Tensor:
             return self._through(attachment, value, lambda name, stage: stages[name](stage))
 
-        point.add_hook(replace, is_permanent=True)
-        attachment.handle = point.fwd_hooks[-1]
-        self._attached[hook_name] = attachment
+        for name, function in ((reads, see), (writes, replace)):
+            if function is replace or writes != reads:
+                hooks[name].add_hook(function, is_permanent=True)
+                attachment.handles.append((hooks[name], hooks[name].fwd_hooks[-1]))
+        self._attached[reads] = attachment
         self._watch_tokens()
 
     def reset_saes(self, act_names: str | Sequence[str] | None = None) -> None:
@@ -270,22 +281,36 @@ class HookedSAETransformer:
     def _through(self, attachment: Attachment, value: Tensor, at: Callable[[str, Tensor], Tensor]) -> Tensor:
         """What the hook holds from now on."""
         sae = attachment.sae
-        x, mean = value, None
-        if value.shape[-1] != sae.cfg.d_in and value.ndim > 2 and value.shape[-2] * value.shape[-1] == sae.cfg.d_in:
-            x = value.flatten(-2)  # a hook on single heads: side by side
-        if attachment.centres:
+        target = _side_by_side(value, sae.d_out)
+        x = target
+        if attachment.writes != attachment.reads:
+            if attachment.seen is None:
+                raise MechintError(
+                    f"the transcoder reads {attachment.reads}, which the model computes after {attachment.writes}:"
+                    " hook_name and hook_name_out do not fit"
+                )
+            x, attachment.seen = _side_by_side(attachment.seen, sae.cfg.d_in), None
+        if target.shape[-1] != sae.d_out:
+            raise MechintError(
+                f"the SAE has d_{'in' if sae.d_out == sae.cfg.d_in else 'out'} {sae.d_out}, but {attachment.writes} of"
+                f" {self.language_model.name} is {target.shape[-1]} wide"
+            )
+        mean = None
+        if attachment.centres_out:
             # given back afterwards, so that the error term makes up for all that is lost
-            mean = x.mean(dim=-1, keepdim=True)
-            x = x - mean
+            mean = target.mean(dim=-1, keepdim=True)
+            target = target - mean
+        if attachment.centres_in:
+            x = x - x.mean(dim=-1, keepdim=True)
         passed = self._passed(attachment, value)
 
         def staged(name: str, stage: Tensor) -> Tensor:
             if passed is None or name not in ("hook_sae_error", "hook_sae_output"):
                 return at(name, stage)
             mask = passed.reshape(*passed.shape, *(1,) * (stage.ndim - passed.ndim))
-            return at(name, torch.where(mask, torch.zeros_like(stage) if name == "hook_sae_error" else x, stage))
+            return at(name, torch.where(mask, torch.zeros_like(stage) if name == "hook_sae_error" else target, stage))
 
-        out = sae.run_with(x, staged, use_error_term=attachment.use_error_term)
+        out = sae.run_with(x, staged, use_error_term=attachment.use_error_term, target=target)
         if mean is not None:
             out = out + mean
         return out.to(value.dtype).reshape(value.shape)
@@ -297,30 +322,17 @@ class HookedSAETransformer:
         assert self._tokens is not None and self._tokens.shape == value.shape[:2], "no tokens seen for this pass"
         return torch.isin(self._tokens, torch.tensor(sorted(attachment.exclude), device=self._tokens.device))
 
-    def _centres(self, sae: SAE, hook_name: str) -> bool:
-        if _CENTRED.fullmatch(hook_name) is None:
-            return False
-        trained, here = processing_of(sae), self.language_model.processing
-        if trained == "raw" and here == "centred":
-            raise MechintError(
-                f"the SAE was trained on the raw {hook_name}, but {self.language_model.name} is loaded with"
-                " center_writing_weights=True, which takes the mean out: load it without"
-            )
-        return trained == "centred" and here == "raw"
-
     def _excluded(self, exclude_special_tokens: bool | Sequence[int]) -> frozenset[int]:
         if isinstance(exclude_special_tokens, bool):
-            tokenizer = self.language_model.tokenizer
-            return frozenset(tokenizer.all_special_ids) if exclude_special_tokens else frozenset()
+            return special_ids(self.language_model.tokenizer) if exclude_special_tokens else frozenset()
         return frozenset(int(token) for token in exclude_special_tokens)
 
     def _take_off(self, hook_name: str) -> None:
-        attachment = self._attached.pop(hook_name, None)
-        if attachment is None:
-            return
-        _remove(self.bridge.hook_dict[hook_name], attachment.handle)
+        attachment = self._attached.pop(hook_name)
+        for point, handle in attachment.handles:
+            _remove(point, handle)
         for name in HOOKS:
-            self.bridge._hook_registry.pop(f"{hook_name}.{name}", None)
+            self.bridge._hook_registry.pop(f"{attachment.writes}.{name}", None)
         self._watch_tokens()
 
     def _watch_tokens(self) -> None:
@@ -339,23 +351,11 @@ class HookedSAETransformer:
             self._tokens_handle = self._tokens = None
 
 
-def processing_of(sae: SAE) -> str:
-    """Which residual stream an SAE was trained on, "raw" or "centred", as its metadata say; raw if they do not."""
-    recorded = sae.cfg.metadata.get("processing")
-    if recorded is not None:
-        return str(recorded)
-    kwargs = sae.cfg.metadata.get("model_from_pretrained_kwargs") or {}
-    return "centred" if kwargs.get("center_writing_weights") else "raw"
-
-
-def _hook_of(sae: SAE) -> str:
-    name = sae.cfg.metadata.get("hook_name")
-    if not name:
-        raise MechintError(
-            "the SAE does not say which hook it was trained on: set sae.cfg.metadata.hook_name, for example to"
-            " 'blocks.3.hook_resid_post'"
-        )
-    return str(name)
+def _side_by_side(value: Tensor, width: int) -> Tensor:
+    """A hook on single heads, `[batch, pos, head, d_head]`, as `[batch, pos, width]`, if it is one of that width."""
+    if value.shape[-1] != width and value.ndim > 2 and value.shape[-2] * value.shape[-1] == width:
+        return value.flatten(-2)
+    return value
 
 
 def _listed(saes: Any) -> Iterable[Any]:

@@ -94,7 +94,7 @@ def nested_from_dict(values: dict[str, Any]) -> TrainingSAEConfig:
     name = str(values.get("architecture", "standard"))
     if name not in NESTED:
         raise MechintError(f"unknown architecture {name!r}; {nearest(name, NESTED)}")
-    known = {part.name for part in dataclasses.fields(NESTED[name])}
+    known = [part.name for part in reversed(dataclasses.fields(NESTED[name]))]  # its own before what all have
     for key in values:
         if key != "architecture" and key not in known:
             raise MechintError(f"{NESTED[name].__name__} has no {key!r}; {nearest(key, known)}")

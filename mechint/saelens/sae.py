@@ -22,9 +22,9 @@ from mechint.formats.base import LAYER_NORM_EPS, checked
 from mechint.formats.convert import find_format, held_variant, load
 from mechint.provenance import make_dir
 from mechint.sae import SAE as MechintSAE
-from mechint.sae import build_sae
+from mechint.saelens.form import config_of, drawn, dtype_of, usable
 from mechint.saelens.releases import fetch, find_release, with_norm_factor
-from mechint.saelens.sae_config import SAEConfig, SAEMetadata
+from mechint.saelens.sae_config import SAEConfig
 
 HOOKS = (
     "hook_sae_input",
@@ -34,9 +34,6 @@ HOOKS = (
     "hook_sae_error",
     "hook_sae_output",
 )
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Normalisations of an input: our name of what SAELens calls it, both ways.
-NORMALIZATIONS = {"none": "none", "sqrt_d": "constant_norm_rescale", "layer_norm": "layer_norm"}
 WEIGHTS_FILE, CFG_FILE, SPARSITY_FILE = "sae_weights.safetensors", "cfg.json", "sparsity.safetensors"
 
 At = Callable[[str, Tensor], Tensor]
@@ -55,6 +52,8 @@ class SAE(nn.Module):
     Attributes:
         W_enc: `[d_in, d_sae]`.  W_dec: `[d_sae, d_in]`.  b_dec: `[d_in]`.
         b_enc: `[d_sae]`; gated SAEs have `b_gate`, `b_mag` and `r_mag` instead, JumpReLU ones a `threshold` too.
+        W_skip: `[d_out, d_in]`, of transcoders with a skip connection. Of every transcoder `W_dec` and `b_dec` are
+            `d_out` wide, since it writes another hook than it reads.
         cfg: an `SAEConfig`.
         sparsity: log10 of how often each latent fires, `[d_sae]`, if that is known.
     """
@@ -62,19 +61,16 @@ class SAE(nn.Module):
     W_enc: nn.Parameter
     W_dec: nn.Parameter
     b_dec: nn.Parameter
-    b_enc: nn.Parameter  # these five: where the architecture has them
+    b_enc: nn.Parameter  # these six: where the architecture has them
     b_gate: nn.Parameter
     b_mag: nn.Parameter
     r_mag: nn.Parameter
     threshold: nn.Parameter
+    W_skip: nn.Parameter
 
     def __init__(self, source: SAEConfig | Loaded, *, sparsity: Float[Tensor, " d_sae"] | None = None):
         super().__init__()
-        loaded = _drawn(source) if isinstance(source, SAEConfig) else source
-        if loaded.transcoder:
-            raise MechintError(
-                "this is a transcoder, which reads one hook and writes another: not opened as an SAE yet"
-            )
+        loaded = drawn(source) if isinstance(source, SAEConfig) else source
         self._form = replace(loaded, tensors={})  # its settings; the tensors are the parameters below
         for name, tensor in loaded.tensors.items():
             self.register_parameter(name, nn.Parameter(tensor.clone()))
@@ -84,7 +80,7 @@ class SAE(nn.Module):
         # what was done to the last input, for a `decode` that is called on its own
         self._undo: tuple[Tensor, Tensor] | None = None
         if isinstance(source, SAEConfig):
-            self.to(device=source.device, dtype=dtype_of(source.dtype))
+            self.to(device=usable(source.device), dtype=dtype_of(source.dtype))
 
     # --- from and to files --------------------------------------------------------------------------------------------
 
@@ -93,8 +89,8 @@ class SAE(nn.Module):
         cls,
         release: str,
         sae_id: str = "",
-        device: str = "cpu",
-        dtype: str = "float32",
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "float32",
         force_download: bool = False,
         fold_W_dec_norm: bool = False,
         registry: str | Path | None = None,
@@ -111,8 +107,9 @@ class SAE(nn.Module):
 
         Raises:
             MechintError: no such release, repository or id (the message names those that are near), the Hub out of
-                reach and nothing in the cache, or files that are no SAE.
+                reach and nothing in the cache, files that are no SAE, or a device that this machine does not have.
         """
+        usable(device)  # known before anything is downloaded
         where = find_release(release, sae_id, registry)
         folder = where.folder if where.repo_id is None else fetch(where, force_download=force_download)
         with with_norm_factor(folder, where.norm_scaling_factor) as whole:
@@ -120,7 +117,7 @@ class SAE(nn.Module):
 
     @classmethod
     def from_pretrained_with_cfg_and_sparsity(
-        cls, release: str, sae_id: str = "", device: str = "cpu", **given: Any
+        cls, release: str, sae_id: str = "", device: str | torch.device = "cpu", **given: Any
     ) -> tuple["SAE", dict[str, Any], Float[Tensor, " d_sae"] | None]:
         """`from_pretrained` as a tuple: the SAE, its cfg as a dictionary, and `sparsity` (None if not published)."""
         sae = cls.from_pretrained(release, sae_id, device, **given)
@@ -130,8 +127,8 @@ class SAE(nn.Module):
     def load_from_disk(
         cls,
         path: str | Path,
-        device: str = "cpu",
-        dtype: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype | None = None,
         fold_W_dec_norm: bool = False,
         extra: dict[str, Any] | None = None,
     ) -> "SAE":
@@ -143,7 +140,7 @@ class SAE(nn.Module):
         Raises:
             MechintError: nothing there, or files that are no SAE.
         """
-        path, dtype_given = Path(path), dtype_of(dtype)
+        path, dtype_given, device = Path(path), dtype_of(dtype), usable(device)
         if not path.exists():
             beside = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
             raise MechintError(f"no SAE at {path}" + (f"; {nearest(path.name, sorted(beside))}" if beside else ""))
@@ -201,27 +198,30 @@ class SAE(nn.Module):
         """Activations to `feature_acts`. Any leading shape."""
         return self.encode_with(x, _as_it_is)
 
-    def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
-        """`feature_acts` to reconstructed activations. Where inputs are normalised one by one, what was done to the
-        last `encode`'s is undone."""
+    def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
+        """`feature_acts` to reconstructed activations (`d_out` is `d_in`, but for transcoders). Where inputs are
+        normalised one by one, what was done to the last `encode`'s is undone. A skip connection is not part of it."""
         return self.decode_with(feature_acts, _as_it_is)
 
-    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """The reconstruction of `x`."""
-        return self.run_with(x, _as_it_is, use_error_term=self.use_error_term)
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """The reconstruction of `x`; a transcoder's output, its skip connection included."""
+        return self.run_with(x, _as_it_is, use_error_term=self.use_error_term and not self.cfg.is_transcoder)
 
-    def run_with(self, x: Tensor, at: At, *, use_error_term: bool = False) -> Tensor:
+    def run_with(self, x: Tensor, at: At, *, use_error_term: bool = False, target: Tensor | None = None) -> Tensor:
         """Encode and decode with each of `HOOKS` passed through `at(name, value)`, whose result is used instead.
 
-        With `use_error_term`, what the SAE misses of `x` is added again, so that the result is `x` unless `at` changes
-        something on the way.
+        With `use_error_term`, what is missed of `target` (`x` if not given; a transcoder needs it) is added again, so
+        that the result is `target` unless `at` changes something on the way.
         """
-        out = self.decode_with(self.encode_with(x, at), at)
+        out = self._with_skip(x, self.decode_with(self.encode_with(x, at), at))
         if use_error_term:
             with torch.no_grad():
-                error = x - self.decode(self.encode(x))
+                error = (x if target is None else target) - self._with_skip(x, self.decode(self.encode(x)))
             out = out + at("hook_sae_error", error)
         return at("hook_sae_output", out)
+
+    def _with_skip(self, x: Tensor, out: Tensor) -> Tensor:
+        return out + x.to(self.dtype) @ self.W_skip.T if "W_skip" in self._parameters else out
 
     def encode_with(self, x: Tensor, at: At) -> Tensor:
         """`encode` with its hooks passed through `at`."""
@@ -300,6 +300,11 @@ class SAE(nn.Module):
     # --- small things that code relies on -----------------------------------------------------------------------------
 
     @property
+    def d_out(self) -> int:
+        """The width of what it writes: `d_in`, but for transcoders."""
+        return self.W_dec.shape[1]
+
+    @property
     def device(self) -> torch.device:
         return self.W_dec.device
 
@@ -336,51 +341,6 @@ def as_sae(sae: Any) -> SAE:
     if isinstance(sae, MechintSAE):
         return SAE.from_mechint(sae)
     raise MechintError(f"expected an SAE (mechint.SAE or one of mechint.sae), got {type(sae).__name__}")
-
-
-def config_of(loaded: Loaded) -> SAEConfig:
-    """`sae.cfg` of what a file said."""
-    hook = str(loaded.metadata.get("hook_name") or "")
-    return SAEConfig(
-        d_in=loaded.d_in,
-        d_sae=loaded.d_sae,
-        architecture=loaded.architecture,
-        apply_b_dec_to_input=loaded.apply_b_dec_to_input,
-        normalize_activations=NORMALIZATIONS[loaded.normalize],
-        reshape_activations="hook_z" if hook.endswith("hook_z") else "none",
-        k=loaded.options.get("k"),
-        rescale_acts_by_decoder_norm=loaded.rescale_acts_by_decoder_norm,
-        metadata=SAEMetadata(loaded.metadata),
-    )
-
-
-def dtype_of(name: str | torch.dtype | None) -> torch.dtype:
-    """A torch dtype from its name, with or without "torch.". float32 for None."""
-    if isinstance(name, torch.dtype):
-        return name
-    plain = (name or "float32").removeprefix("torch.")
-    if plain not in DTYPES:
-        raise MechintError(f"dtype {name!r} is not known; {nearest(plain, DTYPES)}")
-    return DTYPES[plain]
-
-
-def _drawn(cfg: SAEConfig) -> Loaded:
-    """Initial weights from torch's global generator."""
-    options = {"k": cfg.k} if cfg.architecture == "topk" and cfg.k is not None else {}
-    drawn = from_sae(build_sae(str(cfg.architecture), cfg.d_in, cfg.d_sae, options=options))
-    by_name: dict[str, Any] = {theirs: ours for ours, theirs in NORMALIZATIONS.items()}
-    normalize = by_name.get(cfg.normalize_activations)
-    if normalize is None:
-        raise MechintError(
-            f"normalize_activations {cfg.normalize_activations!r} is not known; {', '.join(NORMALIZATIONS.values())}"
-        )
-    return replace(
-        drawn,
-        apply_b_dec_to_input=cfg.apply_b_dec_to_input,
-        normalize=normalize,
-        rescale_acts_by_decoder_norm=cfg.architecture == "topk" and cfg.rescale_acts_by_decoder_norm,
-        metadata=dict(cfg.metadata),
-    )
 
 
 def _read_sparsity(path: Path, d_sae: int) -> Tensor | None:

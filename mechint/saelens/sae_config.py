@@ -10,7 +10,9 @@ from mechint.config import layer_of_hook
 _IN_METADATA = (
     "model_name",
     "hook_name",
+    "hook_name_out",
     "hook_head_index",
+    "seqpos_slice",
     "context_size",
     "prepend_bos",
     "dataset_path",
@@ -46,9 +48,9 @@ class Architecture(str):
 class SAEConfig:
     """What defines an SAE beside its weights.
 
-    `model_name`, `hook_name`, `hook_layer`, `context_size`, `prepend_bos`, `dataset_path`, `neuronpedia_id`,
-    `activation_fn_str` and `activation_fn_kwargs` are attributes as well; they are read from `metadata` and the
-    architecture.
+    `model_name`, `hook_name`, `hook_name_out`, `hook_layer`, `context_size`, `prepend_bos`, `dataset_path`,
+    `neuronpedia_id`, `activation_fn_str` and `activation_fn_kwargs` are attributes as well; they are read from
+    `metadata` and the architecture.
     """
 
     d_in: int
@@ -61,10 +63,13 @@ class SAEConfig:
     reshape_activations: str = "none"
     k: int | None = None
     rescale_acts_by_decoder_norm: bool = False
+    d_out: int | None = None  # of transcoders: the width of what they write
     metadata: SAEMetadata = field(default_factory=SAEMetadata)
 
     def __post_init__(self) -> None:
         self.architecture = Architecture(self.architecture)
+        if self.is_transcoder:  # which cannot subtract a b_dec of another width
+            self.apply_b_dec_to_input = False
         self.metadata = SAEMetadata(self.metadata)
 
     def __getattr__(self, name: str) -> Any:
@@ -78,19 +83,26 @@ class SAEConfig:
         return layer_of_hook(self.metadata.get("hook_name") or "")
 
     @property
+    def is_transcoder(self) -> bool:
+        """Whether it reads one hook (`hook_name`) and writes another (`hook_name_out`)."""
+        return self.architecture.endswith("transcoder")
+
+    @property
     def activation_fn_str(self) -> str:
         """relu or topk; JumpReLU and gated SAEs were "relu" with more around it."""
-        return "topk" if self.architecture == "topk" else "relu"
+        return "topk" if self.architecture.startswith("topk") else "relu"
 
     @property
     def activation_fn_kwargs(self) -> dict[str, Any]:
         return {} if self.k is None else {"k": self.k}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values as in cfg.json; keys that only topk has are left out of the others."""
+        """JSON values as in cfg.json; keys that only topk or only transcoders have are left out of the others."""
         values = {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}
-        if self.architecture != "topk":
+        if not self.architecture.startswith("topk"):
             del values["k"], values["rescale_acts_by_decoder_norm"]
+        if not self.is_transcoder:
+            del values["d_out"]
         return {**values, "architecture": str(self.architecture), "metadata": self.metadata.to_dict()}
 
     @classmethod

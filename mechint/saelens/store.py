@@ -5,7 +5,7 @@ Texts are laid end to end and cut into windows of `context_size` tokens. With `p
 `disable_concat_sequences` a window is the beginning of one text, and texts that are shorter are left out.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -16,76 +16,16 @@ from torch import Tensor
 from mechint.data.text import open_texts
 from mechint.errors import MechintError
 from mechint.models import LanguageModel
-from mechint.saelens.hooked import HookedSAETransformer, processing_of
+from mechint.saelens.form import usable
+from mechint.saelens.hooked import HookedSAETransformer
+from mechint.saelens.placing import centres, read_hook, special_ids
 from mechint.saelens.sae import as_sae
+from mechint.saelens.windows import mixed, token_windows
 
 # Texts are read from a source this many at a time.
 READ = 64
 TOKEN_COLUMNS = ("tokens", "input_ids")
 TEXT_COLUMNS = ("text", "problem")
-
-
-def token_windows(
-    sequences: Iterable[list[int]],
-    context_size: int,
-    *,
-    bos: int | None,
-    separator: int | None,
-    concat: bool = True,
-) -> Iterator[list[int]]:
-    """Windows of exactly `context_size` tokens; what is left at the end is dropped.
-
-    Args:
-        bos: begins each window; None for no BOS.
-        separator: stands between two texts of a window; None for nothing.
-        concat: False takes one window from each text that is long enough.
-    """
-    if not concat:
-        for tokens in sequences:
-            row = tokens if bos is None or tokens[:1] == [bos] else [bos, *tokens]
-            if len(row) >= context_size:
-                yield row[:context_size]
-        return
-    window: list[int] = []
-    for tokens in sequences:
-        start = 0
-        while start < len(tokens):
-            if not window and bos is not None and tokens[start] != bos:
-                window = [bos]
-            elif window and separator is not None and tokens[start] != separator:
-                window.append(separator)
-            taken = context_size - len(window)
-            window += tokens[start : start + taken]
-            start += taken
-            if len(window) == context_size:
-                yield window
-                window = []
-
-
-def mixed(
-    parts: Iterator[Float[Tensor, "n d_in"]], buffer_size: int, batch_size: int, generator: torch.Generator
-) -> Iterator[Float[Tensor, "batch d_in"]]:
-    """Batches from a buffer of rows: filled, shuffled, and served down to half before it is filled again, so that a
-    batch holds rows of many texts. The rest is served when the parts end; a last short batch is dropped."""
-    buffer: list[Tensor] = []
-    held = 0
-    for part in parts:
-        buffer.append(part)
-        held += len(part)
-        if held < max(buffer_size, 2 * batch_size):
-            continue
-        rows = torch.cat(buffer)
-        rows = rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
-        served = 0
-        while len(rows) - served > max(buffer_size // 2, batch_size):
-            yield rows[served : served + batch_size]
-            served += batch_size
-        buffer, held = [rows[served:]], len(rows) - served
-    if buffer:
-        rows = torch.cat(buffer)
-        rows = rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
-        for start in range(0, len(rows) - batch_size + 1, batch_size):
-            yield rows[start : start + batch_size]
 
 
 @final
@@ -114,6 +54,9 @@ class ActivationsStore:
         disable_concat_sequences: bool = False,
         sequence_separator_token: int | str | None = "bos",
         exclude_special_tokens: bool | list[int] = False,
+        hook_head_index: int | None = None,
+        seqpos_slice: Sequence[int | None] = (None,),
+        centre: bool = False,
         seed: int = 42,
     ):
         self.language_model = language_model_of(model)
@@ -123,7 +66,7 @@ class ActivationsStore:
         self.store_batch_size_prompts = store_batch_size_prompts
         self.train_batch_size_tokens = train_batch_size_tokens
         self.n_batches_in_buffer = n_batches_in_buffer
-        self.device, self.dtype = torch.device(device), dtype
+        self.device, self.dtype = torch.device(usable(device)), dtype
         self.disable_concat_sequences = disable_concat_sequences
         self.sequence_separator_token = sequence_separator_token
         for name in ("store_batch_size_prompts", "train_batch_size_tokens", "n_batches_in_buffer"):
@@ -135,10 +78,16 @@ class ActivationsStore:
                 f"context_size must be from 2 to {limit} for {self.language_model.name}, got {context_size}"
             )
         self.language_model.check_hook(hook_name)
+        self.hook_head_index, self._centre = hook_head_index, centre
+        self.seqpos_slice = tuple(seqpos_slice)
+        # tokens of a window whose activations are given
+        self.training_context_size = len(range(context_size)[slice(*self.seqpos_slice)])
+        if not self.training_context_size:
+            raise MechintError(f"seqpos_slice {self.seqpos_slice} leaves none of {context_size} tokens")
         self._separator = self._token(sequence_separator_token)
         special = exclude_special_tokens
         if isinstance(special, bool):
-            special = list(self.language_model.tokenizer.all_special_ids) if special else []
+            special = sorted(special_ids(self.language_model.tokenizer)) if special else []
         self._excluded = torch.tensor(special, dtype=torch.long)
         self.n_dataset_processed = 0
         self._generator = torch.Generator().manual_seed(seed)
@@ -159,18 +108,24 @@ class ActivationsStore:
         n_batches_in_buffer: int = 8,
         train_batch_size_tokens: int = 4096,
         total_tokens: int = 10**9,
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
         disable_concat_sequences: bool = False,
         sequence_separator_token: int | str | None = "bos",
+        exclude_special_tokens: bool | list[int] = False,
         seed: int = 42,
     ) -> "ActivationsStore":
-        """A store with the hook, the context and the BOS policy that an SAE was trained with.
+        """A store with the hook, the context, the positions and the BOS policy that an SAE was trained with.
+
+        Activations are those that the SAE was trained on: of a model loaded raw, the mean is taken off for an SAE of
+        the centred residual stream.
 
         Args:
             model: a `HookedSAETransformer` or a model of `mechint.models`.
             dataset: `builtin/tales`, a local file, a data set's id on the Hub, a loaded data set, or any list of texts
                 or of rows with a column `text`, `problem`, `tokens` or `input_ids`. The SAE's own if not given.
             context_size: the SAE's if not given.
+            exclude_special_tokens: leave the rows of special tokens (those of the tokenizer, or these ids) out of
+                `next_batch`.
             streaming, total_tokens: accepted; sources are always read as a stream, without an end of our own.
 
         Raises:
@@ -183,20 +138,14 @@ class ActivationsStore:
         said = sae.cfg.metadata
         dataset = dataset if dataset is not None else said.get("dataset_path") or said.get("dataset_name")
         context_size = int(context_size or said.get("context_size") or 0)
-        for name, value in {"hook_name": said.hook_name, "dataset": dataset, "context_size": context_size}.items():
+        hook_name = read_hook(sae)
+        for name, value in {"dataset": dataset, "context_size": context_size}.items():
             if not value:
-                advice = "set it in sae.cfg.metadata" if name == "hook_name" else f"pass {name}=..."
-                raise MechintError(f"the SAE does not say its {name}: {advice}")
-        loaded = language_model_of(model)
-        if "resid" in str(said.hook_name) and processing_of(sae) != loaded.processing:
-            raise MechintError(
-                f"the SAE was trained on {processing_of(sae)} activations, but {loaded.name} is loaded"
-                f" {loaded.processing}: load it with center_writing_weights={processing_of(sae) == 'centred'}"
-            )
+                raise MechintError(f"the SAE does not say its {name}: pass {name}=...")
         return cls(
             model,
             dataset,
-            hook_name=str(said.hook_name),
+            hook_name=hook_name,
             d_in=sae.cfg.d_in,
             context_size=context_size,
             prepend_bos=bool(said.get("prepend_bos", True)),
@@ -207,6 +156,10 @@ class ActivationsStore:
             dtype=sae.dtype,
             disable_concat_sequences=disable_concat_sequences,
             sequence_separator_token=sequence_separator_token,
+            exclude_special_tokens=exclude_special_tokens,
+            hook_head_index=said.hook_head_index,
+            seqpos_slice=said.seqpos_slice or (None,),
+            centre=centres(sae, hook_name, language_model_of(model)),
             seed=seed,
         )
 
@@ -241,20 +194,29 @@ class ActivationsStore:
         return tokens.to(self.language_model.device) if move_to_model_device else tokens
 
     @torch.no_grad()
-    def get_activations(self, batch_tokens: Int[Tensor, "batch context"]) -> Float[Tensor, "batch context d_in"]:
-        """What the hook holds for these tokens; heads, where there are any, side by side."""
-        values = self.language_model.activations(batch_tokens, self.hook_name).flatten(2)
+    def get_activations(self, batch_tokens: Int[Tensor, "batch context"]) -> Float[Tensor, "batch pos d_in"]:
+        """What the hook holds for these tokens, at the positions of `seqpos_slice`; heads, where there are any, side by
+        side, or the one of `hook_head_index`."""
+        values = self.language_model.activations(batch_tokens, self.hook_name)[:, slice(*self.seqpos_slice)]
+        if self.hook_head_index is not None:
+            if values.ndim != 4 or not 0 <= self.hook_head_index < values.shape[2]:
+                raise MechintError(f"{self.hook_name} has no head {self.hook_head_index}: its shape is {values.shape}")
+            values = values[:, :, self.hook_head_index]
+        values = values.flatten(2)
+        if self._centre:
+            values = values - values.mean(dim=-1, keepdim=True)
         if values.shape[-1] != self.d_in:
             raise MechintError(
                 f"{self.hook_name} of {self.language_model.name} is {values.shape[-1]} wide, but the SAE has d_in"
                 f" {self.d_in}"
             )
-        return values.to(self.device, self.dtype)
+        values = values.to(self.device, self.dtype)
+        return values.clone() if values.is_inference() else values  # gradients of an SAE may be taken with them
 
     def next_batch(self) -> Float[Tensor, "batch d_in"]:
         """`train_batch_size_tokens` rows, drawn from a shuffled buffer that is filled as it empties."""
         if self._batches is None:
-            size = self.n_batches_in_buffer * self.context_size * self.store_batch_size_prompts
+            size = self.n_batches_in_buffer * self.training_context_size * self.store_batch_size_prompts
             self._batches = mixed(self._rows(), size, self.train_batch_size_tokens, self._generator)
         return next(self._batches)
 
@@ -274,7 +236,7 @@ class ActivationsStore:
             tokens = self.get_batch_tokens()
             rows = self.get_activations(tokens).flatten(0, 1)
             if len(self._excluded):
-                kept = ~torch.isin(tokens.flatten().cpu(), self._excluded)
+                kept = ~torch.isin(tokens[:, slice(*self.seqpos_slice)].flatten().cpu(), self._excluded)
                 rows = rows[kept.to(rows.device)]
             yield rows
 
