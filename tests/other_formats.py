@@ -8,9 +8,19 @@ import torch
 from torch import Tensor
 
 from mechint.formats import FORMATS, Loaded, reference_decode, reference_encode
-from mechint.formats.base import checked, variants
+from mechint.formats.base import checked
+from mechint.formats.folds import variants
 
-OTHERS = ("mistudio", "saev", "dictionary_learning", "sparsify", "mech_platform", "gemma_scope", "openai")
+OTHERS = (
+    "mistudio",
+    "saev",
+    "dictionary_learning",
+    "sparsify",
+    "mech_platform",
+    "gemma_scope",
+    "gemma_scope_2",
+    "openai",
+)
 
 
 def make(architecture: str, d_in: int = 5, d_sae: int = 7, seed: int = 0, **settings: Any) -> Loaded:

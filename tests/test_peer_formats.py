@@ -16,8 +16,9 @@ from torch import Tensor
 
 from mechint.errors import MechintError
 from mechint.formats import FORMATS, Loaded, from_sae, reference_decode, reference_encode, to_sae
-from mechint.formats.base import checked, not_ours
+from mechint.formats.base import checked
 from mechint.formats.convert import convert, load, write_proved
+from mechint.formats.folds import not_ours
 from mechint.sae import build_sae, load_sae, save_sae_folder
 
 pytestmark = pytest.mark.skipif(

@@ -17,6 +17,7 @@ def main(argv: Sequence[str]) -> int:
         to=config.to,
         from_format=config.from_format,
         overwrite=config.overwrite,
+        pad=config.pad_topk,
         n_probes=config.n_probes,
         seed=config.seed,
     )
@@ -24,6 +25,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"output: {output}")
         print(f"certificate: {path}")
         print(f"folded: {', '.join(certificate.folded) or 'nothing'}")
+        if certificate.added_latents:
+            print(f"added_latents: {certificate.added_latents}  (of zeros, at the end)")
         print(f"encode_difference: {certificate.encode_difference:.2e}  (relative, {certificate.n_probes} probes)")
         print(f"decode_difference: {certificate.decode_difference:.2e}")
     return 0

@@ -86,9 +86,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "constant input scale": {"scale": 2.0},
     "topk by decoder norm": {"options": {"k": 2}, "rescale_acts_by_decoder_norm": True},
     "topk without ReLU": {"options": {"k": 2}, "topk_relu": False},
+    "topk, inputs layer-normed": {"options": {"k": 2}, "normalize": "layer_norm"},
+    "topk with k latents of zeros (`--pad-topk`)": {"options": {"k": 2}},
     "transcoder": {"transcoder": True, "apply_b_dec_to_input": False},
+    "jumprelu transcoder": {"transcoder": True, "apply_b_dec_to_input": False},
     "topk transcoder": {"options": {"k": 2}, "transcoder": True, "apply_b_dec_to_input": False},
     "skip transcoder": {"transcoder": True, "apply_b_dec_to_input": False},
+    "jumprelu skip transcoder": {"transcoder": True, "apply_b_dec_to_input": False},
+    "topk skip transcoder": {"options": {"k": 2}, "transcoder": True, "apply_b_dec_to_input": False},
 }
 
 
@@ -128,17 +133,19 @@ def example(kind: str) -> Any:
     import torch
 
     from mechint.formats.base import Loaded, checked
+    from mechint.formats.folds import pad_topk
 
     generator = torch.Generator().manual_seed(0)
     architecture = next((name for name in ("topk", "jumprelu", "gated") if name in kind), "standard")
     names = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}.get(architecture, ("b_enc",))
     shapes = {"W_enc": (4, 8), "W_dec": (8, 4), "b_dec": (4,), **dict.fromkeys(names, (8,))}
-    if kind == "skip transcoder":
+    if "skip transcoder" in kind:
         shapes["W_skip"] = (4, 4)
     tensors = {name: torch.rand(shape, generator=generator) + 0.1 for name, shape in shapes.items()}
     if "one threshold" in kind:
         tensors["threshold"] = torch.full((8,), 0.5)
-    return checked(Loaded(architecture, tensors, **KINDS[kind]), kind)
+    loaded = checked(Loaded(architecture, tensors, **KINDS[kind]), kind)
+    return pad_topk(loaded) if "zeros" in kind else loaded
 
 
 @command

@@ -10,8 +10,8 @@ from mechint.errors import MechintError
 @command
 def main(argv: Sequence[str]) -> int:
     config = parse(IdentifyConfig, argv, prog="mechint identify")
-    from mechint.formats.base import not_ours
     from mechint.formats.convert import assumed, identify, inside, shapes_in_words
+    from mechint.formats.folds import not_ours
 
     found = identify(config.path)
     if config.json:

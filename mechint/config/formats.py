@@ -28,6 +28,9 @@ class ConvertConfig(Config):
     """Format of the source, where its files fit several."""
     overwrite: bool = False
     """Replace the output if it exists."""
+    pad_topk: bool = False
+    """For a topk in a format whose top-k keeps negative entries (saev, mech_platform): add k latents of zeros at the
+    end, so that no negative entry is ever among the k largest. It computes the same; d_sae grows by k."""
     n_probes: int = 192
     """Probe vectors of the certificate."""
     seed: int = 0

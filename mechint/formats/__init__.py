@@ -7,12 +7,10 @@ from mechint.formats.base import (
     FORMATS,
     Format,
     Loaded,
-    canonical,
-    from_sae,
     reference_decode,
     reference_encode,
-    to_sae,
 )
+from mechint.formats.folds import canonical, from_sae, to_sae
 
 for _module in pkgutil.iter_modules(__path__):
     _found = getattr(importlib.import_module(f"{__name__}.{_module.name}"), "FORMAT", None)

@@ -11,11 +11,9 @@
     x_hat = undone(f @ W_dec + b_dec) / scale      (a transcoder undoes nothing; with W_skip it adds x @ W_skip^T)
 
 With rescale_acts_by_decoder_norm (SAELens) topk multiplies pre by n = |W_dec row| before it chooses; f / n is decoded.
-
-The folds change the tensors and a setting together so that `f` and `x_hat` stay what they were.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,8 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechint.errors import MechintError
-from mechint.sae.base import ARCHITECTURES, MIN_DECODER_NORM, SAE
-from mechint.sae.io import sae_from_tensors
+from mechint.sae.base import MIN_DECODER_NORM
 
 Normalize = Literal["none", "sqrt_d", "layer_norm"]
 NORMALIZE: tuple[Normalize, ...] = ("none", "sqrt_d", "layer_norm")
@@ -54,6 +51,8 @@ class Loaded:
         transcoder: whether it reconstructs another activation than its input; may hold `W_skip [d_out, d_in]`.
         metadata: what the file says of its origin: hook_name, model_name, processing, prepend_bos, ...
         notes: in words, what was assumed while reading.
+        extras: what lies beside the SAE and changes nothing that it computes: `sparsity [d_sae]`, the logarithm (base
+            10) of how often each latent fired in training.
     """
 
     architecture: str
@@ -67,6 +66,7 @@ class Loaded:
     transcoder: bool = False
     metadata: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def d_in(self) -> int:
@@ -188,9 +188,9 @@ def reference_pre(loaded: Loaded, x: Float[Tensor, "batch d_in"]) -> Float[Tenso
     u = _normalised(loaded, x.double() * loaded.scale)[0]
     if loaded.apply_b_dec_to_input:
         u = u - loaded.tensors["b_dec"].double()
-    pre = _times(u, loaded.tensors["W_enc"])
+    pre = times(u, loaded.tensors["W_enc"])
     pre = pre + loaded.tensors["b_gate" if loaded.architecture == "gated" else "b_enc"].double()
-    return pre * _norms(loaded) if loaded.rescale_acts_by_decoder_norm else pre
+    return pre * decoder_norms(loaded) if loaded.rescale_acts_by_decoder_norm else pre
 
 
 def activate(loaded: Loaded, pre: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
@@ -215,7 +215,7 @@ def reference_decode(
     """Reconstruction in float64. `x` is the input: what was done to it is undone, and a skip connection reads it."""
     f = feature_acts.double()
     if loaded.rescale_acts_by_decoder_norm:
-        f = f / _norms(loaded)
+        f = f / decoder_norms(loaded)
     out = loaded.tensors["b_dec"].double().expand(len(f), -1)
     W_dec = loaded.tensors["W_dec"]
     for start in range(0, len(W_dec), BLOCK):
@@ -239,146 +239,10 @@ def _normalised(loaded: Loaded, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x, one, zero
 
 
-def _times(x: Tensor, matrix: Tensor) -> Tensor:
+def times(x: Tensor, matrix: Tensor) -> Tensor:
     """`x @ matrix` in float64, a block of columns at a time."""
     return torch.cat([x @ block.double() for block in matrix.split(BLOCK, dim=1)], dim=1)
 
 
-def _norms(loaded: Loaded) -> Float[Tensor, " d_sae"]:
+def decoder_norms(loaded: Loaded) -> Float[Tensor, " d_sae"]:
     return loaded.tensors["W_dec"].double().norm(dim=1).clamp_min(MIN_DECODER_NORM)
-
-
-# --- folds ------------------------------------------------------------------------------------------------------------
-
-
-def fold_scale(loaded: Loaded) -> Loaded:
-    """`scale` 1: `W_enc *= s`, `W_dec /= s`, `b_dec /= s`. No change where the input is normalised anyway."""
-    s = loaded.scale
-    if s == 1.0:
-        return loaded
-    if loaded.normalize != "none" or loaded.transcoder:
-        raise MechintError("a constant input scale under a normalisation or in a transcoder is not folded")
-    t = loaded.tensors
-    b_dec = _rounded(t["b_dec"].double() / s)
-    tensors = {**t, "W_enc": _rounded(t["W_enc"].double() * s), "W_dec": _rounded(t["W_dec"].double() / s)}
-    return replace(loaded, tensors={**tensors, "b_dec": b_dec}, scale=1.0)
-
-
-def fold_norms(loaded: Loaded) -> Loaded:
-    """Without `rescale_acts_by_decoder_norm`: decoder rows of unit norm, their norms in the encoder."""
-    if not loaded.rescale_acts_by_decoder_norm:
-        return loaded
-    norms, t = _norms(loaded), loaded.tensors
-    folded = {
-        "W_enc": _rounded(t["W_enc"].double() * norms),
-        "b_enc": _rounded(t["b_enc"].double() * norms),
-        "W_dec": _rounded(t["W_dec"].double() / norms[:, None]),
-    }
-    return replace(loaded, tensors={**t, **folded}, rescale_acts_by_decoder_norm=False)
-
-
-def fold_b_dec(loaded: Loaded, *, apply_b_dec_to_input: bool) -> Loaded:
-    """With the setting as asked for: `b_dec @ W_enc` moves into the encoder's biases, or out of them."""
-    if loaded.apply_b_dec_to_input == apply_b_dec_to_input or loaded.transcoder:
-        return loaded
-    t = loaded.tensors
-    moved = _times(t["b_dec"].double()[None], t["W_enc"])[0] * (1 if apply_b_dec_to_input else -1)
-    if loaded.architecture == "gated":
-        by_mag = moved * t["r_mag"].double().exp()
-        biases = {"b_gate": t["b_gate"].double() + moved, "b_mag": t["b_mag"].double() + by_mag}
-    else:
-        biases = {"b_enc": t["b_enc"].double() + moved}
-    tensors = {**t, **{name: _rounded(bias) for name, bias in biases.items()}}
-    return replace(loaded, tensors=tensors, apply_b_dec_to_input=apply_b_dec_to_input)
-
-
-def fold_threshold(loaded: Loaded) -> Loaded:
-    """Thresholds below 0 as 0: what lies between them and 0 is dropped by the ReLU anyway."""
-    if loaded.architecture != "jumprelu" or bool((loaded.tensors["threshold"] >= 0).all()):
-        return loaded
-    return replace(loaded, tensors={**loaded.tensors, "threshold": loaded.tensors["threshold"].clamp_min(0.0)})
-
-
-def as_standard(loaded: Loaded) -> Loaded:
-    """A jumprelu SAE whose thresholds are all 0 as what it is: ReLU."""
-    loaded = fold_threshold(loaded)
-    if loaded.architecture != "jumprelu" or bool(loaded.tensors["threshold"].any()):
-        return loaded
-    tensors = {name: tensor for name, tensor in loaded.tensors.items() if name != "threshold"}
-    return replace(loaded, architecture="standard", tensors=tensors)
-
-
-def as_jumprelu(loaded: Loaded) -> Loaded:
-    """A standard SAE as jumprelu with thresholds 0, for formats that have no other."""
-    if loaded.architecture != "standard":
-        return loaded
-    tensors = {**loaded.tensors, "threshold": torch.zeros(loaded.d_sae)}
-    return replace(loaded, architecture="jumprelu", tensors=tensors)
-
-
-def variants(loaded: Loaded) -> Iterator[tuple[Loaded, tuple[str, ...]]]:
-    """`(SAE, names of the folds)`: the same function in other tensors, least changed first."""
-    steps: list[tuple[str, Callable[[Loaded], Loaded]]] = [
-        ("input scale", fold_scale if loaded.normalize == "none" and not loaded.transcoder else lambda given: given),
-        ("decoder norms", fold_norms),
-        ("thresholds below 0", fold_threshold),
-    ]
-    bare: list[tuple[Loaded, tuple[str, ...]]] = [(loaded, ())]
-    for name, fold in steps:
-        done = fold(bare[-1][0])
-        if done is not bare[-1][0]:
-            bare.append((done, (*bare[-1][1], name)))
-    for other in (False, True):
-        for found, folds in bare:
-            if other:
-                found = fold_b_dec(found, apply_b_dec_to_input=not found.apply_b_dec_to_input)
-                folds = (*folds, "b_dec")
-            yield found, folds
-            for kind in (as_standard(found), as_jumprelu(found)):
-                if kind.architecture != found.architecture:
-                    yield kind, folds
-
-
-def canonical(loaded: Loaded) -> Loaded:
-    """The same function in the form that `mechint.sae` holds: `b_dec` subtracted, nothing else done to the input.
-
-    Raises:
-        MechintError: for what no weights can express there; the message says what.
-    """
-    if (reason := not_ours(loaded)) is not None:
-        raise MechintError(f"mechint holds no SAE with {reason}: what it computes would change")
-    return fold_b_dec(fold_threshold(fold_norms(fold_scale(loaded))), apply_b_dec_to_input=True)
-
-
-def not_ours(loaded: Loaded) -> str | None:
-    """What of it `mechint.sae` cannot express even after folding, in a phrase; None if it can."""
-    if loaded.transcoder:
-        return "another output than its input (a transcoder)"
-    if loaded.normalize != "none":
-        return f"inputs normalised one by one ({loaded.normalize})"
-    if loaded.architecture == "topk" and not loaded.topk_relu:
-        return "a top-k that keeps negative entries"
-    if loaded.architecture not in ARCHITECTURES:
-        return f"the architecture {loaded.architecture}"
-    return None
-
-
-def to_sae(loaded: Loaded) -> SAE:
-    """An SAE to use, from what a file said. Raises `MechintError` as `canonical` does."""
-    ours = canonical(loaded)
-    options = {name: torch.tensor(value) for name, value in ours.options.items()}
-    sae = sae_from_tensors({**ours.tensors, **options}, source=str(ours.metadata.get("source", "the SAE")))
-    sae.metadata = dict(ours.metadata)
-    return sae
-
-
-def from_sae(sae: SAE) -> Loaded:
-    """What would be saved of an SAE: its saved form, as a value."""
-    saved = sae.saved_form()
-    tensors = {name: value for name, value in saved.tensors().items() if name not in saved.options}
-    options = {name: getattr(saved, name) for name in saved.saved_tensors if name in saved.options}
-    return checked(Loaded(saved.architecture, tensors, options, metadata=dict(saved.metadata)), "the SAE")
-
-
-def _rounded(tensor: Tensor) -> Tensor:
-    return tensor.float().contiguous()

@@ -37,6 +37,7 @@ class Certificate:
         encode_difference: largest difference of a code, relative to the largest code of its probe (or to what `b_dec`
             adds to a pre-activation, where that is larger: in float32 the original rounds at that size too).
         decode_difference: largest difference of a reconstructed entry, relative to the largest one of its probe.
+        added_latents: latents at the end that only the written SAE has; their codes must be 0.
         at_border: codes left out because rounding decides whether their latent fires.
         mean_l0: latents active a probe; the probes say little where it is 0.
     """
@@ -46,6 +47,7 @@ class Certificate:
     probe_size: float
     folded: tuple[str, ...]
     weights_equal: bool
+    added_latents: int
     encode_difference: float
     decode_difference: float
     at_border: int
@@ -70,9 +72,10 @@ def certify(
         n_probes: vectors, spread evenly over the sizes.
 
     Raises:
-        MechintError: widths that differ.
+        MechintError: widths that differ, other than by latents that were added at the end.
     """
-    if (before.d_in, before.d_sae, before.d_out) != (after.d_in, after.d_sae, after.d_out):
+    added = after.d_sae - before.d_sae
+    if (before.d_in, before.d_out) != (after.d_in, after.d_out) or added < 0:
         raise MechintError(
             f"the widths differ: [{before.d_in}, {before.d_sae}] before, [{after.d_in}, {after.d_sae}] after"
         )
@@ -83,13 +86,15 @@ def certify(
     for part in x.split(max(1, ENTRIES // before.d_sae)):
         pre = reference_pre(before, part)
         pre_after = reference_pre(after, part)
-        f_before, f_after = activate(before, pre), activate(after, pre_after)
+        f, f_after = activate(before, pre), activate(after, pre_after)
+        f_before = torch.nn.functional.pad(f, (0, added))
         # a latent that rounding switched, not the conversion: its code, and that probe's reconstruction, are left out
-        border = on_border(before, pre, reach) & on_border(after, pre_after, reach)
+        border = torch.nn.functional.pad(on_border(before, pre, reach), (0, added))
+        border &= on_border(after, pre_after, reach)
         switched = border & ((f_before != 0) != (f_after != 0))
         differs = (f_before - f_after).abs() / _largest_in_row(f_before).clamp_min(reach)
         encode = max(encode, _largest(differs.masked_fill(switched, 0.0)))
-        out_before, out_after = reference_decode(before, f_before, part), reference_decode(after, f_after, part)
+        out_before, out_after = reference_decode(before, f, part), reference_decode(after, f_after, part)
         differs = (out_before - out_after).abs() / _largest_in_row(out_before)
         decode = max(decode, _largest(differs[~switched.any(dim=1)]))
         at_border += int(switched.sum())
@@ -100,6 +105,7 @@ def certify(
         probe_size=size,
         folded=folded,
         weights_equal=same_tensors(before, after),
+        added_latents=added,
         encode_difference=encode,
         decode_difference=decode,
         at_border=at_border,
@@ -163,9 +169,12 @@ def on_border(loaded: Loaded, pre: Float[Tensor, "batch d_sae"], reach: float = 
 
 
 def same_tensors(before: Loaded, after: Loaded) -> bool:
-    """Whether the tensors that both have are the same bits."""
+    """Whether the tensors that both have are the same bits, as far as the first one reaches."""
     shared = before.tensors.keys() & after.tensors.keys()
-    return all(torch.equal(before.tensors[name], after.tensors[name]) for name in shared)
+    return all(
+        torch.equal(before.tensors[name], after.tensors[name][tuple(map(slice, before.tensors[name].shape))])
+        for name in shared
+    )
 
 
 def _largest_in_row(values: Float[Tensor, "batch width"]) -> Float[Tensor, "batch 1"]:

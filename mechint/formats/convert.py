@@ -9,8 +9,9 @@ from typing import Any
 
 from mechint import __version__
 from mechint.errors import MechintError, nearest
-from mechint.formats.base import FORMATS, Format, Loaded, expected_shapes, not_ours, variants
+from mechint.formats.base import FORMATS, Format, Loaded, expected_shapes
 from mechint.formats.certificate import Certificate, certify
+from mechint.formats.folds import not_ours, pad_topk, variants
 from mechint.provenance import fsync_dir, make_dir, read_json, sha256_file, write_json
 from mechint.sae.io import LEGACY_SETTING
 
@@ -198,12 +199,14 @@ def convert(
     to: str = "mechint",
     from_format: str | None = None,
     overwrite: bool = False,
+    pad: bool = False,
     n_probes: int = 192,
     seed: int = 0,
 ) -> tuple[Certificate, Path]:
     """Write the SAE at `source` as format `to` at `output`, and prove it: `(certificate, its file)`.
 
-    Files are written beside `output` and moved there once they are read back and hold.
+    Files are written beside `output` and moved there once they are read back and hold. `pad`: give a topk k more
+    latents that are always 0 (`folds.pad_topk`).
 
     Raises:
         MechintError: see `load`; a format that cannot hold the SAE; an `output` that exists without `overwrite`; a
@@ -213,7 +216,8 @@ def convert(
     check_output(destination(Path(output), target), overwrite)
     origin, loaded = load(source, from_format=from_format)
     extra = {"source": {"path": str(source), "format": origin.name, **_hash(source)}}
-    return write_proved(loaded, Path(output), target, overwrite=overwrite, n_probes=n_probes, seed=seed, extra=extra)
+    settings: dict[str, Any] = {"overwrite": overwrite, "pad": pad, "n_probes": n_probes, "seed": seed}
+    return write_proved(loaded, Path(output), target, extra=extra, **settings)
 
 
 def convert_each(source: str | Path, output: str | Path, **arguments: Any) -> dict[Path, tuple[Certificate, Path]]:
@@ -240,6 +244,7 @@ def write_proved(
     target: Format,
     *,
     overwrite: bool = False,
+    pad: bool = False,
     n_probes: int = 192,
     seed: int = 0,
     extra: dict[str, Any] | None = None,
@@ -249,16 +254,18 @@ def write_proved(
     output = destination(output, target)
     as_file = target.is_file(output)
     check_output(output, overwrite)
-    variant, folded = held_variant(loaded, target)
+    variant, folded = held_variant(pad_topk(loaded) if pad else loaded, target)
     make_dir(output.parent)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
         stage = Path(temporary) / "stage"
         written = stage / output.name if as_file else stage
         stage.mkdir()
         target.write(variant, written)
-        certificate = _read_back(loaded, target, written, folded, n_probes, seed)
+        back = _read_back(target, written)
+        certificate = certify(loaded, back, folded=folded, n_probes=n_probes, seed=seed)
+        _require_proof(certificate, target)
         record = {"mechint_version": __version__, "format": target.name, **(extra or {}), **certificate.to_dict()}
-        record["notes"] = list(loaded.notes)
+        record["notes"] = [*loaded.notes, *said_of(loaded, back, target)]
         if not as_file:
             write_json(stage / CERTIFICATE_FILE, record | {"files": sorted(files_in(stage))})
             _replace_folder(stage, output, Path(temporary) / "old")
@@ -274,18 +281,28 @@ def write_proved(
         return certificate, output.parent / beside
 
 
-def _read_back(
-    loaded: Loaded, target: Format, written: Path, folded: tuple[str, ...], n_probes: int, seed: int
-) -> Certificate:
+def _read_back(target: Format, written: Path) -> Loaded:
     if target.read is None:
         raise MechintError(f"{target.title} is not read here, so nothing proves what is written")
-    certificate = certify(loaded, target.read(written), folded=folded, n_probes=n_probes, seed=seed)
+    return target.read(written)
+
+
+def _require_proof(certificate: Certificate, target: Format) -> None:
     if not certificate.holds:
         raise MechintError(
             f"as {target.title} it computes something else (codes differ by {certificate.encode_difference:.1e},"
             f" reconstructions by {certificate.decode_difference:.1e}, allowed {certificate.tolerance:.0e}); not kept"
         )
-    return certificate
+
+
+def said_of(loaded: Loaded, back: Loaded, target: Format) -> list[str]:
+    """What is to be known of the written files: what their reader says, and what they have no place for."""
+    notes = [note for note in back.notes if note not in loaded.notes]
+    if dropped := [name for name in loaded.extras if name not in back.extras]:
+        notes.append(f"left out, because {target.title} has no place for it: {', '.join(dropped)}")
+    if added := back.d_sae - loaded.d_sae:
+        notes.append(f"the last {added} latents are of zeros: they keep the top-k from choosing negative entries")
+    return notes
 
 
 def destination(output: Path, target: Format) -> Path:

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from mechint.errors import MechintError, nearest
-from mechint.formats.base import Format, Loaded, checked, fold_threshold
+from mechint.formats.base import Format, Loaded, checked
 from mechint.formats.files import peek_pt, read_pt, read_settings, refuse_unknown, take_tensors, whole_number, write_pt
+from mechint.formats.folds import fold_threshold
 from mechint.formats.limits import beyond, layer_of, refuse
 from mechint.provenance import make_dir, write_json
 

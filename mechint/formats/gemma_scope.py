@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from mechint.formats.base import Format, Loaded, checked, fold_threshold
+from mechint.formats.base import Format, Loaded, checked
 from mechint.formats.files import peek_npz, read_npz, refuse_unknown, take_tensors, write_npz
+from mechint.formats.folds import fold_threshold
 from mechint.formats.limits import beyond, refuse
 
 PARAMS_FILE = "params.npz"

@@ -37,7 +37,9 @@ def beyond(
     if loaded.rescale_acts_by_decoder_norm:
         return "a top-k that weighs latents by their decoder norms"
     if loaded.architecture == "topk" and topk_relu is not None and loaded.topk_relu != topk_relu:
-        return f"a top-k that {'keeps' if topk_relu else 'drops'} negative entries"
+        if topk_relu:
+            return "a top-k that keeps negative entries (it has ReLU after its top-k)"
+        return "a top-k that drops negative entries (--pad-topk adds latents of zeros with which it can)"
     if not loaded.transcoder and subtracts_b_dec is not None and loaded.apply_b_dec_to_input != subtracts_b_dec:
         return f"an encoder that {'does not subtract' if subtracts_b_dec else 'subtracts'} b_dec"
     return None

@@ -4,8 +4,9 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from mechint.formats.base import Format, Loaded, from_sae, to_sae
+from mechint.formats.base import Format, Loaded
 from mechint.formats.files import peek_pt
+from mechint.formats.folds import from_sae, to_sae
 from mechint.formats.limits import beyond, refuse
 from mechint.provenance import make_dir, write_json
 from mechint.sae.base import ARCHITECTURES
@@ -31,7 +32,7 @@ def holds(loaded: Loaded) -> str | None:
     if loaded.architecture == "jumprelu" and bool((loaded.tensors["threshold"] < 0).any()):
         return "thresholds below 0"
     kinds = tuple(name for name, kind in ARCHITECTURES.items() if kind.saved_tensors)
-    return beyond(loaded, architectures=kinds, subtracts_b_dec=True)
+    return beyond(loaded, architectures=kinds, subtracts_b_dec=True, topk_relu=None)
 
 
 def write(loaded: Loaded, path: Path) -> None:
@@ -44,8 +45,12 @@ def write(loaded: Loaded, path: Path) -> None:
         write_json(metadata_path(path), {"sae_metadata": sae.metadata})
         return
     make_dir(path)
-    save_checkpoint(sae, path / "checkpoint.pt")
-    save_sae_folder(sae, path / "sae")
+    checkpoint = path / "checkpoint.pt"
+    save_checkpoint(sae, checkpoint)
+    if sae.departing():  # SAELens's layout cannot hold it
+        write_json(metadata_path(checkpoint), {"sae_metadata": sae.metadata})
+    else:
+        save_sae_folder(sae, path / "sae")
 
 
 FORMAT = Format(

@@ -9,6 +9,11 @@ and `optimizer.*`, which is left out. b_dec is not subtracted from the input; bo
 settings change the function but are not in the checkpoint: `top_k_sparsity` (percent of d_sae, after ReLU) and
 `normalize_activations`. They are taken from `metadata.json` beside it or from its string metadata. A checkpoint of a
 training (it has a `step`) that names no normalisation was trained with miStudio's default, constant_norm_rescale.
+
+Thresholds are kept as their logarithms in float32, which cannot say every float32 threshold: outside of 1/e to e the
+exponentials of two neighbouring logarithms may be more than one float32 number apart. Where one of ours lies between
+them, the exact thresholds go into `thresholds.safetensors` beside the checkpoint, which miStudio does not look into; it
+is believed as long as it fits the logarithms.
 """
 
 import json
@@ -19,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mechint.errors import MechintError, one_line
@@ -44,6 +50,7 @@ STANDARD = {
 }
 JUMPRELU = {"W_enc T": "W_enc", "b_enc": "b_enc", "W_dec T": "W_dec", "b_dec": "b_dec"}
 LOG_THRESHOLD = "activation.log_threshold"
+EXACT_FILE = "thresholds.safetensors"
 NORMALIZE: dict[str, Normalize] = {"none": "none", "constant_norm_rescale": "sqrt_d", "layer_norm": "layer_norm"}
 HOOKS = {"residual": "hook_resid_post", "mlp": "hook_mlp_out", "attention": "hook_attn_out"}
 
@@ -78,6 +85,7 @@ def read(path: Path) -> Loaded:
     if "skip" in kind.lower():
         raise MechintError(f"{file} is a {kind}: what its skip connection computes is not known here")
     architecture, tensors = _tensors(file, model)
+    exact_notes = _take_exact_thresholds(file, tensors)
     options: dict[str, Any] = {}
     if (percent := settings.get("top_k_sparsity")) is not None and architecture == "standard":
         architecture, options = "topk", {"k": k_of_percent(_number(percent, file), tensors["W_enc"].shape[1])}
@@ -92,7 +100,7 @@ def read(path: Path) -> Loaded:
         normalize=normalize,
         transcoder=transcoder,
         metadata=_metadata(file, settings),
-        notes=notes,
+        notes=(*notes, *exact_notes),
     )
     return checked(loaded, file)
 
@@ -101,8 +109,7 @@ def _tensors(file: Path, model: Mapping[str, Tensor]) -> tuple[str, dict[str, Te
     if "W_enc" in model:
         refuse_unknown(model, {name.removesuffix(" T") for name in JUMPRELU} | {LOG_THRESHOLD}, file)
         tensors = take_tensors(model, {**JUMPRELU, LOG_THRESHOLD: "threshold"}, file)
-        # -inf stands for a threshold of 0; float64 so that its only rounding is the last
-        tensors["threshold"] = tensors["threshold"].double().exp().float()
+        tensors["threshold"] = of_logs(tensors["threshold"])
         return "jumprelu", tensors
     refuse_unknown(model, {name.removesuffix("?").removesuffix(" T") for name in STANDARD}, file)
     tensors = take_tensors(model, STANDARD, file)
@@ -117,6 +124,46 @@ def _tensors(file: Path, model: Mapping[str, Tensor]) -> tuple[str, dict[str, Te
         )
     tensors["b_dec"] = biases[0] if len(biases) == 1 else (biases[0].double() + biases[1].double()).float()
     return "standard", tensors
+
+
+def of_logs(logs: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
+    """Thresholds from their logarithms; -inf stands for 0. In float64, so that the only rounding is the last."""
+    return logs.double().exp().float()
+
+
+def nearest_logs(threshold: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
+    """For each threshold the float32 logarithm whose exponential is it, if there is one, else the nearest there is."""
+    best = threshold.double().log().float()
+    lower, upper = (torch.nextafter(best, torch.full_like(best, end)) for end in (-math.inf, math.inf))
+    for other in (lower, upper):
+        better = (of_logs(other) - threshold).abs() < (of_logs(best) - threshold).abs()
+        best = torch.where(better, other, best)
+    return best
+
+
+def _take_exact_thresholds(file: Path, tensors: dict[str, Tensor]) -> tuple[str, ...]:
+    """Put those of `thresholds.safetensors` into `tensors`, if there are any and the logarithms round to them."""
+    place = file.with_name(EXACT_FILE)
+    if "threshold" not in tensors or not place.is_file():
+        return ()
+    exact, rounded = read_safetensors(place)[0].get("threshold"), tensors["threshold"]
+    if exact is None or not _round_to(exact, rounded):
+        return (f"{place} does not fit the logarithms in {file.name}: they were changed since; it is left aside",)
+    differ = exact != rounded
+    tensors["threshold"] = exact
+    largest = float(((exact - rounded).abs() / exact.abs())[differ].max()) if bool(differ.any()) else 0.0
+    return (
+        f"miStudio keeps logarithms of thresholds in float32: there {int(differ.sum())} of {len(exact)} thresholds"
+        f" differ from these by up to {largest:.0e} of their value; the exact ones are in {EXACT_FILE}",
+    )
+
+
+def _round_to(exact: Tensor, rounded: Float[Tensor, " d_sae"]) -> bool:
+    """Whether `rounded` is what a float32 logarithm leaves of the thresholds `exact`."""
+    if exact.dtype != torch.float32 or exact.shape != rounded.shape:
+        return False
+    step = torch.finfo(torch.float32).eps * (1 + exact.double().log().abs()) * exact
+    return bool(((exact == rounded) | ((exact - rounded).abs() <= step)).all())
 
 
 def _settings(file: Path, strings: Mapping[str, str]) -> dict[str, Any]:
@@ -181,7 +228,9 @@ def _metadata(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def holds(loaded: Loaded) -> str | None:
     if loaded.architecture == "topk":
-        return "the k of a top-k (miStudio keeps it in its database, not in a checkpoint)"
+        return (
+            "the k of a top-k (miStudio keeps it with the training, not the checkpoint: it would apply ReLU alone)"
+        )
     known: tuple[Normalize, ...] = ("none", "sqrt_d", "layer_norm")
     reason = beyond(loaded, architectures=("standard", "jumprelu"), subtracts_b_dec=False, normalize=known)
     if reason is None and loaded.architecture == "jumprelu" and bool((loaded.tensors["threshold"] < 0).any()):
@@ -190,14 +239,15 @@ def holds(loaded: Loaded) -> str | None:
 
 
 def write(loaded: Loaded, path: Path) -> None:
-    """Thresholds are kept as logarithms in float32, which moves them by some units in the last place."""
     refuse(FORMAT, loaded)
     make_dir(path)
     t, names = loaded.tensors, {value: key for key, value in NORMALIZE.items()}
     if loaded.architecture == "jumprelu":
         kind, activation = "JumpReLUSAE", "jumprelu"
         tensors = {"W_enc": t["W_enc"].t(), "b_enc": t["b_enc"], "W_dec": t["W_dec"].t(), "b_dec": t["b_dec"]}
-        tensors[LOG_THRESHOLD] = t["threshold"].double().log().float()
+        tensors[LOG_THRESHOLD] = nearest_logs(t["threshold"])
+        if not torch.equal(of_logs(tensors[LOG_THRESHOLD]), t["threshold"]):
+            write_safetensors(path / EXACT_FILE, {"threshold": t["threshold"]})
     else:
         kind, activation = "SparseAutoencoder", "relu"
         tensors = {

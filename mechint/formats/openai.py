@@ -71,6 +71,8 @@ def _is_matrix(state: dict[str, Any]) -> bool:
 
 def holds(loaded: Loaded) -> str | None:
     needed = ("layer_norm",) if loaded.architecture == "topk" else ("none",)
+    if loaded.architecture == "topk" and loaded.normalize == "none":
+        return "a topk on inputs as they are (the library layer-normalises those of every TopK that it loads)"
     return beyond(loaded, architectures=("standard", "topk"), subtracts_b_dec=True, normalize=needed, topk_relu=None)
 
 

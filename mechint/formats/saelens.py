@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from mechint.errors import MechintError
-from mechint.formats.base import Format, Loaded, Normalize, checked, fold_norms
+from mechint.formats.base import Format, Loaded, Normalize, checked
 from mechint.formats.files import read_safetensors, read_settings, write_safetensors
+from mechint.formats.folds import fold_norms
 from mechint.formats.limits import beyond, refuse
 from mechint.provenance import make_dir, write_json
 from mechint.sae.io import CFG_FILE, OUR_MARKS, WEIGHTS_FILE, own_metadata
@@ -39,6 +40,8 @@ OLD_METADATA = {
     **{name: name for name in ("neuronpedia_id", "context_size", "seqpos_slice", "dataset_path")},
     **{"hook_point": "hook_name", "hook_point_layer": "hook_layer", "hook_point_head_index": "hook_head_index"},
 }
+# Beside the weights of a trained SAE: log10 of how often each latent fired.
+SPARSITY_FILE = "sparsity.safetensors"
 # Largest cfg.json that is looked into: real ones have some KB.
 CFG_BYTES = 1 << 22
 
@@ -83,6 +86,7 @@ def read(path: Path) -> Loaded:
     if cfg.get("reshape_activations", "none") != "none":
         metadata["reshape_activations"] = cfg["reshape_activations"]
     notes = list(cfg.get("notes", ()))
+    extras = read_sparsity(folder, cfg.get("d_sae"), notes)
     architecture = cfg.get("architecture", "standard")
     if architecture not in (*ARCHITECTURES, *BY_BATCH):
         raise MechintError(
@@ -110,6 +114,7 @@ def read(path: Path) -> Loaded:
         transcoder=transcoder,
         metadata=metadata,
         notes=tuple(notes),
+        extras=extras,
     )
     if architecture in BY_BATCH:
         loaded = by_one_cut(loaded, rescale, config)
@@ -120,6 +125,23 @@ def read(path: Path) -> Loaded:
         if cfg.get(name, found) != found and (name != "d_out" or transcoder):
             raise MechintError(f"{config} says {name} {cfg[name]}, but the weights have {found}")
     return loaded
+
+
+def read_sparsity(folder: Path, d_sae: Any, notes: list[str]) -> dict[str, Tensor]:
+    """`sparsity [d_sae]` of the file beside the weights; one that is broken is said in `notes`, for it changes nothing
+    that the SAE computes."""
+    place = folder / SPARSITY_FILE
+    if not place.is_file():
+        return {}
+    try:
+        sparsity = read_safetensors(place)[0].get("sparsity")
+    except MechintError as error:
+        notes.append(f"left aside: {error}")
+        return {}
+    if sparsity is None or not sparsity.is_floating_point() or tuple(sparsity.shape) != (d_sae,):
+        notes.append(f"left aside: {place} holds no sparsity [{d_sae}]")
+        return {}
+    return {"sparsity": sparsity.float()}
 
 
 def as_6(cfg: dict[str, Any], source: Path) -> dict[str, Any]:
@@ -238,13 +260,15 @@ def write(loaded: Loaded, path: Path) -> None:
     if loaded.architecture == "topk":
         cfg |= {**loaded.options, "rescale_acts_by_decoder_norm": loaded.rescale_acts_by_decoder_norm}
     cfg["metadata"] = {**metadata, **OUR_MARKS}
-    write_folder(loaded.tensors, cfg, path)
+    write_folder(loaded, cfg, path)
 
 
-def write_folder(tensors: dict[str, Tensor], cfg: dict[str, Any], folder: Path) -> None:
+def write_folder(loaded: Loaded, cfg: dict[str, Any], folder: Path) -> None:
     """cfg.json last: a folder without it is not taken for an SAE."""
     make_dir(folder)
-    write_safetensors(folder / WEIGHTS_FILE, tensors)
+    write_safetensors(folder / WEIGHTS_FILE, loaded.tensors)
+    if "sparsity" in loaded.extras:
+        write_safetensors(folder / SPARSITY_FILE, {"sparsity": loaded.extras["sparsity"]})
     write_json(folder / CFG_FILE, cfg)
 
 

@@ -51,7 +51,7 @@ def write(loaded: Loaded, path: Path) -> None:
         # what the old keys have no place for; SAELens does not look here before 6
         "metadata": said,
     }
-    saelens.write_folder(loaded.tensors, cfg, path)
+    saelens.write_folder(loaded, cfg, path)
 
 
 FORMAT = Format(

@@ -74,6 +74,9 @@ class SAE(nn.Module, ABC):
     # What its file holds, parameters and options; no two architectures hold the same, so that a checkpoint.pt alone
     # says what it is. Empty: never saved as such (its `saved_form` is another architecture).
     saved_tensors: ClassVar[tuple[str, ...]] = ()
+    # Settings that only SAEs of other tools depart from: no flag reaches them, and a file holds one only where it is
+    # another than this. SAELens's layout has no place for them.
+    departures: ClassVar[dict[str, Any]] = {}
     # Whether AuxK takes only positive pre-activations: where selection, not a bias, keeps latents off (Gao et al.).
     aux_relu: ClassVar[bool] = False
     # Whether the decoder's row norms scale the penalty, so that decoder rows need not have unit norm.
@@ -192,7 +195,11 @@ class SAE(nn.Module, ABC):
         """What is written to disk, under the names of the field."""
         tensors = {name: tensor.detach().cpu().float().contiguous() for name, tensor in self.named_parameters()}
         options = {name: torch.tensor(getattr(self, name)) for name in self.saved_tensors if name in self.options}
-        return tensors | options
+        return tensors | options | {name: torch.tensor(value) for name, value in self.departing().items()}
+
+    def departing(self) -> dict[str, Any]:
+        """Those `departures` whose value here is not the usual one."""
+        return {name: getattr(self, name) for name, usual in self.departures.items() if getattr(self, name) != usual}
 
     def extra_cfg(self) -> dict[str, Any]:
         """Keys of `cfg.json` that only this architecture has: its options that are in its file."""
@@ -225,7 +232,7 @@ class SAE(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         where = self.metadata.get("hook_name")
-        own = "".join(f", {name}={getattr(self, name)}" for name in self.options)
+        own = "".join(f", {name}={getattr(self, name)}" for name in (*self.options, *self.departing()))
         return f"{self.architecture}, d_in={self.d_in}, d_sae={self.d_sae}{own}" + (
             f", hook_name={where}" if where else ""
         )

@@ -42,7 +42,17 @@ def save_checkpoint(sae: SAE, path: str | Path, *, overwrite: bool = True) -> No
 
 
 def save_sae_folder(sae: SAE, folder: str | Path) -> None:
-    """Write `cfg.json` and `sae_weights.safetensors` as SAELens 6 lays them out."""
+    """Write `cfg.json` and `sae_weights.safetensors` as SAELens 6 lays them out.
+
+    Raises:
+        MechintError: for an SAE that this layout would turn into another one (topk without ReLU).
+    """
+    if departing := sae.departing():
+        said = ", ".join(f"{name}={value}" for name, value in departing.items())
+        raise MechintError(
+            f"SAELens's layout has no place for {sae.architecture} with {said}: whoever opens it would compute"
+            " something else; a checkpoint.pt (save_checkpoint) holds it"
+        )
     folder = Path(folder)
     make_dir(folder)
     tensors = {
@@ -100,22 +110,27 @@ def load_sae(path: str | Path, *, config: str | Path | None = None, device: str 
             tensors, metadata = _read_folder(folder)
         elif (path / "checkpoint.pt").is_file():
             path = path / "checkpoint.pt"
-            tensors = read_state_dict(path)
+            tensors, metadata = read_state_dict(path), _metadata_beside(path)
         else:
             raise MechintError(
                 f"{path} holds neither checkpoint.pt nor {CFG_FILE}: not a run directory or an SAE folder;"
                 " `mechint convert` opens those of other tools"
             )
     else:
-        tensors = read_state_dict(path)
-        if (path.parent / "sae" / CFG_FILE).is_file():
-            metadata = own_metadata(read_json(path.parent / "sae" / CFG_FILE).get("metadata") or {})
-        elif metadata_path(path).is_file():
-            metadata = own_metadata(read_json(metadata_path(path)).get("sae_metadata") or {})
+        tensors, metadata = read_state_dict(path), _metadata_beside(path)
     sae = sae_from_tensors(tensors, source=str(path))
     metadata = metadata or {}
     sae.metadata = metadata if "processing" in metadata else {**_legacy_metadata(path, config), **metadata}
     return sae.to(device)
+
+
+def _metadata_beside(checkpoint: Path) -> dict[str, Any] | None:
+    """What the files beside a checkpoint say of its training; None if there are none."""
+    if (cfg := checkpoint.parent / "sae" / CFG_FILE).is_file():
+        return own_metadata(read_json(cfg).get("metadata") or {})
+    if (beside := metadata_path(checkpoint)).is_file():
+        return own_metadata(read_json(beside).get("sae_metadata") or {})
+    return None
 
 
 def load_sae_checkpoint(
@@ -161,7 +176,7 @@ def sae_from_tensors(tensors: dict[str, Any], *, source: str) -> SAE:
     tensors = dict(tensors)
     if "b_pre" in tensors and "b_dec" not in tensors:
         tensors["b_dec"] = tensors.pop("b_pre")
-    cls = next((kind for kind in ARCHITECTURES.values() if set(kind.saved_tensors) == set(tensors)), None)
+    cls = next((kind for kind in ARCHITECTURES.values() if _has_the_tensors_of(kind, tensors)), None)
     if cls is None or not all(isinstance(value, Tensor) for value in tensors.values()):
         found = ", ".join(sorted(map(str, tensors))[:8]) or "nothing"
         raise MechintError(
@@ -172,7 +187,11 @@ def sae_from_tensors(tensors: dict[str, Any], *, source: str) -> SAE:
     if W_dec.ndim != 2:
         raise MechintError(f"{source}: W_dec should be [d_sae, d_in], found shape {list(W_dec.shape)}")
     d_sae, d_in = W_dec.shape
-    options = {name: tensors.pop(name).item() for name in list(tensors) if name in cls.options}
+    options = {
+        name: _number(tensors.pop(name), name, source)
+        for name in list(tensors)
+        if name in cls.options or name in cls.departures
+    }
     for name, tensor in tensors.items():
         expected = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}.get(name, (d_sae,))
         if tuple(tensor.shape) != expected:
@@ -190,6 +209,17 @@ def sae_from_tensors(tensors: dict[str, Any], *, source: str) -> SAE:
     tensors["W_enc"] = tensors["W_enc"].t().contiguous().t()
     sae.load_state_dict(tensors, assign=True)
     return sae.requires_grad_(True)
+
+
+def _has_the_tensors_of(kind: type[SAE], tensors: dict[str, Any]) -> bool:
+    """Whether this is what the file of such an SAE holds; beside it may stand what it departs in."""
+    return bool(kind.saved_tensors) and set(kind.saved_tensors) == set(tensors) - set(kind.departures)
+
+
+def _number(value: Tensor, name: str, source: str) -> Any:
+    if value.numel() != 1:
+        raise MechintError(f"{source}: {name} should be one number, found shape {list(value.shape)}")
+    return value.item()
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

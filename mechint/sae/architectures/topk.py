@@ -3,6 +3,9 @@
     f     = ReLU(pre) at the k largest entries of pre = (x - b_dec) @ W_enc + b_enc, 0 elsewhere
     loss  = mean((x_hat - x)^2) + aux_coefficient * auxk
 
+Some tools leave the ReLU out, so that negative entries stay where fewer than k are positive. Such an SAE can be applied
+here (`relu=False`), not trained.
+
 Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2.3 and appendix A.2 (AuxK).
 """
 
@@ -18,32 +21,48 @@ from mechint.sae.base import SAE, Loss, Objective, add_auxk, mean_squared_error
 
 @final
 class TopKSAE(SAE):
-    """At most `k` latents active a vector. Needs no penalty: `Objective.sparsity` is not used."""
+    """At most `k` latents active a vector. Needs no penalty: `Objective.sparsity` is not used.
+
+    `relu`: whether negative entries among the `k` largest are dropped. Where they are not, `feature_acts` may be
+    negative, and files say so with a tensor of this name.
+    """
 
     architecture = "topk"
     options = {"k": 32}
     saved_tensors = ("W_enc", "b_enc", "W_dec", "b_dec", "k")
+    departures = {"relu": True}
     aux_relu = True
     has_penalty = False
     shardable = True
 
-    def __init__(self, d_in: int, d_sae: int, *, k: int | float = 32, generator: torch.Generator | None = None):
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        *,
+        k: int | float = 32,
+        relu: bool = True,
+        generator: torch.Generator | None = None,
+    ):
         super().__init__(d_in, d_sae, generator=generator)
-        if not (k == int(k) and 1 <= k <= d_sae):
+        if not (float(k).is_integer() and 1 <= k <= d_sae):
             raise MechintError(f"--k must be a whole number from 1 to d_sae = {d_sae} for topk, got {k:g}")
         self.k = int(k)
+        self.relu = bool(relu)
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         return self.select(self.pre_activations(x))
 
     def select(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
-        """ReLU of the `k` largest entries of each row; with free decoder rows, largest times the row's norm. Between
-        equal entries torch.topk decides."""
+        """ReLU (if it has one) of the `k` largest entries of each row; with free decoder rows, largest times the row's
+        norm. Between equal entries torch.topk decides."""
         scale = self.penalty_scale()
         scores = (pre if scale is None else pre * scale).detach()
-        return self.peers.top(scores, self.k).place(pre, relu=True)
+        return self.peers.top(scores, self.k).place(pre, relu=self.relu)
 
     def loss(self, x: Float[Tensor, "batch d_in"], objective: Objective) -> Loss:
+        if not self.relu:
+            raise MechintError("a topk SAE without ReLU can be applied here, not trained: train one with ReLU instead")
         x_hat, feature_acts = self(x)
         loss = Loss({"mse": mean_squared_error(x, x_hat)}, {"mse": 1.0}, feature_acts)
         return add_auxk(loss, self, x, x_hat, objective)
