@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 from loopback_hub import LoopbackHub
-from test_saelens_api import D_IN, drawn
+from test_saelens_api import D_IN, IN, OUT, TRANSCODERS, drawn, drawn_transcoder
 
 from mechint.models import load_model
-from mechint.saelens import SAE, HookedSAETransformer
+from mechint.saelens import SAE, ActivationsStore, HookedSAETransformer
 from mechint.saelens.releases import KNOWN, find_release
 from mechint.saelens.windows import token_windows
 
@@ -149,6 +149,172 @@ def test_outputs_and_caches_of_the_hooked_model_are_theirs(
     ]
     assert_same(edited[0], edited[1], 1e-5)
     assert use_error_term or float((edited[0] - expected).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize(("name", "architecture", "skip"), TRANSCODERS)
+def test_transcoders_are_theirs(tmp_path: Path, name: str, architecture: str, skip: bool):
+    from sae_lens import SAE as Theirs  # pyright: ignore[reportMissingImports]
+
+    ours = SAE(drawn_transcoder(architecture, skip=skip))
+    ours.save_model(tmp_path / "ours")
+    theirs = Theirs.load_from_disk(str(tmp_path / "ours"))
+    assert theirs.cfg.architecture() == name == ours.cfg.architecture
+    assert theirs.cfg.d_out == ours.cfg.d_out != ours.cfg.d_in
+    assert (theirs.cfg.metadata.hook_name, theirs.cfg.metadata.hook_name_out) == (IN, OUT)
+    x = 3 * torch.randn(2, 5, D_IN, generator=torch.Generator().manual_seed(3))
+    acts = ours.encode(x)
+    assert_same(acts, theirs.encode(x))
+    assert_same(ours.decode(acts), theirs.decode(acts))
+    assert_same(ours(x), theirs(x))
+    theirs.save_model(str(tmp_path / "theirs"))
+    again = SAE.load_from_disk(tmp_path / "theirs")
+    for key, tensor in ours.named_parameters():
+        assert torch.equal(tensor, again.get_parameter(key)) and torch.equal(tensor, theirs.get_parameter(key)), key
+    assert again.cfg.architecture == name and again.cfg.hook_name_out == OUT
+    theirs.fold_W_dec_norm()
+    ours.fold_W_dec_norm()
+    for key, tensor in ours.named_parameters():
+        assert_same(tensor, theirs.get_parameter(key))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "architecture", "skip"), TRANSCODERS)
+@pytest.mark.parametrize("use_error_term", [False, True])
+def test_transcoders_in_the_model_are_theirs(
+    tmp_path: Path,
+    models: tuple[HookedSAETransformer, Any],
+    name: str,
+    architecture: str,
+    skip: bool,
+    use_error_term: bool,
+):
+    from sae_lens import SAE as Theirs  # pyright: ignore[reportMissingImports]
+
+    model, their_model = models
+    sae = SAE(drawn_transcoder(architecture, skip=skip, d_in=32, d_out=32)).requires_grad_(False)
+    sae.save_model(tmp_path / "sae")
+    their_sae = Theirs.load_from_disk(str(tmp_path / "sae")).requires_grad_(False)
+    out, cache = model.run_with_cache_with_saes(TOKENS, saes=[sae], use_error_term=use_error_term)
+    expected, their_cache = their_model.run_with_cache_with_saes(
+        TOKENS, saes=[their_sae], use_error_term=use_error_term
+    )
+    stages = {key.rsplit(".", 1)[1]: key for key in their_cache if "hook_sae" in key}
+    assert set(stages) == {key.rsplit(".", 1)[1] for key in cache if "hook_sae" in key}
+    assert len(stages) == (6 if use_error_term else 5)
+    x = model.language_model.activations(TOKENS, IN).clone()
+    # SAELens leaves the skip connection out of what flows on in a model (its own call of the transcoder has it)
+    added = x @ sae.W_skip.T if skip else torch.zeros_like(cache[f"{OUT}.hook_sae_recons"])
+    for stage, key in stages.items():
+        theirs = their_cache[key]
+        if stage == "hook_sae_output" and not use_error_term:
+            theirs = theirs + added
+        if stage == "hook_sae_error":
+            theirs = theirs - added
+        assert_same(cache[f"{OUT}.{stage}"], theirs, 1e-5)
+    if not skip or use_error_term:
+        assert_same(out, expected, 1e-5)
+    assert model.get_sae_hook_name(sae) == f"{OUT}.hook_sae_acts_post"
+    assert their_model.get_sae_hook_name(their_sae) in their_cache
+    their_model.add_sae(their_sae)
+    model.add_sae(sae)
+    assert set(model.acts_to_saes) == set(their_model.acts_to_saes) == {IN}
+    for one in (model, their_model):
+        one.reset_saes()
+
+
+# How token windows are asked for: what SAELens's store takes, as the SAE or the call says it.
+POLICIES = [
+    {},
+    {"context_size": 9},
+    {"prepend_bos": False},
+    {"disable_concat_sequences": True},
+    {"disable_concat_sequences": True, "prepend_bos": False},
+    {"sequence_separator_token": None},
+    {"sequence_separator_token": "eos", "prepend_bos": False},
+    {"sequence_separator_token": 77, "context_size": 7},
+    {"seqpos_slice": (3, None)},
+    {"seqpos_slice": (1, -2)},
+    {"pretokenised": True},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_store_gives_their_tokens_and_activations(
+    tmp_path: Path, models: tuple[HookedSAETransformer, Any], policy: dict[str, Any]
+):
+    from datasets import Dataset
+    from sae_lens import SAE as Theirs  # pyright: ignore[reportMissingImports]
+    from sae_lens import ActivationsStore as TheirStore  # pyright: ignore[reportMissingImports]
+
+    model, their_model = models
+    sae = SAE(drawn("standard", d_in=32)).requires_grad_(False)
+    policy = dict(policy)
+    said = {name: policy.pop(name) for name in ("prepend_bos", "seqpos_slice") if name in policy}
+    sae.cfg.metadata.update({"context_size": 12, "prepend_bos": True, **said})
+    sae.save_model(tmp_path / "sae")
+    their_sae = Theirs.load_from_disk(str(tmp_path / "sae")).requires_grad_(False)
+    texts = ["the cat sat on the mat " * n + "and the dog ran far away from home again" for n in (1, 3, 0, 5, 2)]
+    if policy.pop("pretokenised", False):
+        rows = Dataset.from_dict({"tokens": [list(range(n, n + 14)) for n in range(20, 32)]})
+    else:
+        rows = Dataset.from_dict({"text": [*texts, "the", "<|endoftext|>the cat <|endoftext|>" * 4]})
+    given = {"store_batch_size_prompts": 3, "train_batch_size_tokens": 12, "n_batches_in_buffer": 4, **policy}
+    ours = ActivationsStore.from_sae(model, sae, rows, **given)
+    theirs = TheirStore.from_sae(their_model, their_sae, rows, **given)
+    for size in (None, 1, 5, 4, 7):  # more than one epoch
+        tokens, expected = ours.get_batch_tokens(size), theirs.get_batch_tokens(size)
+        assert torch.equal(tokens, expected), size
+    assert_same(ours.get_activations(tokens), theirs.get_activations(tokens), 1e-5)
+    assert ours.training_context_size == theirs.training_context_size
+    assert ours.next_batch().shape == theirs.next_batch().shape == (12, 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exclude", [True, [20, 0]])
+def test_the_store_leaves_out_the_rows_that_theirs_does(models: tuple[HookedSAETransformer, Any], exclude: Any):
+    """The order of rows is drawn at random on both sides; which rows there are is not."""
+    from datasets import Dataset
+    from sae_lens import ActivationsStore as TheirStore  # pyright: ignore[reportMissingImports]
+
+    model, their_model = models
+    sae = SAE(drawn("standard", d_in=32)).requires_grad_(False)
+    tokens = torch.tensor([[0, 20, 30 + n, 40, 0, 50, 60, 20] for n in range(8)])
+    rows = Dataset.from_dict({"tokens": tokens.tolist()})
+    excluded = sorted({0} if exclude is True else exclude)
+    theirs = TheirStore(
+        model=their_model,
+        dataset=rows,
+        streaming=True,
+        hook_name=HOOK,
+        hook_head_index=None,
+        context_size=8,
+        d_in=32,
+        n_batches_in_buffer=2,
+        total_training_tokens=100,
+        store_batch_size_prompts=4,
+        train_batch_size_tokens=8,
+        prepend_bos=True,
+        normalize_activations="none",
+        device=torch.device("cpu"),
+        dtype="float32",
+        exclude_special_tokens=torch.tensor(excluded),
+    )
+    ours = ActivationsStore.from_sae(
+        model,
+        sae,
+        rows,
+        context_size=8,
+        store_batch_size_prompts=4,
+        train_batch_size_tokens=8,
+        n_batches_in_buffer=2,
+        exclude_special_tokens=exclude,
+    )
+    found, expected = (torch.cat([next(store) for _ in range(20)]) for store in (ours, theirs))
+    distances = torch.cdist(found.double(), expected.double())
+    assert float(distances.amin(dim=1).max()) < 1e-3 and float(distances.amin(dim=0).max()) < 1e-3
+    kept = model.language_model.activations(tokens, HOOK)[~torch.isin(tokens, torch.tensor(excluded))]
+    assert float(torch.cdist(kept.double(), found.double()).amin(dim=1).max()) < 1e-3
 
 
 def test_releases_known_here_are_those_of_their_list():
