@@ -32,6 +32,8 @@ def main(argv: Sequence[str]) -> int:
     subtracted = "subtracted from" if loaded.apply_b_dec_to_input else "not subtracted from"
     scaled = "" if loaded.scale == 1.0 else f", inputs times {loaded.scale:g}"
     print(f"input: b_dec {subtracted} it, normalisation {loaded.normalize}{scaled}")
+    if loaded.architecture == "topk" and not loaded.topk_relu:
+        print("top-k: without ReLU, negative entries are kept")
     for name in ("model_name", "hook_name", "processing", "prepend_bos"):
         if loaded.metadata.get(name) is not None:
             print(f"{name}: {loaded.metadata[name]}{' (assumed)' if name in assumed(loaded) else ''}")

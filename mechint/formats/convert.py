@@ -175,8 +175,10 @@ def assumed(loaded: Loaded) -> tuple[str, ...]:
     return tuple(name for name in LEGACY_SETTING if name != "legacy") if loaded.metadata.get("legacy") else ()
 
 
-def held_variant(loaded: Loaded, target: Format) -> tuple[Loaded, tuple[str, ...]]:
+def held_variant(loaded: Loaded, target: Format, *, pad: bool = False) -> tuple[Loaded, tuple[str, ...]]:
     """`(SAE, what was folded)`: the least changed tensors of the same function that the format can hold.
+
+    `pad`: a topk that it cannot hold may get latents of zeros.
 
     Raises:
         MechintError: there are none; the reason is the format's about the most folded one.
@@ -187,6 +189,8 @@ def held_variant(loaded: Loaded, target: Format) -> tuple[Loaded, tuple[str, ...
         if reason is None:
             return variant, folded
         reasons.append(reason)
+    if pad and loaded.architecture == "topk" and loaded.topk_relu:
+        return held_variant(pad_topk(loaded), target)
     # what remains in every variant is what cannot be folded; without such a one, what the first lacks
     common = next((reason for reason in reasons if reasons.count(reason) == len(reasons)), reasons[0])
     raise MechintError(f"{target.title} cannot hold {common}; what the SAE computes would change, so it is not written")
@@ -254,7 +258,7 @@ def write_proved(
     output = destination(output, target)
     as_file = target.is_file(output)
     check_output(output, overwrite)
-    variant, folded = held_variant(pad_topk(loaded) if pad else loaded, target)
+    variant, folded = held_variant(loaded, target, pad=pad)
     make_dir(output.parent)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
         stage = Path(temporary) / "stage"
