@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -397,11 +398,41 @@ def test_the_nested_form_becomes_our_settings():
         ({"dataset_trust_remote_code": True}, "never run"),
         ({"sae": {"architecture": "standard", "d_in": 8, "d_sae": 16, "l1": 3}}, "l1_coefficient"),
         ({"activation_fn": "tanh-relu"}, "relu, topk"),
+        ({"sae": {"architecture": "standard", "d_in": 8, "d_sae": 16, "lp_norm": 2.0}}, "lp_norm 2.0"),
+        ({"sae": {"architecture": "gated", "d_in": 8, "d_sae": 16, "apply_b_dec_to_input": False}}, "apply_b_dec"),
+        ({"seqpos_slice": (5, None)}, r"seqpos_slice=\(5, None\) is not trained here; leave it at \(None,\)"),
+        ({"is_dataset_tokenized": True}, "is_dataset_tokenized"),
+        ({"logger": {"wandb_projekt": "x"}}, "wandb_project"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_at_once(given: dict[str, Any], words: str):
     with pytest.raises(MechintError, match=words):
         LanguageModelSAERunnerConfig(**given)
+
+
+def test_a_run_that_could_not_be_logged_or_computed_begins_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    given: dict[str, Any] = {"model_name": "builtin/pythia-tiny", "hook_name": HOOK, "dataset_path": "builtin/tales"}
+    with pytest.raises(MechintError, match="pip install wandb.*metrics.csv"):
+        SAETrainingRunner(LanguageModelSAERunnerConfig(**given, log_to_wandb=True)).run()
+    if not torch.cuda.is_available():
+        with pytest.raises(MechintError, match="device 'cuda' cannot be used here"):
+            SAETrainingRunner(LanguageModelSAERunnerConfig(**given, device="cuda")).run()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_done_otherwise_is_said():
+    assert len(LanguageModelSAERunnerConfig().notes) == 1
+    for given, words in (
+        ({"log_to_wandb": True, "wandb_id": "abc"}, "without effect here: wandb_id"),
+        ({"logger": {"log_to_wandb": True, "log_weights_to_wandb": True}}, "log_weights_to_wandb"),
+        ({"decoder_heuristic_init": True}, "decoder_heuristic_init"),
+        ({"exclude_special_tokens": [0, 5]}, "rows of BOS are left out"),
+        ({"use_ghost_grads": True}, "AuxK"),
+        ({"lr_scheduler_name": "cosineannealing", "lr_end": 1e-5}, "not to lr_end"),
+    ):
+        assert words in " ".join(LanguageModelSAERunnerConfig(**given).notes), given
 
 
 def test_short_forms_are_enough():
@@ -419,8 +450,30 @@ def test_widths_that_do_not_fit_are_refused():
     assert LanguageModelSAERunnerConfig(expansion_factor=16).expansion(128) == 16
 
 
+class StandInWandb(types.ModuleType):
+    """What is asked of wandb, and where it would put the run."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.errors = types.SimpleNamespace(UsageError=type("UsageError", (Exception,), {}))
+        self.asked: dict[str, Any] = {}
+        self.rows = 0
+
+    def init(self, **kwargs: Any) -> "StandInWandb":
+        self.asked = {**kwargs, "entity": os.environ.get("WANDB_ENTITY")}
+        return self
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.rows += 1
+
+    def finish(self) -> None:
+        self.asked["finished"] = True
+
+
 @pytest.mark.slow
-def test_the_runner_in_the_nested_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_runner_in_the_nested_form(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     given: dict[str, Any] = {
         "model_name": "builtin/pythia-tiny",
         "hook_name": HOOK,
@@ -455,8 +508,17 @@ def test_the_runner_in_the_nested_form(tmp_path: Path, capsys: pytest.CaptureFix
     assert torch.equal(SAE.load_from_disk(tmp_path / "out").W_dec, sae.W_dec)
     # other settings of the training use the same activations again
     stores = list((tmp_path / "activations").iterdir())
-    other = LanguageModelSAERunnerConfig(architecture="gated", d_sae=256, **{**given, "output_path": None})
+    wandb = StandInWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setenv("WANDB_PROJECT", "of-the-user")
+    monkeypatch.delenv("WANDB_ENTITY", raising=False)
+    logged: dict[str, Any] = {"log_to_wandb": True, "wandb_project": "sae-training", "wandb_entity": "lab"}
+    logged |= {"wandb_log_frequency": 5, "run_name": "logged", "output_path": None}
+    other = LanguageModelSAERunnerConfig(architecture="gated", d_sae=256, **{**given, **logged})
     SAETrainingRunner(other, activations_root=tmp_path / "activations").run()
+    assert (wandb.asked["project"], wandb.asked["entity"], wandb.asked["name"]) == ("sae-training", "lab", "logged")
+    assert wandb.asked["finished"] and wandb.rows == 5  # of 20 steps each fifth, and the last
+    assert os.environ["WANDB_PROJECT"] == "of-the-user" and "WANDB_ENTITY" not in os.environ
     assert list((tmp_path / "activations").iterdir()) == stores
     by_path = {**given, "use_cached_activations": True, "cached_activations_path": str(stores[0])}
     again = SAETrainingRunner(LanguageModelSAERunnerConfig(sae=nested, **by_path)).run()

@@ -13,7 +13,7 @@ _PUBLIC = {
     "HookedSAETransformer": "mechint.saelens.hooked",
     "ActivationsStore": "mechint.saelens.store",
     "LanguageModelSAERunnerConfig": "mechint.saelens.config",
-    "LoggingConfig": "mechint.saelens.config",
+    "LoggingConfig": "mechint.saelens.nested",
     "StandardTrainingSAEConfig": "mechint.saelens.nested",
     "GatedTrainingSAEConfig": "mechint.saelens.nested",
     "TopKTrainingSAEConfig": "mechint.saelens.nested",

@@ -11,13 +11,16 @@ from typing import Any
 from mechint.config import CollectConfig, SAETrainConfig, layer_of_hook
 from mechint.errors import MechintError, nearest
 from mechint.saelens.nested import (
+    MORE_IN_WANDB,
     NESTED,
     GatedTrainingSAEConfig,
     JumpReLUTrainingSAEConfig,
+    LoggingConfig,
     MatryoshkaBatchTopKTrainingSAEConfig,
     StandardTrainingSAEConfig,
     TopKTrainingSAEConfig,
     TrainingSAEConfig,
+    logging_from_dict,
     nested_from_dict,
 )
 
@@ -25,22 +28,6 @@ from mechint.saelens.nested import (
 CHARS_A_TOKEN = 16
 # The schedules that we have, by their names there.
 SCHEDULES = {"constant": "constant", "cosineannealing": "cosine"}
-
-
-@dataclass
-class LoggingConfig:
-    """Where the rows of metrics.csv go too. Nothing is sent anywhere unless `log_to_wandb` says so."""
-
-    log_to_wandb: bool = False
-    log_activations_store_to_wandb: bool = False
-    log_optimizer_state_to_wandb: bool = False
-    log_weights_to_wandb: bool = False
-    wandb_project: str | None = None
-    wandb_id: str | None = None
-    run_name: str | None = None
-    wandb_entity: str | None = None
-    wandb_log_frequency: int = 10
-    eval_every_n_wandb_logs: int = 100
 
 
 @dataclass
@@ -164,11 +151,7 @@ class LanguageModelSAERunnerConfig:
         if isinstance(self.sae, dict):
             self.sae = nested_from_dict(self.sae)
         if isinstance(self.logger, dict):
-            known = [part.name for part in dataclasses.fields(LoggingConfig)]
-            for name in self.logger:
-                if name not in known:
-                    raise MechintError(f"LoggingConfig has no {name!r}; {nearest(name, known)}")
-            self.logger = LoggingConfig(**self.logger)
+            self.logger = logging_from_dict(self.logger)
         self._check()
         self.notes  # noqa: B018  (what cannot be translated is an error now, not after a collection)
 
@@ -232,8 +215,7 @@ class LanguageModelSAERunnerConfig:
 
     def train_config(self, activations_path: Any, d_in: int) -> SAETrainConfig:
         """What `mechint train` gets."""
-        steps = self.total_training_steps
-        wandb, frequency = self._tracking
+        steps, log = self.total_training_steps, self.log
         values: dict[str, Any] = {
             "activations_path": str(activations_path),
             "activation_dim": d_in,
@@ -252,10 +234,10 @@ class LanguageModelSAERunnerConfig:
             "seed": self.seed,
             "device": self.device,
             "runs_root": self.checkpoint_path or "runs",
-            "run_name": self._run_name,
+            "run_name": log.run_name,
             "save_every": max(steps // (self.n_checkpoints + 1), 1) if self.n_checkpoints else 1000,
-            "log_every": frequency if wandb else 0,
-            "track": "wandb" if wandb else "none",
+            "log_every": log.wandb_log_frequency if log.log_to_wandb else 0,
+            "track": "wandb" if log.log_to_wandb else "none",
             "l1_reduction": "sum",
         }
         values |= self._flat_sae() if self.nested is None else self._nested_sae(self.nested)
@@ -268,6 +250,8 @@ class LanguageModelSAERunnerConfig:
         notes = ["activations are collected to disk first, one text a window, and batches are drawn from all of them"]
         if self.use_ghost_grads:
             notes.append("use_ghost_grads: dead latents are revived by AuxK (Gao et al. 2024) instead")
+        if self.exclude_special_tokens:
+            notes.append("exclude_special_tokens: rows of BOS are left out, those of other special tokens are not")
         if self.lr_scheduler_name == "cosineannealing":
             notes.append("cosineannealing: the learning rate falls to 0, not to lr_end")
         nothing = (
@@ -286,8 +270,15 @@ class LanguageModelSAERunnerConfig:
             "autocast_lm",
             "lr_end",
             "act_store_device",
+            "eval_every_n_wandb_logs",
+            "save_final_checkpoint",
         )
         unused = [name for name in nothing if getattr(self, name) != default[name]]
+        log = self.log
+        if log.log_to_wandb:
+            unused += [part for part in ("wandb_id", *MORE_IN_WANDB) if getattr(log, part)]
+        if self.nested is None and self.decoder_heuristic_init and not self._free:
+            unused.append("decoder_heuristic_init (decoder rows have norm 1)")
         if unused:
             notes.append("without effect here: " + ", ".join(unused))
         return tuple(notes)
@@ -297,19 +288,21 @@ class LanguageModelSAERunnerConfig:
         return str(self.dtype).removeprefix("torch.")
 
     @property
-    def _tracking(self) -> tuple[bool, int]:
-        log = self.logger
-        if isinstance(log, LoggingConfig):
-            return log.log_to_wandb, log.wandb_log_frequency
-        return self.log_to_wandb, self.wandb_log_frequency
+    def log(self) -> LoggingConfig:
+        """`logger`, or the flat fields about logs as one."""
+        if isinstance(self.logger, LoggingConfig):
+            return self.logger
+        names = [part.name for part in dataclasses.fields(LoggingConfig) if part.name not in MORE_IN_WANDB]
+        return LoggingConfig(**{name: getattr(self, name) for name in names})
 
     @property
-    def _run_name(self) -> str | None:
-        return self.logger.run_name if isinstance(self.logger, LoggingConfig) else self.run_name
+    def _free(self) -> bool:
+        """In the flat form: whether decoder rows may have any norm."""
+        return self.scale_sparsity_penalty_by_decoder_norm or not self.normalize_sae_decoder
 
     def _flat_sae(self) -> dict[str, Any]:
         name = self.sae_architecture
-        free = self.scale_sparsity_penalty_by_decoder_norm or not self.normalize_sae_decoder
+        free = self._free
         values: dict[str, Any] = {
             "decoder": "free" if free else "unit",
             "init": "tied" if self.init_encoder_as_decoder_transpose else "xavier",
@@ -389,6 +382,7 @@ class LanguageModelSAERunnerConfig:
             "mse_loss_normalization": None,
             "noise_factor": 0.0,
             "use_chat_formatting": False,
+            "is_dataset_tokenized": False,
             "model_class_name": "HookedTransformer",
             "n_restart_cycles": 1,
             "model_kwargs": {},

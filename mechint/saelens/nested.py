@@ -1,4 +1,4 @@
-"""The `sae=` of a `LanguageModelSAERunnerConfig` in SAELens 6's form: one dataclass an architecture."""
+"""The `sae=` and `logger=` of a `LanguageModelSAERunnerConfig` in SAELens 6's form: one dataclass an architecture."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -99,3 +99,34 @@ def nested_from_dict(values: dict[str, Any]) -> TrainingSAEConfig:
         if key != "architecture" and key not in known:
             raise MechintError(f"{NESTED[name].__name__} has no {key!r}; {nearest(key, known)}")
     return NESTED[name](**{key: value for key, value in values.items() if key != "architecture"})
+
+
+# --- logger= ----------------------------------------------------------------------------------------------------------
+
+# What SAELens can also send to wandb; the flat form has no fields for it, and nothing of it is sent from here.
+MORE_IN_WANDB = ("log_activations_store_to_wandb", "log_optimizer_state_to_wandb", "log_weights_to_wandb")
+
+
+@dataclass
+class LoggingConfig:
+    """Where the rows of metrics.csv go too. Nothing is sent anywhere unless `log_to_wandb` says so."""
+
+    log_to_wandb: bool = False
+    log_activations_store_to_wandb: bool = False
+    log_optimizer_state_to_wandb: bool = False
+    log_weights_to_wandb: bool = False
+    wandb_project: str | None = None
+    wandb_id: str | None = None
+    run_name: str | None = None
+    wandb_entity: str | None = None
+    wandb_log_frequency: int = 10
+    eval_every_n_wandb_logs: int = 100
+
+
+def logging_from_dict(values: dict[str, Any]) -> LoggingConfig:
+    """`logger=` from a dictionary of its fields."""
+    known = [part.name for part in dataclasses.fields(LoggingConfig)]
+    for key in values:
+        if key not in known:
+            raise MechintError(f"LoggingConfig has no {key!r}; {nearest(key, known)}")
+    return LoggingConfig(**values)

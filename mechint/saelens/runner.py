@@ -1,9 +1,11 @@
 """`SAETrainingRunner(cfg).run()`: collect, train into a run directory, and return the SAE."""
 
 import contextlib
+import importlib
 import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, final
 
@@ -22,6 +24,8 @@ from mechint.models import load_model
 from mechint.provenance import read_json, sha256_json
 from mechint.runs import Run
 from mechint.saelens.config import LanguageModelSAERunnerConfig
+from mechint.saelens.form import usable
+from mechint.saelens.nested import LoggingConfig
 from mechint.saelens.sae import SAE
 from mechint.subject import open_subject
 from mechint.train import resume, train
@@ -60,10 +64,22 @@ class SAETrainingRunner:
         Ctrl-C saves the state; `resume_from_checkpoint=<run directory>` goes on from it.
 
         Raises:
-            MechintError: unknown model, hook or data set, settings that do not fit them, a training that diverges.
+            MechintError: unknown model, hook or data set, settings that do not fit them, a device that this machine
+                does not have, wandb asked for but not installed, a training that diverges.
             Stopped: Ctrl-C or SIGTERM.
         """
         cfg = self.cfg
+        for device in (cfg.device, cfg.llm_device):
+            if device is not None:
+                usable(device)
+        if cfg.log.log_to_wandb:
+            try:  # known now, not after the collection
+                importlib.import_module("wandb")
+            except ImportError:
+                raise MechintError(
+                    "log_to_wandb needs a package that is not installed: pip install wandb; or leave it out, the same"
+                    " rows are in metrics.csv of the run"
+                ) from None
         if not cfg.verbose:
             # the lines of the training curve, which metrics.csv has as well
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -74,11 +90,13 @@ class SAETrainingRunner:
 
     def _run(self, cfg: LanguageModelSAERunnerConfig) -> SAE:
         if cfg.resume_from_checkpoint is not None:
-            self.run_dir = resume(cfg.resume_from_checkpoint, progress=cfg.verbose).root
+            with _wandb_place(cfg.log):
+                self.run_dir = resume(cfg.resume_from_checkpoint, progress=cfg.verbose).root
         else:
             path = self._activations()
             config = cfg.train_config(path, open_activations(path).d_in)
-            self.run_dir = train(config, progress=cfg.verbose).root
+            with _wandb_place(cfg.log):
+                self.run_dir = train(config, progress=cfg.verbose).root
         sae = self._sae(Run(self.run_dir))
         if cfg.output_path is not None:
             sae.save_model(cfg.output_path)
@@ -163,6 +181,22 @@ class SAETrainingRunner:
             }
         )
         return sae.to(device=self.cfg.device or "cpu")
+
+
+@contextlib.contextmanager
+def _wandb_place(log: LoggingConfig) -> Iterator[None]:
+    """Project and entity as wandb reads them from the environment, for one training."""
+    given = {"WANDB_PROJECT": log.wandb_project, "WANDB_ENTITY": log.wandb_entity}
+    before = {name: os.environ.get(name) for name in given}
+    os.environ.update({name: value for name, value in given.items() if value is not None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is not None:
+                os.environ[name] = value
+            else:
+                os.environ.pop(name, None)
 
 
 LanguageModelSAETrainingRunner = SAETrainingRunner

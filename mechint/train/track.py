@@ -10,6 +10,7 @@ import contextvars
 import functools
 import hashlib
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -125,12 +126,13 @@ class _Service:
 
 
 def _start_wandb(package: Any, config: SAETrainConfig, run_dir: Path) -> Tracker:
-    """Files in `run_dir/wandb`. Without a login they stay there, for `wandb sync`."""
+    """Files in `run_dir/wandb`. Without a login they stay there, for `wandb sync`. WANDB_PROJECT and WANDB_ENTITY, if
+    they are set, say where the run belongs; the second is read by wandb itself."""
     # The same directory is the same run, also after --resume; several runs of one process are kept apart.
     name = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
     start = functools.partial(
         package.init,
-        project=PROJECT,
+        project=os.environ.get("WANDB_PROJECT") or PROJECT,
         name=run_dir.name,
         id=name,
         resume="allow",
