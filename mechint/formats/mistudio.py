@@ -88,7 +88,7 @@ def read(path: Path) -> Loaded:
     exact_notes = _take_exact_thresholds(file, tensors)
     options: dict[str, Any] = {}
     if (percent := settings.get("top_k_sparsity")) is not None and architecture == "standard":
-        architecture, options = "topk", {"k": k_of_percent(_number(percent, file), tensors["W_enc"].shape[1])}
+        architecture, options = "topk", {"k": k_of_percent(percent, tensors["W_enc"].shape[1], file)}
     elif "topk" in (kind.lower(), settings.get("activation_fn")):
         raise MechintError(f"{file} is said to be top-k, without k: write top_k_sparsity (percent) to {METADATA_FILE}")
     normalize, notes = _normalisation(file, settings)
@@ -198,19 +198,15 @@ def _normalisation(file: Path, settings: Mapping[str, Any]) -> tuple[Normalize, 
     return "none", ()
 
 
-def k_of_percent(percent: float, d_sae: int) -> int:
-    """Latents kept a vector, as miStudio counts them."""
-    return min(d_sae, max(1, int(percent / 100 * d_sae)))
-
-
-def _number(value: Any, file: Path) -> float:
+def k_of_percent(percent: Any, d_sae: int, file: Path) -> int:
+    """Latents kept a vector, as miStudio counts them. Raises `MechintError` for what is no percentage."""
     try:
-        number = float(value)
-    except (TypeError, ValueError):
+        number = float(percent)
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if isinstance(value, bool) or not 0 < number <= 100:
-        raise MechintError(f"{file}: top_k_sparsity should be a percentage above 0, found {value!r}")
-    return number
+    if isinstance(percent, bool) or not 0 < number <= 100:
+        raise MechintError(f"{file}: top_k_sparsity should be a percentage above 0, found {percent!r}")
+    return min(d_sae, max(1, int(number / 100 * d_sae)))
 
 
 def _metadata(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

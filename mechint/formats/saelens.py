@@ -16,9 +16,10 @@ from torch import Tensor
 
 from mechint.errors import MechintError
 from mechint.formats.base import Format, Loaded, Normalize, checked
-from mechint.formats.files import read_safetensors, read_settings, write_safetensors
+from mechint.formats.files import read_safetensors, read_settings, whole_number, write_safetensors
 from mechint.formats.folds import fold_norms
 from mechint.formats.limits import beyond, refuse
+from mechint.formats.mistudio import k_of_percent
 from mechint.provenance import make_dir, write_json
 from mechint.sae.io import CFG_FILE, OUR_MARKS, WEIGHTS_FILE, own_metadata
 
@@ -151,9 +152,8 @@ def as_6(cfg: dict[str, Any], source: Path) -> dict[str, Any]:
     recorded = cfg.get("metadata")
     new["metadata"] = {**old, **(recorded if isinstance(recorded, dict) else {})}
     name = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
-    kwargs = cfg.get("activation_fn_kwargs") or {}
-    k = cfg.get("k", kwargs.get("k") if isinstance(kwargs, dict) else None)
     if name == "topk" or cfg.get("architecture") == "topk":
+        k = _k_of_pre_6(cfg, source)
         if k is None:
             raise MechintError(
                 f'{source}: a topk activation without k; write activation_fn_kwargs {{"k": ...}} into the file'
@@ -166,8 +166,18 @@ def as_6(cfg: dict[str, Any], source: Path) -> dict[str, Any]:
     hook = new["metadata"].get("hook_name")
     new.setdefault("reshape_activations", "hook_z" if "hook_z" in str(hook) else "none")
     said = "processing" in new["metadata"]
-    new["notes"] = [] if said else [f"{source} does not say how the model's weights were processed"]
+    new["notes"] = [] if said else [f"{CFG_FILE} does not say how the model's weights were processed"]
     return new
+
+
+def _k_of_pre_6(cfg: dict[str, Any], source: Path) -> Any:
+    """k of a topk from wherever it is, None if it is nowhere. miStudio's exports have a percentage instead."""
+    kwargs, extra = cfg.get("activation_fn_kwargs"), cfg.get("extra_metadata")
+    k = cfg.get("k", kwargs.get("k") if isinstance(kwargs, dict) else None)
+    percent = extra.get("top_k_sparsity") if isinstance(extra, dict) else None
+    if k is None and percent is not None:
+        return k_of_percent(percent, whole_number(cfg.get("d_sae"), "d_sae", source), source)
+    return k
 
 
 def input_normalisation(cfg: dict[str, Any], metadata: dict[str, Any], source: Path) -> tuple[Normalize, float]:

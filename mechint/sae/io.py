@@ -114,9 +114,11 @@ def load_sae(path: str | Path, *, config: str | Path | None = None, device: str 
         else:
             raise MechintError(
                 f"{path} holds neither checkpoint.pt nor {CFG_FILE}: not a run directory or an SAE folder;"
-                " `mechint convert` opens those of other tools"
+                f" {_if_of_another_tool(path)}"
             )
     else:
+        if path.is_file() and _of_another_kind(path):
+            raise MechintError(f"{path} is no checkpoint.pt of this package; {_if_of_another_tool(path)}")
         tensors, metadata = read_state_dict(path), _metadata_beside(path)
     sae = sae_from_tensors(tensors, source=str(path))
     metadata = metadata or {}
@@ -181,7 +183,7 @@ def sae_from_tensors(tensors: dict[str, Any], *, source: str) -> SAE:
         found = ", ".join(sorted(map(str, tensors))[:8]) or "nothing"
         raise MechintError(
             f"{source} is not an SAE: expected W_enc, b_enc, W_dec and b_pre (or b_dec), found {found};"
-            " `mechint convert` opens the files of other tools"
+            f" {_if_of_another_tool(source)}"
         )
     W_dec = tensors["W_dec"]
     if W_dec.ndim != 2:
@@ -209,6 +211,20 @@ def sae_from_tensors(tensors: dict[str, Any], *, source: str) -> SAE:
     tensors["W_enc"] = tensors["W_enc"].t().contiguous().t()
     sae.load_state_dict(tensors, assign=True)
     return sae.requires_grad_(True)
+
+
+def _of_another_kind(file: Path) -> bool:
+    """Whether a file is none of torch.save, by its suffix or because it begins as JSON does."""
+    try:
+        with open(file, "rb") as opened:
+            return file.suffix in (".npz", ".safetensors") or opened.read(1) == b"{"
+    except OSError:
+        return False  # reading it says why
+
+
+def _if_of_another_tool(path: str | Path) -> str:
+    """The command that makes an SAE of another tool one that opens here."""
+    return f"if it is another tool's, `mechint convert {path} NEW` writes it to NEW, which opens here"
 
 
 def _has_the_tensors_of(kind: type[SAE], tensors: dict[str, Any]) -> bool:
@@ -244,7 +260,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
     except FileNotFoundError:
-        raise MechintError(f"{folder} has {CFG_FILE} but no {WEIGHTS_FILE}") from None
+        raise MechintError(f"{folder} has {CFG_FILE} but no {WEIGHTS_FILE}; {_if_of_another_tool(folder)}") from None
     except (SafetensorError, OSError) as error:
         raise MechintError(f"{folder / WEIGHTS_FILE} cannot be read: {one_line(error, 120)}") from error
     for name in set(cls.saved_tensors) & set(cls.options):
