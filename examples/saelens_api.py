@@ -2,6 +2,7 @@
 
     python examples/saelens_api.py                          # half a minute on the built-in model, no network
     python examples/saelens_api.py --repo USER/my-saes      # also uploads to the Hub (log in first), loads from it
+    python examples/saelens_api.py --release gpt2-small-res-jb blocks.8.hook_resid_pre    # and into its own model
 
 Code that imports these names from `sae_lens` runs with the import changed; docs/saelens.md says what differs.
 """
@@ -20,6 +21,7 @@ from mechint import (
     SAETrainingRunner,
     upload_saes_to_huggingface,
 )
+from mechint.saelens import neuronpedia_url, parse_neuronpedia
 
 MODEL, HOOK, D_IN = "builtin/pythia-tiny", "blocks.3.hook_resid_post", 128
 
@@ -93,6 +95,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("saelens_api"), help="where everything is written")
     parser.add_argument("--repo", help="a repository of yours on the Hub, USER/NAME; without it nothing is uploaded")
     parser.add_argument("--token", help="of the Hub; the one that you are logged in with if not given")
+    parser.add_argument("--release", nargs=2, metavar=("RELEASE", "SAE_ID"), help="also puts this SAE into its model")
     parser.add_argument("--tokens", type=int, default=60_000, help="training tokens of each SAE")
     given = parser.parse_args()
 
@@ -168,6 +171,23 @@ def main() -> None:
 
     ablated = model.run_with_hooks_with_saes(tokens, saes=[sae], fwd_hooks=[(f"{HOOK}.hook_sae_acts_post", without)])
     print(f"feature {strongest} taken out: logits move by {(ablated - output).abs().mean():.3f}")
+
+    # Pages on Neuronpedia: neuronpedia.org/{model}/{layer}-{sae_type}/{feature_id}
+    page = parse_neuronpedia("https://www.neuronpedia.org/gpt2-small/8-res-jb/1234")
+    print(f"{page}: feature {page.index} of {page.source} at layer {page.layer} of {page.model}")
+
+    # An SAE that somebody published under a name, in the model that it was trained on
+    if given.release is not None:
+        release, sae_id = given.release
+        sae, cfg_dict, sparsity = SAE.from_pretrained(release=release, sae_id=sae_id, device="cpu")
+        model = HookedSAETransformer.from_pretrained(str(sae.cfg.model_name))
+        tokens = model.to_tokens("The little fox ran into the forest and found a lamp.")
+        output, cache = model.run_with_cache_with_saes(tokens, saes=[sae])
+        acts = cache[model.get_sae_hook_name(sae)]
+        active = (acts[:, 1:] > 0).float().sum(-1).mean()
+        print(f"{release} {sae_id} in {sae.cfg.model_name}: {active:.1f} of {sae.cfg.d_sae} features active a token")
+        if sae.cfg.neuronpedia_id:
+            print("its strongest feature:", neuronpedia_url(sae, int(acts[:, 1:].flatten(0, 1).sum(0).argmax())))
 
 
 if __name__ == "__main__":

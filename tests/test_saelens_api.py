@@ -580,17 +580,16 @@ def test_opening_an_sae_imports_no_transformer_lens(tmp_path: Path):
 
 @pytest.mark.slow
 def test_the_example_runs_against_a_hub(tmp_path: Path):
+    entry = {"id": "three", "path": f"{HOOK}/gated", "neuronpedia": "pythia-tiny/3-res-tales"}
+    registry = {"tales-res": {"repo_id": "tester/my-saes", "model": "builtin/pythia-tiny", "saes": [entry]}}
+    (tmp_path / "mine.json").write_text(json.dumps(registry))
+    example = str(ROOT / "examples" / "saelens_api.py")
+    arguments = ["--repo", "tester/my-saes", "--tokens", "30720", "--release", "tales-res", "three"]
     with LoopbackHub(tmp_path / "hub") as hub:
         done = subprocess.run(
-            [
-                sys.executable,
-                str(ROOT / "examples" / "saelens_api.py"),
-                "--repo",
-                "tester/my-saes",
-                "--tokens",
-                "30720",
-            ],
-            env=hub.env(tmp_path / "hf", token=hub.token) | {"OMP_WAIT_POLICY": "PASSIVE"},
+            [sys.executable, example, *arguments],
+            env=hub.env(tmp_path / "hf", token=hub.token)
+            | {"OMP_WAIT_POLICY": "PASSIVE", VARIABLE: str(tmp_path / "mine.json")},
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -607,3 +606,6 @@ def test_the_example_runs_against_a_hub(tmp_path: Path):
     for name in ("standard", "gated", "topk", "jumprelu"):
         assert f"{name}: {{'l0'" in words
     assert "with the error term by 0.00000" in words and "taken out: logits move by" in words
+    assert "gpt2-small/8-res-jb/1234: feature 1234 of res-jb at layer 8 of gpt2-small" in words
+    assert "tales-res three in builtin/pythia-tiny: " in words
+    assert "https://www.neuronpedia.org/pythia-tiny/3-res-tales/" in words
