@@ -1,5 +1,6 @@
 """Releases and repositories on a loopback Hub, and the feature export of a real small run."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from small_run import make_small_run
 from test_saelens_api import D_SAE, HOOK, drawn
 
 from mechint.analysis import load_or_gather
+from mechint.data import open_activations
 from mechint.errors import MechintError
 from mechint.sae import load_sae
 from mechint.saelens import SAE, neuronpedia_features
@@ -135,21 +137,86 @@ def test_an_upload_is_one_commit_and_keeps_the_token(tmp_path: Path):
     assert hub.token.encode() not in b"".join(files.values())
 
 
+# The JSON of sae-dashboard 0.8.0, neuronpedia/neuronpedia_dashboard.py: keys and types of a batch file.
+EXAMPLE = {
+    **dict.fromkeys(("bin_min", "bin_max", "bin_contains"), float),
+    "tokens": [str],
+    "values": [float],
+    "qualifying_token_index": int,
+}
+FEATURE = {
+    **dict.fromkeys(("feature_index", "n_prompts_total", "n_tokens_in_prompt"), int),
+    **dict.fromkeys(("neuron_alignment_indices", "correlated_neurons_indices", "correlated_features_indices"), [int]),
+    **{f"{of}_{kind}": [float] for of in ("correlated_neurons", "correlated_features") for kind in ("l1", "pearson")},
+    **dict.fromkeys(("neuron_alignment_values", "neuron_alignment_l1", "neg_values", "pos_values"), [float]),
+    **dict.fromkeys(("neg_str", "pos_str"), [str]),
+    **{f"{of}_hist_data_bar_{part}": [float] for of in ("freq", "logits") for part in ("values", "heights")},
+    **dict.fromkeys(("decoder_weights_dist", "vector"), [float]),
+    "frac_nonzero": float,
+    "dataset": str,
+    "activations": [EXAMPLE],
+}
+BATCH = {"model_id": str, "layer": int, "sae_set": str, "sae_id_suffix": str, "features": [FEATURE]}
+
+
+def assert_has_shape(value: Any, shape: Any) -> None:
+    """Exactly these keys, with values of these types (a whole number is a float too, as JSON has it)."""
+    if isinstance(shape, dict):
+        assert isinstance(value, dict) and value.keys() == shape.keys()
+        for name, part in shape.items():
+            assert_has_shape(value[name], part)
+    elif isinstance(shape, list):
+        assert isinstance(value, list)
+        for item in value:
+            assert_has_shape(item, shape[0])
+    else:
+        assert isinstance(value, (int, float) if shape is float else shape) and not isinstance(value, bool)
+
+
+def read_by_saedashboard(folder: Path, pages: list[dict[str, Any]]) -> None:
+    """Where sae-dashboard is installed (`pip install --no-deps` is enough): its own classes hold all of it."""
+    found = importlib.util.find_spec("sae_dashboard")
+    if found is None or found.origin is None:
+        return
+    modules = []
+    for name in ("neuronpedia_dashboard", "neuronpedia_runner_config"):  # alone: the package imports what it shows with
+        file = Path(found.origin).parent / "neuronpedia" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None and spec.loader is not None
+        modules.append(importlib.util.module_from_spec(spec))
+        sys.modules[name] = modules[-1]
+        spec.loader.exec_module(modules[-1])
+    for page in pages:
+        assert modules[0].NeuronpediaDashboardBatch(**page).to_dict() == page
+    modules[1].NeuronpediaRunnerConfig(**json.loads((folder / "run_settings.json").read_text()))
+
+
+def encode(sae: Any, activations: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat([sae.encode(batch.float()) for batch in activations.batches(512)])
+
+
 @pytest.mark.slow
 def test_features_are_exported_as_dashboards_read_them(tmp_path: Path):
     small = make_small_run(tmp_path)
-    files = neuronpedia_features(small.path, tmp_path / "out", sae_id="pythia-tiny/3-mine", latents=[3, 5, 7], batch=2)
+    files = neuronpedia_features(
+        small.path, tmp_path / "out", sae_id="pythia-tiny/3-mine__l0-9", latents=[3, 5, 7], batch=2
+    )
     assert [file.name for file in files] == ["batch-0.json", "batch-1.json"]
     pages = [json.loads(file.read_text()) for file in files]
     assert [(page["model_id"], page["layer"], page["sae_set"]) for page in pages] == [("pythia-tiny", 3, "mine")] * 2
+    assert [page["sae_id_suffix"] for page in pages] == ["l0-9"] * 2
+    for page in pages:
+        assert_has_shape(page, BATCH)
     features = [feature for page in pages for feature in page["features"]]
     assert [feature["feature_index"] for feature in features] == [3, 5, 7]
     latents = load_or_gather(small)
-    sae = load_sae(small.path)
+    sae, activations = load_sae(small.path), open_activations(small.activations_path())
     for feature in features:
         latent = feature["feature_index"]
         strongest = feature["activations"][0]
         assert strongest["bin_min"] == strongest["bin_contains"] == -1
+        assert strongest["bin_max"] == pytest.approx(float(latents.max[latent]), abs=1e-3)
         at = strongest["values"][strongest["qualifying_token_index"]]
         assert at == pytest.approx(float(latents.max[latent]), abs=2e-3)
         assert len(strongest["tokens"]) == len(strongest["values"])
@@ -162,6 +229,29 @@ def test_features_are_exported_as_dashboards_read_them(tmp_path: Path):
             if example["bin_contains"] > 0:
                 value = example["values"][example["qualifying_token_index"]]
                 assert example["bin_min"] - 2e-3 <= value <= example["bin_max"] + 2e-3
+                assert example["bin_contains"] == pytest.approx(float(latents.density[latent]) / 5)
+        others = feature["correlated_features_indices"]
+        assert others and feature["correlated_features_pearson"] == sorted(
+            feature["correlated_features_pearson"], reverse=True
+        )
+        fires = encode(sae, activations) > 0
+        for other, phi, cosine in zip(
+            others, feature["correlated_features_pearson"], feature["correlated_features_l1"], strict=True
+        ):
+            a, b = fires[:, latent].double(), fires[:, other].double()
+            assert phi == pytest.approx(float(torch.corrcoef(torch.stack([a, b]))[0, 1]), abs=2e-3)
+            assert cosine == pytest.approx(float(a @ b / (a.norm() * b.norm())), abs=2e-3)
+        assert (feature["n_prompts_total"], feature["dataset"]) == (activations.info["n_texts"], "builtin/tales")
+    settings = json.loads((tmp_path / "out" / "run_settings.json").read_text())
+    assert (settings["model_id"], settings["layer"], settings["n_prompts_total"]) == (
+        "pythia-tiny",
+        3,
+        activations.info["n_texts"],
+    )
+    skipped = json.loads((tmp_path / "out" / "skipped_indexes.json").read_text())
+    assert skipped["skipped_indexes"] == (latents.counts == 0).nonzero().flatten().tolist()
+    assert str(tmp_path) not in json.dumps([settings, skipped])
+    read_by_saedashboard(tmp_path / "out", pages)
     with pytest.raises(MechintError, match="not overwritten"):
         neuronpedia_features(small.path, tmp_path / "out", sae_id="pythia-tiny/3-mine")
     with pytest.raises(MechintError, match="latent 9999"):

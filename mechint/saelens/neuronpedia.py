@@ -2,6 +2,10 @@
 
 An id is `<model>/<layer>-<source>`, of a feature `<model>/<layer>-<source>/<index>`. The layer is a number or a letter
 (`e`: the embedding), the source everything behind the first hyphen (`res-jb`, `gemmascope-res-16k`, `res_mid_32k-oai`).
+What follows two underscores in a source is its suffix (`gemmascope-res-16k__l0-105`).
+
+The export has the files that SAEDashboard 0.8.0 writes: `batch-<n>.json` (its NeuronpediaDashboardBatch),
+`skipped_indexes.json` (latents that never fire) and `run_settings.json` (its NeuronpediaRunnerConfig).
 """
 
 import math
@@ -100,11 +104,12 @@ def neuronpedia_features(
     batch: int = 128,
     progress: bool = False,
 ) -> list[Path]:
-    """Write the features of a run as `batch-0.json`, `batch-1.json`, ... into the folder `output`; returns the files.
+    """Write the features of a run as `batch-0.json`, `batch-1.json`, ... into the folder `output`; returns those files.
+    Beside them: `skipped_indexes.json` and `run_settings.json`.
 
     Per feature: its strongest contexts and samples of the strata below, with the value on every token; the tokens that
-    it raises and lowers most; histograms of its values and of its effects on the logits; how often it fires. All from
-    the activations of the run, over all of their rows.
+    it raises and lowers most; histograms of its values and of its effects on the logits; how often it fires; those that
+    fire together with it. All from the activations of the run, over all of their rows.
 
     Args:
         sae_id: the Neuronpedia id of the SAE, `<model>/<layer>-<source>`.
@@ -129,20 +134,63 @@ def neuronpedia_features(
     for latent in chosen:
         gathered.check_latent(latent)
     make_dir(folder)
+    texts = _texts(activations)
+    sae_set, _, suffix = name.source.partition("__")
+    settings = {
+        "sae_set": sae_set,
+        "sae_path": Path(run.path).name,
+        "outputs_dir": folder.name,
+        "np_sae_id_suffix": suffix or None,
+        "from_local_sae": True,
+        "huggingface_dataset_path": texts["dataset"],
+        "n_prompts_total": texts["n_prompts_total"],
+        "n_tokens_in_prompt": texts["n_tokens_in_prompt"],
+        "n_features_at_a_time": batch,
+        "n_quantiles": gathered.settings.n_strata,
+        "top_acts_group_size": gathered.settings.k,
+        "quantile_group_size": gathered.settings.n_examples,
+        "model_id": name.model,
+        "layer": name.layer,
+    }
+    skipped = {
+        "model_id": name.model,
+        "layer": str(name.layer),
+        "sae_set": sae_set,
+        # less often than once in these rows
+        "log_sparsity": round(-math.log10(max(gathered.n_rows, 1)), 3),
+        "skipped_indexes": gathered.dead().tolist(),
+    }
+    write_json(folder / "run_settings.json", settings)
+    write_json(folder / "skipped_indexes.json", skipped)
     written = []
     for number, start in enumerate(range(0, len(chosen), batch)):
         part = chosen[start : start + batch]
         page = {
             "model_id": name.model,
             "layer": name.layer,
-            "sae_set": name.source,
-            "sae_id_suffix": None,
-            "features": _features(subject.sae, subject.model, activations, gathered, part, window, n_logits),
+            "sae_set": sae_set,
+            "sae_id_suffix": suffix or None,
+            "features": [
+                {**feature, **texts}
+                for feature in _features(subject.sae, subject.model, activations, gathered, part, window, n_logits)
+            ],
         }
         path = folder / f"batch-{number}.json"
         write_json(path, page)
         written.append(path)
     return written
+
+
+def _texts(activations: Activations) -> dict[str, Any]:
+    """What the texts were, as each feature says it."""
+    info, ids = activations.info, activations.text_ids
+    longest = int(activations.positions.max()) + 1 if activations.positions is not None else 0
+    n_texts = info.get("n_texts") or (0 if ids is None else int(ids.max()) + 1)
+    return {
+        "n_prompts_total": int(n_texts),
+        "n_tokens_in_prompt": int(info.get("context_size") or longest),
+        "dataset": str(info.get("dataset_name") or ""),
+    }
 
 
 def _features(
@@ -170,9 +218,7 @@ def _features(
                 "neuron_alignment_indices": strongest.indices.tolist(),
                 "neuron_alignment_values": _rounded(direction[strongest.indices]),
                 "neuron_alignment_l1": _rounded(strongest.values / direction.abs().sum()),
-                "correlated_features_indices": (kept := _partners(gathered, latent))[0],
-                "correlated_features_pearson": kept[1],
-                "correlated_features_l1": [],
+                **_partners(gathered, latent),
                 "correlated_neurons_indices": [],
                 "correlated_neurons_pearson": [],
                 "correlated_neurons_l1": [],
@@ -185,6 +231,7 @@ def _features(
                 "freq_hist_data_bar_values": [middles[bin] for bin in filled],
                 **_logit_histogram(weight @ ((direction - direction.mean() if centred else direction) * gain)),
                 "decoder_weights_dist": [],
+                "vector": [],
                 "activations": _activations(sae, model, activations, gathered, latent, window),
             }
         )
@@ -194,13 +241,15 @@ def _features(
 def _activations(
     sae: SAE, model: LanguageModel, activations: Activations, gathered: Latents, latent: int, window: int
 ) -> list[dict[str, Any]]:
-    """The strongest rows (a bin of -1 says so), then those of each stratum from the highest down."""
+    """The strongest rows (a bin from -1 to the largest value says so), then those of each stratum from the highest
+    down. `bin_contains` is the share of all rows that a stratum stands for."""
     edges = gathered.stratum_edges[latent]
     n_strata = gathered.settings.n_strata
-    groups: list[tuple[Tensor, float, float, float]] = [(gathered.top_rows[latent], -1.0, -1.0, -1.0)]
+    largest, share = round(float(gathered.max[latent]), 3), float(gathered.density[latent]) / n_strata
+    groups: list[tuple[Tensor, float, float, float]] = [(gathered.top_rows[latent], -1.0, largest, -1.0)]
     for stratum in range(n_strata - 1, -1, -1):
         rows = gathered.stratum_rows[latent, stratum]
-        groups.append((rows, float(edges[stratum]), float(edges[stratum + 1]), 1 / n_strata))
+        groups.append((rows, float(edges[stratum]), float(edges[stratum + 1]), share))
     found = []
     for rows, low, high, share in groups:
         for context in contexts(activations, rows, window):
@@ -227,11 +276,20 @@ def _logit_histogram(effects: Tensor) -> dict[str, Any]:
     }
 
 
-def _partners(gathered: Latents, latent: int) -> tuple[list[int], list[float]]:
-    """Latents that fire together with it, and the correlation of the two firing."""
-    partners = gathered.partners
+def _partners(gathered: Latents, latent: int) -> dict[str, Any]:
+    """Latents that fire together with it: the correlation of the two firing, highest first, and under `l1`, where
+    SAEDashboard has it, their cosine."""
+    partners, density = gathered.partners, gathered.density.double()
     there = (partners.latent[latent] >= 0).nonzero().flatten()
-    return partners.latent[latent][there].tolist(), _rounded(partners.phi[latent][there])
+    there = there[partners.phi[latent][there].argsort(descending=True)]
+    others = partners.latent[latent][there]
+    both = partners.both[latent][there].double() / max(partners.n_rows, 1)
+    cosine = (both / (density[latent] * density[others]).sqrt().clamp_min(1e-12)).clamp_max(1.0)
+    return {
+        "correlated_features_indices": others.tolist(),
+        "correlated_features_pearson": _rounded(partners.phi[latent][there]),
+        "correlated_features_l1": _rounded(cosine),
+    }
 
 
 def _rounded(values: Tensor) -> list[float]:
