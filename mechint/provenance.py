@@ -132,7 +132,7 @@ def read_json(path: str | os.PathLike, what: str = "JSON file") -> dict[str, Any
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MechintError(f"{what} not found: {path}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError also for an integer of thousands of digits
         raise MechintError(f"{what} {path} cannot be read: {error}") from error
     except RecursionError:
         raise MechintError(f"{what} {path} cannot be read: it is nested too deeply") from None

@@ -2,8 +2,12 @@
 no memory taken.
 """
 
+import json
 import os
 import pickle
+import re
+import subprocess
+import sys
 import tempfile
 import zipfile
 from dataclasses import replace
@@ -173,6 +177,204 @@ def test_settings_that_are_nested_without_end_or_huge(tmp_path: Path):
     assert not FORMATS["saev"].sniff(tmp_path / "sae.pt")
     with pytest.raises(MechintError, match="not JSON"):
         read("saev", tmp_path / "sae.pt")
+
+
+@pytest.mark.parametrize("name", ["sparsify", "dictionary_learning", "mech_platform", "gemma_scope_2"])
+def test_a_name_that_stands_twice_in_the_settings_is_refused(name: str, tmp_path: Path):
+    """One reader takes the first, another the last: two SAEs in one file."""
+    path = any_file(name, tmp_path)
+    (settings_file,) = path.glob("*.json")
+    content = settings_file.read_text()
+    repeated = next(iter(json.loads(content)))
+    settings_file.write_text(f'{{"{repeated}": 1, ' + content.lstrip()[1:])
+    with pytest.raises(MechintError, match=f"'{repeated}' stands there twice"):
+        read(name, path)
+    settings_file.write_text("{" + '"nested": {"k": 1, "k": 2}, ' + content.lstrip()[1:])
+    with pytest.raises(MechintError, match="'k' stands there twice"):
+        read(name, path)
+
+
+def test_a_name_that_stands_twice_in_saelens_files_and_in_first_lines(tmp_path: Path):
+    assert FORMATS["saelens"].write
+    FORMATS["saelens"].write(make("topk"), tmp_path / "lens")
+    cfg = tmp_path / "lens" / "cfg.json"
+    cfg.write_text('{"k": 1, ' + cfg.read_text().lstrip()[1:])
+    with pytest.raises(MechintError, match="'k' stands there twice"):
+        read("saelens", tmp_path / "lens")
+    path = any_file("saev", tmp_path)
+    path.write_bytes(b'{"schema":1,' + path.read_bytes()[1:])
+    assert not FORMATS["saev"].sniff(path)
+    with pytest.raises(MechintError, match="'schema' stands there twice"):
+        read("saev", path)
+
+
+def test_an_array_that_stands_twice_in_an_npz(tmp_path: Path):
+    path = any_file("gemma_scope", tmp_path)
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("b_enc.npy", archive.read("b_enc.npy"))
+    with pytest.raises(MechintError, match="b_enc twice"):
+        read("gemma_scope", path)
+
+
+HUGE = "9" * 5000  # more digits than Python parses
+NUMBERS = ("-2", "0", "1e400", "NaN", "-Infinity", "1e30", "2.5", "true", "[3]", '"3"', "null", "8", HUGE)
+
+
+@pytest.mark.parametrize("value", NUMBERS)
+@pytest.mark.parametrize(
+    "name", ["sparsify", "mech_platform", "saelens", "saelens_pre6", "dictionary_learning", "saev"]
+)
+def test_a_k_that_is_none(name: str, value: str, tmp_path: Path):
+    loaded = make("topk", topk_relu=name not in ("mech_platform", "saev"))
+    held = next(found for found, _ in variants(loaded) if FORMATS[name].holds(found) is None)
+    path = write(name, held, tmp_path)
+    k = f": {held.options['k']}"
+    if name == "saev":
+        line, rest = path.read_bytes().split(b"\n", 1)
+        path.write_bytes(line.replace(f'"top_k":{k[2:]}'.encode(), f'"top_k":{value}'.encode()) + b"\n" + rest)
+        assert value.encode() in path.read_bytes()
+    else:
+        (settings_file,) = path.glob("*.json")
+        content = settings_file.read_text()
+        settings_file.write_text(content.replace(f'"k"{k}', f'"k": {value}'))
+        assert value in settings_file.read_text() and content != settings_file.read_text()
+    if name == "dictionary_learning":  # it has it in the weights too
+        state = torch.load(path / "ae.pt", weights_only=True)
+        torch.save({key: tensor for key, tensor in state.items() if key != "k"}, path / "ae.pt")
+    with pytest.raises(MechintError) as error:
+        read(name, path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "value", ["-5", "0", "1e400", "NaN", "true", "[5]", '"5"', "6", HUGE, str(2**63), str(2**64 + 5)]
+)
+@pytest.mark.parametrize("width", ["d_in", "d_sae"])
+@pytest.mark.parametrize("name", ["sparsify", "mech_platform", "saelens", "saelens_pre6", "saev"])
+def test_a_width_that_is_none(name: str, width: str, value: str, tmp_path: Path):
+    """What the settings say of the widths and what the weights have must be the same number."""
+    theirs = {
+        "sparsify": {"d_sae": "num_latents"},
+        "mech_platform": {"d_in": "input_dim", "d_sae": "n_features"},
+        "saev": {"d_in": "d_model"},
+    }
+    key, true = theirs.get(name, {}).get(width, width), {"d_in": 5, "d_sae": 7}[width]
+    loaded = make("topk", topk_relu=name not in ("mech_platform", "saev"))
+    held = next(found for found, _ in variants(loaded) if FORMATS[name].holds(found) is None)
+    path = write(name, held, tmp_path)
+    (file,) = [path] if path.is_file() else path.glob("*.json")
+    content = file.read_bytes()
+    changed = re.sub(f'"{key}": ?{true}\\b'.encode(), f'"{key}":{value}'.encode(), content, count=1)
+    assert changed != content
+    file.write_bytes(changed)
+    if (name, width, value) == ("sparsify", "d_sae", "0"):
+        return  # there 0 stands for expansion_factor * d_in, tested elsewhere
+    with pytest.raises(MechintError):
+        read(name, path)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"shape": [2**32, 2**32], "data_offsets": [0, 0]},
+        {"shape": [2**62], "data_offsets": [0, 4]},
+        {"shape": [-5, 7], "data_offsets": [0, 140]},
+        {"shape": [5.0, 7], "data_offsets": [0, 140]},
+        {"shape": [5, 7], "data_offsets": [0, 139]},
+        {"shape": [5, 7], "data_offsets": [140, 0]},
+        {"shape": [5, 7], "data_offsets": [0, 2**64 - 1]},
+        {"shape": [5, 7], "data_offsets": [0, 140], "dtype": "F33"},
+        {"shape": [0, 7], "data_offsets": [0, 0]},
+        {"shape": [], "data_offsets": [0, 4]},
+    ],
+)
+@pytest.mark.parametrize("name", ["mistudio", "sparsify", "mech_platform", "gemma_scope_2", "saelens"])
+def test_a_safetensors_header_that_lies(name: str, entry: dict[str, Any], tmp_path: Path):
+    if name == "saelens":
+        assert FORMATS[name].write
+        FORMATS[name].write(make("standard"), path := tmp_path / "lens")
+    else:
+        path = any_file(name, tmp_path)
+    file = next(path.glob("*.safetensors"))
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    weight = next(key for key in header if key.lower().endswith(("encoder.weight", "w_enc")))
+    header[weight] = {**header[weight], **entry}
+    lie = json.dumps(header).encode()
+    file.write_bytes(len(lie).to_bytes(8, "little") + lie + content[8 + length :])
+    for form in FORMATS.values():
+        form.sniff(path)
+    with pytest.raises(MechintError):
+        read(name, path)
+    # a header that would be larger than the file, or than memory
+    for claimed in (2**63, 2**64 - 1, len(content) + 1, 2**32):
+        file.write_bytes(claimed.to_bytes(8, "little") + content[8:])
+        assert not FORMATS[name].sniff(path) or name == "saelens"  # told by its cfg.json
+        with pytest.raises(MechintError, match="not a safetensors file"):
+            read(name, path)
+
+
+ODD_FILES = """
+import os, resource, sys
+sys.path.insert(0, {tests!r})
+resource.setrlimit(resource.RLIMIT_AS, (1 << 34, 1 << 34))
+from pathlib import Path
+from other_formats import OTHERS, any_file, make
+from mechint.errors import MechintError
+from mechint.formats import FORMATS
+from mechint.formats.convert import identify, load
+for name in (*OTHERS, "saelens", "mechint"):
+    folder = Path({folder!r}) / name
+    folder.mkdir()
+    path = folder / "out"
+    if name in OTHERS:
+        path = any_file(name, folder)
+    else:
+        FORMATS[name].write(make("standard"), path)
+    for file in [file for file in (path, *path.rglob("*")) if file.is_file()]:
+        aside = file.with_name("aside")
+        os.rename(file, aside)
+        for how in ("zero", "pipe", "loop", "dangling", "folder"):
+            if how == "pipe":
+                os.mkfifo(file)
+            elif how == "folder":
+                file.mkdir()
+            else:
+                os.symlink({{"zero": "/dev/zero", "loop": file, "dangling": "/nowhere"}}[how], file)
+            for chosen in (None, name):
+                try:
+                    found = load(path, from_format=chosen)[1]
+                    print("opened", name, file.name, how, found.d_sae)
+                except MechintError as error:
+                    assert "\\n" not in str(error)
+            if path.exists():
+                identify(path)
+            file.rmdir() if how == "folder" else file.unlink()
+        os.rename(aside, file)
+    linked = folder / "linked"
+    os.symlink(path, linked)  # as the Hub's cache holds its files
+    assert load(linked, from_format=name)[1].d_sae == 7
+print("done")
+"""
+
+
+@pytest.mark.slow
+def test_devices_pipes_and_links_in_place_of_files(tmp_path: Path):
+    """In a process of its own: where one of them is read, it ends by running out of time or memory."""
+    code = ODD_FILES.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout[-2000:] + done.stderr[-2000:]
+    # settings that may be missing leave an SAE that still says which it is
+    opened = [line.split()[1:3] for line in done.stdout.splitlines() if line.startswith("opened")]
+    assert {tuple(found) for found in opened} <= {
+        ("mistudio", "metadata.json"),
+        ("dictionary_learning", "config.json"),
+        ("gemma_scope_2", "config.json"),
+        ("mechint", "cfg.json"),
+        ("mechint", "sae_weights.safetensors"),
+        ("mechint", "checkpoint.pt"),
+    }, opened
 
 
 @pytest.mark.parametrize("name", ["mistudio", "sparsify", "mech_platform"])

@@ -145,8 +145,8 @@ def unknown_in_words(path: Path) -> str:
     if weights is not None and not (folder / "cfg.json").is_file():
         return (
             f"{folder / weights} lies there without cfg.json: nothing says which activation function it has and whether"
-            " b_dec is subtracted; name it sae_weights.safetensors (if W_enc is [d_in, d_sae]) and write a cfg.json with"
-            " architecture, d_in, d_sae and apply_b_dec_to_input beside it"
+            " b_dec is subtracted; name it sae_weights.safetensors (if W_enc is [d_in, d_sae]) and write a cfg.json"
+            " with architecture, d_in, d_sae and apply_b_dec_to_input beside it"
         )
     return (
         f"{path} is in none of the formats that open here ({', '.join(FORMATS)}); docs/formats.md says what their files"

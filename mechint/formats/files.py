@@ -11,6 +11,7 @@ import math
 import pickle
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mechint.errors import MechintError, one_line
-from mechint.provenance import atomic_path, read_json
+from mechint.provenance import atomic_path
 
 # What an archive may unpack to, as a multiple of its own size: float weights do not compress, archives of zeros do.
 MAX_UNPACKED = 20
@@ -43,6 +44,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def peek_safetensors(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes from the header of a safetensors file; empty for anything else."""
+    if not path.is_file():  # a device or a pipe would be read without end
+        return {}
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -89,6 +92,8 @@ def read_pt(path: Path, *, offset: int = 0) -> dict[str, Any]:
 
 def peek_pt(path: Path) -> frozenset[str]:
     """Names in a `.pt` state dict, its tensors left on the disk; empty for anything else."""
+    if not path.is_file():
+        return frozenset()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -107,16 +112,19 @@ def read_npz(path: Path) -> dict[str, Tensor]:
         with open(path, "rb") as file:
             refuse_bomb(path, file)
             with zipfile.ZipFile(file) as archive:
-                return {
-                    info.filename.removesuffix(".npy"): torch.from_numpy(_read_array(path, archive, info))
-                    for info in archive.infolist()
-                }
+                names = [info.filename.removesuffix(".npy") for info in archive.infolist()]
+                if (twice := _repeated(names)) is not None:
+                    raise MechintError(f"{path} holds {twice} twice")
+                arrays = [torch.from_numpy(_read_array(path, archive, info)) for info in archive.infolist()]
+                return dict(zip(names, arrays, strict=True))
     except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
         raise MechintError(f"{path} is truncated or not an .npz of arrays: {one_line(error, 120)}") from error
 
 
 def peek_npz(path: Path) -> frozenset[str]:
     """Names of the arrays in an `.npz`; empty for anything else."""
+    if not path.is_file():
+        return frozenset()
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -148,7 +156,39 @@ def read_settings(path: Path, what: str) -> dict[str, Any]:
         raise MechintError(
             f"{what} {path} has {path.stat().st_size / 2**20:.0f} MiB: no settings file does; not opened"
         )
-    return read_json(path, what)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MechintError(f"{what} {path} cannot be read: {one_line(error, 120)}") from error
+    return parse_settings(text, f"{what} {path}")
+
+
+def parse_settings(text: str | bytes, source: str) -> dict[str, Any]:
+    """A JSON object in which no name stands twice: readers disagree about which of them counts.
+
+    Raises:
+        MechintError: not JSON, no object, a name twice, nested too deeply, or a number that Python does not parse.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_without_repeats)
+    except RecursionError:
+        raise MechintError(f"{source} is nested too deeply") from None
+    except ValueError as error:
+        raise MechintError(f"{source} is not JSON that can be used: {one_line(error, 120)}") from error
+    if not isinstance(value, dict):
+        raise MechintError(f"{source} should hold a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if (twice := _repeated([name for name, _ in pairs])) is not None:
+        raise ValueError(f"{twice!r} stands there twice")
+    return dict(pairs)
+
+
+def _repeated(names: list[str]) -> str | None:
+    """A name that is there more than once, if there is one."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def require_file(path: Path) -> None:

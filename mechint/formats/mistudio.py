@@ -16,7 +16,6 @@ them, the exact thresholds go into `thresholds.safetensors` beside the checkpoin
 is believed as long as it fits the logarithms.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -27,9 +26,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechint.errors import MechintError, one_line
+from mechint.errors import MechintError
 from mechint.formats.base import Format, Loaded, Normalize, checked
 from mechint.formats.files import (
+    parse_settings,
     peek_safetensors,
     read_safetensors,
     read_settings,
@@ -132,13 +132,8 @@ def of_logs(logs: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
 
 
 def nearest_logs(threshold: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
-    """For each threshold the float32 logarithm whose exponential is it, if there is one, else the nearest there is."""
-    best = threshold.double().log().float()
-    lower, upper = (torch.nextafter(best, torch.full_like(best, end)) for end in (-math.inf, math.inf))
-    for other in (lower, upper):
-        better = (of_logs(other) - threshold).abs() < (of_logs(best) - threshold).abs()
-        best = torch.where(better, other, best)
-    return best
+    """The float32 logarithms whose exponentials are nearest: through float64, so that no neighbour is nearer."""
+    return threshold.double().log().float()
 
 
 def _take_exact_thresholds(file: Path, tensors: dict[str, Tensor]) -> tuple[str, ...]:
@@ -174,10 +169,7 @@ def _settings(file: Path, strings: Mapping[str, str]) -> dict[str, Any]:
     for name in ("hyperparameters", "training_hyperparameters"):  # as the service nests what the training was given
         nested = settings.get(name)
         if isinstance(nested, str):
-            try:
-                nested = json.loads(nested)
-            except (ValueError, RecursionError) as error:
-                raise MechintError(f"{file}: {name} is not JSON: {one_line(error, 80)}") from error
+            nested = parse_settings(nested, f"{file}: {name}")
         if isinstance(nested, dict):
             settings = {**nested, **settings}
     return settings
@@ -224,9 +216,7 @@ def _metadata(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def holds(loaded: Loaded) -> str | None:
     if loaded.architecture == "topk":
-        return (
-            "the k of a top-k (miStudio keeps it with the training, not the checkpoint: it would apply ReLU alone)"
-        )
+        return "the k of a top-k (miStudio keeps it with the training, not the checkpoint: it would apply ReLU alone)"
     known: tuple[Normalize, ...] = ("none", "sqrt_d", "layer_norm")
     reason = beyond(loaded, architectures=("standard", "jumprelu"), subtracts_b_dec=False, normalize=known)
     if reason is None and loaded.architecture == "jumprelu" and bool((loaded.tensors["threshold"] < 0).any()):

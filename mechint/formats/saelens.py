@@ -59,7 +59,7 @@ def peek_cfg(path: Path) -> dict[str, Any] | None:
         return None
     config = folder / CFG_FILE
     try:
-        if not (folder / WEIGHTS_FILE).is_file() or config.stat().st_size > CFG_BYTES:
+        if not (folder / WEIGHTS_FILE).is_file() or not config.is_file() or config.stat().st_size > CFG_BYTES:
             return None
         cfg = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -15,10 +15,11 @@ from typing import Any
 
 from torch import Tensor
 
-from mechint.errors import MechintError, one_line
+from mechint.errors import MechintError
 from mechint.formats.base import Format, Loaded, checked
 from mechint.formats.files import (
     MAX_HEADER,
+    parse_settings,
     read_pt,
     refuse_unknown,
     require_file,
@@ -63,12 +64,9 @@ def _header(path: Path) -> tuple[dict[str, Any], int] | None:
             line = b"{" + file.readline(MAX_HEADER)
             if not line.endswith(b"\n") or file.read(len(ZIP_START)) != ZIP_START:
                 return None
-        header = json.loads(line)
     except OSError as error:
         raise MechintError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise MechintError(f"{path}: its first line is not JSON: {one_line(error, 100)}") from error
-    return (header, len(line)) if isinstance(header, dict) else None
+    return parse_settings(line, f"{path}: its first line"), len(line)
 
 
 def read(path: Path) -> Loaded:

@@ -257,10 +257,10 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{folder}: {architecture} with the activation function {activation!r} does not open here;"
             f" `mechint convert {folder} NEW` writes it anew if it can"
         )
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise MechintError(f"{folder} has {CFG_FILE} but no {WEIGHTS_FILE}; {_if_of_another_tool(folder)}")
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
-    except FileNotFoundError:
-        raise MechintError(f"{folder} has {CFG_FILE} but no {WEIGHTS_FILE}; {_if_of_another_tool(folder)}") from None
     except (SafetensorError, OSError) as error:
         raise MechintError(f"{folder / WEIGHTS_FILE} cannot be read: {one_line(error, 120)}") from error
     for name in set(cls.saved_tensors) & set(cls.options):
