@@ -567,15 +567,18 @@ def test_neuronpedia_mistakes_are_told():
 # --- lightness and the example ----------------------------------------------------------------------------------------
 
 
-def test_opening_an_sae_imports_no_transformer_lens(tmp_path: Path):
+def test_opening_an_sae_imports_little_beside_torch(tmp_path: Path):
     SAE(drawn()).save_model(tmp_path / "s")
+    heavy = ("transformer_lens", "transformers", "datasets", "pandas", "huggingface_hub", "tyro", "torch._dynamo")
     code = (
-        "import sys\nfrom mechint import SAE, LanguageModelSAERunnerConfig\n"
+        "import sys\nfrom mechint import SAE\n"
         f"SAE.load_from_disk({str(tmp_path / 's')!r})\n"
-        "print(sorted({'transformer_lens', 'transformers', 'datasets', 'pandas'} & set(sys.modules)))"
+        f"print(sorted({{'mechint.config', 'mechint.models', *{heavy}}} & set(sys.modules)))\n"
+        "from mechint import LanguageModelSAERunnerConfig\nLanguageModelSAERunnerConfig()\n"
+        f"print(sorted({set(heavy[:5])} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.split() == ["[]", "[]"]
 
 
 @pytest.mark.slow

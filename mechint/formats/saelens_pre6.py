@@ -6,7 +6,6 @@ It has ReLU, topk (`activation_fn_kwargs.k`), jumprelu and gated; no transcoders
 from pathlib import Path
 from typing import Any
 
-from mechint.config import layer_of_hook
 from mechint.formats import saelens
 from mechint.formats.base import Format, Loaded
 from mechint.formats.limits import refuse
@@ -27,6 +26,8 @@ def holds(loaded: Loaded) -> str | None:
 
 
 def write(loaded: Loaded, path: Path) -> None:
+    from mechint.config import layer_of_hook  # with it come the settings of all commands: not to open an SAE
+
     refuse(FORMAT, loaded)
     said = {name: value for name, value in loaded.metadata.items() if name not in OUR_MARKS}
     hook = said.get("hook_name")

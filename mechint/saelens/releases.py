@@ -21,7 +21,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mechint.errors import MechintError, nearest, one_line
-from mechint.models.resolve import check_repo
 from mechint.provenance import read_json, write_json
 
 VARIABLE = "MECHINT_SAE_REGISTRY"
@@ -175,6 +174,8 @@ def fetch(where: Where, *, force_download: bool = False) -> Path:
             of reach and nothing in the cache.
     """
     from huggingface_hub import hf_hub_download
+
+    from mechint.models.resolve import check_repo
 
     assert where.repo_id is not None
     prefix = "" if str(where.folder) == "." else f"{where.folder.as_posix()}/"

@@ -4,8 +4,6 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from mechint.config import layer_of_hook
-
 # Keys that older versions had on the cfg itself; 6 keeps them in `metadata`.
 _IN_METADATA = (
     "model_name",
@@ -80,6 +78,8 @@ class SAEConfig:
     @property
     def hook_layer(self) -> int | None:
         """The layer in the hook's name."""
+        from mechint.config import layer_of_hook  # with it come the settings of all commands: not to open an SAE
+
         return layer_of_hook(self.metadata.get("hook_name") or "")
 
     @property
