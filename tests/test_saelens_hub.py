@@ -18,6 +18,7 @@ from test_saelens_api import D_SAE, HOOK, drawn
 from mechint.analysis import load_or_gather
 from mechint.data import open_activations
 from mechint.errors import MechintError
+from mechint.formats.convert import find_format, held_variant
 from mechint.sae import load_sae
 from mechint.saelens import SAE, neuronpedia_features
 
@@ -73,8 +74,18 @@ def test_repositories_releases_and_the_cache(tmp_path: Path):
         }
     }
     (tmp_path / "mine.json").write_text(json.dumps(registry))
+    # other formats in a repository: a folder, and a file of a name of its own
+    for at, name, loaded in (
+        ("scope/params.npz", "gemma_scope", drawn("jumprelu", apply_b_dec_to_input=False)),
+        ("pt/layer_3.pt", "openai", drawn()),
+    ):
+        (tmp_path / "repo" / at).parent.mkdir()
+        target = find_format(name, to=True)
+        assert target.write is not None
+        target.write(held_variant(loaded, target)[0], tmp_path / "repo" / at)
     script = """
     one = SAE.from_pretrained("lab/saes", "layer_3/a")
+    out["others"] = [SAE.from_pretrained("lab/saes", id).cfg.architecture for id in ("scope", "pt/layer_3.pt")]
     first, cfg, sparsity = SAE.from_pretrained(release="mine", sae_id="three", device="cpu")
     out["same"] = all(torch.equal(a, b) for a, b in zip(one.parameters(), first.parameters(), strict=True))
     out["sum"], out["sparsity"] = float(one.W_enc.sum()), sparsity.tolist()[:2]
@@ -95,6 +106,7 @@ def test_repositories_releases_and_the_cache(tmp_path: Path):
         assert not hub.seen("GET", "optimizer.bin")  # of another's repository only the SAE is downloaded
         errors = run(told, env)
         assert not hub.seen("OUTSIDE")
+    assert found["others"] == ["jumprelu", "standard"]
     assert found["same"] and found["sum"] == pytest.approx(float(sae.W_enc.sum()))
     assert (found["sparsity"], found["id"], found["hook"]) == ([-2.0, -2.0], "pythia-70m/3-mine", HOOK)
     # the factor of the release scales the input, and folds
@@ -108,11 +120,12 @@ def test_repositories_releases_and_the_cache(tmp_path: Path):
     again = run(
         """
         out["sum"] = float(SAE.from_pretrained("mine", "three").W_enc.sum())
+        out["file"] = SAE.from_pretrained("lab/saes", "pt/layer_3.pt").cfg.architecture
         out["told"] = error(lambda: SAE.from_pretrained("lab/other", "x"))
         """,
         gone,
     )
-    assert again["sum"] == found["sum"] and "cannot be reached" in again["told"]
+    assert again["sum"] == found["sum"] and again["file"] == "standard" and "cannot be reached" in again["told"]
 
 
 @pytest.mark.slow

@@ -25,15 +25,25 @@ from mechint.provenance import read_json, write_json
 
 VARIABLE = "MECHINT_SAE_REGISTRY"
 # The files of an SAE in one folder, whatever format it is in; nothing else is downloaded.
-FILES = (
-    "cfg.json",
+WEIGHTS = (
     "sae_weights.safetensors",
-    "sparsity.safetensors",
-    "config.json",
-    "ae.pt",
     "sae.safetensors",
+    "params.safetensors",
     "params.npz",
+    "checkpoint.safetensors",
+    "ae.pt",
+    "sae.pt",
+    "autoencoder.pt",
     "checkpoint.pt",
+)
+FILES = (
+    *WEIGHTS,
+    "cfg.json",
+    "config.json",
+    "metadata.json",
+    "sae_weights.safetensors.json",
+    "thresholds.safetensors",
+    "sparsity.safetensors",
 )
 _RESID = "blocks.{layer}.hook_resid_pre"
 
@@ -167,7 +177,8 @@ def _read_registry(path: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def fetch(where: Where, *, force_download: bool = False) -> Path:
-    """The SAE's files in the local cache, downloaded if they are not there. Returns their folder.
+    """The SAE's files in the local cache, downloaded if they are not there. Returns their folder, or the one file that
+    was asked for.
 
     Raises:
         MechintError: no such repository or folder in it (those that hold an SAE are named), no access, or the Hub out
@@ -189,9 +200,13 @@ def fetch(where: Where, *, force_download: bool = False) -> Path:
             )
         return folder
     names = _names(where.repo_id, state.sha)
-    wanted = [f"{prefix}{name}" for name in FILES if f"{prefix}{name}" in names]
-    if not any(not name.endswith("sparsity.safetensors") for name in wanted):
-        folders = sorted({str(PurePosixPath(name).parent) for name in names if PurePosixPath(name).name in FILES})
+    if (file := prefix.rstrip("/")) in names:  # one file, such as a .pt; what it needs lies beside it
+        beside = PurePosixPath(file).parent
+        wanted = [file, *(str(beside / name) for name in FILES if str(beside / name) in names - {file})]
+    else:
+        wanted = [f"{prefix}{name}" for name in FILES if f"{prefix}{name}" in names]
+    if file not in names and not any(PurePosixPath(name).name in WEIGHTS for name in wanted):
+        folders = sorted({str(PurePosixPath(name).parent) for name in names if PurePosixPath(name).name in WEIGHTS})
         what = f"holds no SAE at {prefix.rstrip('/')!r}" if prefix else "holds no SAE at its root: give sae_id"
         raise MechintError(f"{where.repo_id} {what}; {nearest(prefix.rstrip('/'), folders)}")
     try:
@@ -200,7 +215,7 @@ def fetch(where: Where, *, force_download: bool = False) -> Path:
         ]
     except Exception as error:  # the HTTP library's classes differ between major versions of huggingface_hub
         raise MechintError(f"downloading from {where.repo_id} failed: {one_line(error, 200)}; try again") from error
-    return Path(paths[0]).parent
+    return Path(paths[0]) if file in names else Path(paths[0]).parent
 
 
 def _cached(repo_id: str, folder: Path) -> Path | None:
@@ -210,7 +225,7 @@ def _cached(repo_id: str, folder: Path) -> Path | None:
     commits = Path(HF_HUB_CACHE, f"models--{repo_id.replace('/', '--')}", "snapshots").glob("*")
     newest_first = sorted(commits, key=lambda commit: commit.stat().st_mtime, reverse=True)
     places = (commit / folder for commit in newest_first)
-    return next((place for place in places if any((place / name).is_file() for name in FILES)), None)
+    return next((at for at in places if at.is_file() or any((at / name).is_file() for name in WEIGHTS)), None)
 
 
 @contextlib.contextmanager
