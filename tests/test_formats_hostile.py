@@ -19,7 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from other_formats import OTHERS, any_file, as_held_by, linear_state, main_file, make, read, write
+from other_formats import OTHERS, any_file, example_of, linear_state, main_file, make, read, write
 from safetensors.torch import load_file, save_file
 
 from mechint.errors import MechintError
@@ -144,9 +144,7 @@ def test_an_npz_whose_header_claims_another_shape(claimed: str, tmp_path: Path):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_settings_without_a_place_are_refused(name: str, tmp_path: Path):
-    architecture = "topk" if name in ("sparsify", "mech_platform") else "standard"
-    loaded = as_held_by(name, make(architecture))
-    held = next(found for found, _ in variants(loaded) if FORMATS[name].holds(found) is None)
+    held = example_of(name)
     for change, says in (({"scale": 2.0}, "input scale"), ({"rescale_acts_by_decoder_norm": True}, "decoder norms")):
         assert says in str(FORMATS[name].holds(replace(held, **change)))
         with pytest.raises(MechintError, match=says):

@@ -67,10 +67,7 @@ names, first bytes and JSON keys; nothing is executed. Broken files are one line
 
 ## Adding a format
 
-One file in `mechint/formats/` that defines `FORMAT = Format(...)` (`mechint/formats/base.py`): `sniff`, `read` into a
-`Loaded`, `write`, and `holds`, which says what the format can hold as it is. A reader ends with `checked(...)`. A
-writer folds nothing: `convert` tries the folds and hands over the first form that `holds` accepts. The registry, both
-commands, this page and the common round-trip tests find it because it is there.
+One file in `mechint/formats/`: [extend.md](extend.md#adding-a-format) has an example that a test runs.
 """
 
 # What the table of kinds asks each format about.

@@ -214,12 +214,14 @@ def sae_from_tensors(tensors: dict[str, Any], *, source: str) -> SAE:
 
 
 def _of_another_kind(file: Path) -> bool:
-    """Whether a file is none of torch.save, by its suffix or because it begins as JSON does."""
+    """Whether a file was never one of torch.save, by its suffix and its first bytes; a .pt may only be broken."""
     try:
         with open(file, "rb") as opened:
-            return file.suffix in (".npz", ".safetensors") or opened.read(1) == b"{"
+            start = opened.read(2)
     except OSError:
         return False  # reading it says why
+    by_torch = start == b"PK" or start[:1] == b"\x80"  # a zip; a pickle, as torch saved before 1.6
+    return file.suffix in (".npz", ".safetensors") or start[:1] == b"{" or (file.suffix != ".pt" and not by_torch)
 
 
 def _if_of_another_tool(path: str | Path) -> str:
