@@ -332,6 +332,32 @@ def test_releases_known_here_are_those_of_their_list():
     assert where.repo_id == "google/gemma-scope-2b-pt-res" and where.metadata["neuronpedia_id"]
 
 
+def test_hooks_and_models_of_gemma_scope_are_theirs():
+    from sae_lens.loading import pretrained_sae_loaders as loaders  # pyright: ignore[reportMissingImports]
+    from sae_lens.loading.pretrained_saes_directory import (  # pyright: ignore[reportMissingImports]
+        get_pretrained_saes_directory,
+    )
+
+    config_of = {
+        "gemma_2": loaders.get_gemma_2_config_from_hf,
+        "gemma_2_transcoder": loaders.get_gemma_2_transcoder_config_from_hf,
+    }
+    seen = 0
+    for release, entry in get_pretrained_saes_directory().items():
+        if entry.conversion_func not in config_of or not entry.repo_id.startswith("google/"):
+            continue
+        ids = list(entry.saes_map)
+        for sae_id in {ids[0], ids[len(ids) // 2], ids[-1]}:
+            theirs = config_of[entry.conversion_func](entry.repo_id, entry.saes_map[sae_id], "cpu")
+            ours = find_release(release, sae_id).metadata
+            for name in ("hook_name", "hook_name_out", "model_name", "context_size", "prepend_bos", "dataset_path"):
+                assert ours.get(name) == theirs.get(name), (release, sae_id, name)
+            by_path = find_release(entry.repo_id, entry.saes_map[sae_id]).metadata
+            assert by_path["hook_name"] == theirs["hook_name"]
+            seen += 1
+    assert seen > 20
+
+
 @pytest.mark.slow
 def test_saelens_opens_what_we_upload(tmp_path: Path):
     sae = SAE(drawn("jumprelu")).requires_grad_(False)

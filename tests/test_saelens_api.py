@@ -287,6 +287,18 @@ def test_a_registry_file_leads_to_repository_path_and_metadata(tmp_path: Path, m
         find_release("mine", "a", tmp_path / "out.json")
 
 
+def test_names_of_gemma_scope_say_what_its_files_do_not():
+    place = find_release("google/gemma-scope-9b-it-res", "layer_20/width_16k/average_l0_91")
+    assert (place.metadata["model_name"], place.metadata["hook_name"]) == (
+        "gemma-2-9b-it",
+        "blocks.20.hook_resid_post",
+    )
+    place = find_release("google/gemma-scope-2b-pt-transcoders", "layer_7/width_16k/average_l0_70")
+    assert place.metadata["hook_name_out"] == "blocks.7.hook_mlp_out"
+    for other in ("somebody/gemma-scope-2b-pt-res", "google/gemma-2b"):
+        assert find_release(other, "layer_7/width_16k/average_l0_70").metadata == {}
+
+
 # --- tokens -----------------------------------------------------------------------------------------------------------
 
 

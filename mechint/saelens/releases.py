@@ -14,6 +14,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -107,7 +108,31 @@ def find_release(release: str, sae_id: str, registry: str | Path | None = None) 
             f"{release!r} is no release that is known here, no user/repo and no folder; {nearest(release, known)}."
             f" More releases: a registry file, as {VARIABLE} or registry=..."
         )
-    return Where(Path(sae_id), release)
+    return Where(Path(sae_id), release, gemma_scope_metadata(release, sae_id))
+
+
+def gemma_scope_metadata(repo_id: str, path: str) -> dict[str, Any]:
+    """What the names of Gemma Scope's repositories and folders say, which its files do not: the model and the hooks.
+    Empty for other repositories."""
+    found = re.fullmatch(r"google/gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)", repo_id)
+    layer = re.match(r"layer_(\d+)/", path)
+    if found is None or (layer is None and not (found[3] == "res" and path.startswith("embedding/"))):
+        return {}
+    hooks = {
+        "res": "hook_resid_post",
+        "mlp": "hook_mlp_out",
+        "att": "attn.hook_z",
+        "transcoders": "ln2.hook_normalized",
+    }
+    block = f"blocks.{layer[1]}." if layer else ""
+    metadata = {
+        "model_name": f"gemma-2-{found[1]}" + ("-it" if found[2] == "it" else ""),
+        "hook_name": block + hooks.get(found[3], "ln2.hook_normalized") if layer else "hook_embed",
+        "prepend_bos": True,
+        "context_size": 1024,
+        "dataset_path": "monology/pile-uncopyrighted",
+    }
+    return metadata | ({"hook_name_out": f"{block}hook_mlp_out"} if found[3] == "transcoders" else {})
 
 
 def is_inside(path: str) -> bool:
@@ -121,16 +146,16 @@ def _in_release(release: str, entry: Mapping[str, Any], sae_id: str) -> Where:
     if sae_id not in saes:
         raise MechintError(f"release {release} has no SAE {sae_id!r}; {nearest(sae_id, saes)}")
     item = saes[sae_id]
-    metadata = dict(entry.get("config_overrides") or {})
+    path = str(item.get("path", sae_id)).strip("/")
+    if not is_inside(path):
+        raise MechintError(f"release {release}: the path {path!r} of {sae_id} does not lie in the repository")
+    metadata = gemma_scope_metadata(str(entry["repo_id"]), path) | dict(entry.get("config_overrides") or {})
     if "model" in entry:
         metadata.setdefault("model_name", entry["model"])
     if item.get("neuronpedia"):
         metadata["neuronpedia_id"] = item["neuronpedia"]
     if (metadata.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights"):
         metadata["processing"] = "centred"
-    path = str(item.get("path", sae_id)).strip("/")
-    if not is_inside(path):
-        raise MechintError(f"release {release}: the path {path!r} of {sae_id} does not lie in the repository")
     return Where(Path(path), str(entry["repo_id"]), metadata, item.get("norm_scaling_factor"))
 
 
