@@ -18,7 +18,7 @@ from mechint.errors import MechintError
 from mechint.formats import FORMATS, Loaded, from_sae, reference_decode, reference_encode, to_sae
 from mechint.formats.base import checked
 from mechint.formats.convert import convert, load, write_proved
-from mechint.formats.folds import not_ours
+from mechint.formats.folds import as_jumprelu, not_ours
 from mechint.sae import build_sae, load_sae, save_sae_folder
 
 pytestmark = pytest.mark.skipif(
@@ -149,9 +149,120 @@ def test_peer_batchtopk_checkpoints_and_inference_models(architecture: str, resc
     both_agree(inference, training, 1e-5)
 
 
-@pytest.mark.parametrize("architecture", [*SAES, "batchtopk"])
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("architecture", ["standard", "gated", "topk", "jumprelu"])
+def test_peer_checkpoints_of_a_training_open_as_what_is_trained(
+    architecture: str, rescale: bool, tmp_path: Path
+) -> None:
+    """cfg.json as its training classes write it, with their own settings beside those of the SAE."""
+    from sae_lens.registry import get_sae_training_class  # pyright: ignore[reportMissingImports]
+
+    cls, config = get_sae_training_class(architecture)
+    extra: dict[str, Any] = {"k": 6, "rescale_acts_by_decoder_norm": rescale} if architecture == "topk" else {}
+    sae = cls(config(d_in=D_IN, d_sae=D_SAE, **extra))
+    randomise(sae)
+    sae.save_model(tmp_path / "training")
+    sae.save_inference_model(tmp_path / "inference")
+    for place in ("training", "inference"):
+        found, loaded = load(tmp_path / place)
+        assert found.name == "saelens" and loaded.architecture == architecture
+        both_agree(saelens_opens(tmp_path / "inference") if place == "inference" else sae, loaded, 1e-5)
+
+
+@pytest.mark.parametrize("architecture", SAES)
+def test_a_constant_input_scale_is_what_peer_folds(architecture: str, tmp_path: Path) -> None:
+    """Its files name the normalisation, its registry the factor; with the factor in the file both agree."""
+    sae = theirs(architecture, normalize_activations="expected_average_only_in")
+    sae.save_model(tmp_path / "theirs")
+    cfg = json.loads((tmp_path / "theirs" / "cfg.json").read_text())
+    with pytest.raises(MechintError, match="norm_scaling_factor"):
+        load(tmp_path / "theirs")
+    (tmp_path / "theirs" / "cfg.json").write_text(json.dumps({**cfg, "norm_scaling_factor": 0.3}))
+    loaded = load(tmp_path / "theirs")[1]
+    assert loaded.scale == 0.3
+    sae.fold_activation_norm_scaling_factor(0.3)
+    both_agree(sae, loaded, 1e-5)
+    certificate, _ = convert(tmp_path / "theirs", tmp_path / "again", to="saelens")
+    assert certificate.folded == ("input scale",)
+    both_agree(saelens_opens(tmp_path / "again"), loaded, 1e-5)
+
+
+def test_sparsity_stays_beside_the_weights(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    theirs("standard").save_model(tmp_path / "theirs")
+    save_file({"sparsity": torch.linspace(-9, 0, D_SAE)}, tmp_path / "theirs" / "sparsity.safetensors")
+    convert(tmp_path / "theirs", tmp_path / "again", to="saelens")
+    saelens_opens(tmp_path / "again")
+    kept = load_file(tmp_path / "again" / "sparsity.safetensors")["sparsity"]
+    assert torch.equal(kept, torch.linspace(-9, 0, D_SAE))
+
+
+# --- Gemma Scope, which SAELens reads with loaders of its own ---------------------------------------------------------
+
+
+def through_its_loader(name: str, repo_id: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The SAE that SAELens makes of a folder, which stands for one on the Hub."""
+    from sae_lens import SAE  # pyright: ignore[reportMissingImports]
+    from sae_lens.loading import pretrained_sae_loaders as loaders  # pyright: ignore[reportMissingImports]
+    from safetensors.torch import load_file
+
+    def download(repo_id: str, filename: str, subfolder: str | None = None, **_: Any) -> str:
+        place = folder.parent / (f"{subfolder}/{filename}" if subfolder else filename)
+        assert place.is_file()
+        return str(place)
+
+    def shapes(repo_id: str, filename: str) -> dict[str, list[int]]:
+        return {key: list(value.shape) for key, value in load_file(folder.parent / filename).items()}
+
+    monkeypatch.setattr(loaders, "hf_hub_download", download)
+    monkeypatch.setattr(loaders, "get_safetensors_tensor_shapes", shapes)
+    widths = {"d_in": D_IN, "d_sae": D_SAE}
+    cfg, state, _ = getattr(loaders, name)(repo_id, folder.name, cfg_overrides=widths)
+    sae = SAE.from_dict(loaders.handle_config_defaulting(cfg))
+    sae.process_state_dict_for_loading(state)
+    sae.load_state_dict(state)
+    return sae
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu"])
+def test_its_loader_of_gemma_scope_reads_what_we_write(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae = build_sae(architecture, D_IN, D_SAE)
+    randomise(sae)
+    loaded = from_sae(sae)
+    if architecture == "standard":  # its loader knows JumpReLU alone
+        loaded = as_jumprelu(loaded)
+    folder = tmp_path / "layer_20_width_16k"
+    certificate, _ = write_proved(loaded, folder / "params.npz", FORMATS["gemma_scope"])
+    assert certificate.folded == ("b_dec",)
+    found = through_its_loader("gemma_2_sae_huggingface_loader", "g/gemma-scope-2b-pt-res", folder, monkeypatch)
+    both_agree(found, loaded, 1e-5)
+    both_agree(found, load(folder)[1], 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder"])
+def test_its_loader_of_gemma_scope_2_reads_what_we_write(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae = theirs(kind, **({} if "transcoder" in kind else {"apply_b_dec_to_input": False}))
+    sae.cfg.metadata.model_name = "gemma-3-1b-pt"
+    sae.save_model(tmp_path / "theirs")
+    folder = tmp_path / ("layer_2_transcoder" if "transcoder" in kind else "resid_post_layer_2")
+    certificate, _ = convert(tmp_path / "theirs", folder, to="gemma_scope_2")
+    assert certificate.weights_equal
+    found = through_its_loader("gemma_3_sae_huggingface_loader", "g/gemma-scope-2-1b-pt", folder, monkeypatch)
+    assert found.cfg.architecture() == kind
+    both_agree(found, load(folder)[1], 1e-6)
+    with torch.no_grad():
+        close(found(vectors()), sae(vectors()), 1e-6)
+
+
+@pytest.mark.parametrize("architecture", [*SAES, "batchtopk", "matryoshka_batchtopk"])
 def test_ours_open_in_peer_with_their_metadata(architecture: str, tmp_path: Path) -> None:
     options = {"k": 5} if "topk" in architecture else {}
+    options |= {"widths": (10, D_SAE)} if "matryoshka" in architecture else {}
     sae = build_sae(architecture, D_IN, D_SAE, options=options).saved_form()
     randomise(sae)
     sae.metadata = {"hook_name": "blocks.3.hook_resid_post", "model_name": "pythia-70m", "prepend_bos": True}
@@ -171,11 +282,14 @@ def test_pre_6_files_mean_in_peer_what_they_mean_here(architecture: str, tmp_pat
     randomise(sae)
     sae.metadata = {"hook_name": "blocks.3.hook_resid_post", "model_name": "pythia-70m", "processing": "raw"}
     loaded = from_sae(sae)
-    for name, given in {"plain": loaded, "bare": replace(loaded, apply_b_dec_to_input=False)}.items():
+    forms = {"plain": loaded, "bare": replace(loaded, apply_b_dec_to_input=False)}
+    forms |= {"sqrt_d": replace(loaded, normalize="sqrt_d"), "layer_norm": replace(loaded, normalize="layer_norm")}
+    for name, given in forms.items():
         write_proved(given, tmp_path / name, FORMATS["saelens_pre6"])
         opened = saelens_opens(tmp_path / name)
         assert opened.cfg.metadata.hook_name == "blocks.3.hook_resid_post"
-        both_agree(opened, given, 1e-6)
+        both_agree(opened, given, 1e-6 if given.normalize == "none" else 1e-5)
+        both_agree(opened, load(tmp_path / name)[1], 1e-6 if given.normalize == "none" else 1e-5)
 
 
 def test_hook_z_files_of_peer_keep_their_reshaping(tmp_path: Path) -> None:

@@ -194,6 +194,27 @@ def test_batchtopk_with_its_k_stays_batchtopk(library: types.SimpleNamespace, tm
         assert torch.equal(module.state_dict()[name], tensor), name
 
 
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka_batchtopk"])
+def test_what_we_train_by_batch_is_written_as_its_batchtopk(
+    architecture: str, library: types.SimpleNamespace, tmp_path: Path
+):
+    """One threshold, b_dec subtracted, the k of the training: nothing is folded."""
+    options = {"k": K} | ({"widths": (10, D_SAE)} if "matryoshka" in architecture else {})
+    sae = build_sae(architecture, D_IN, D_SAE, options=options).saved_form()
+    randomise(sae)
+    sae.renormalize_decoder()
+    with torch.no_grad():
+        sae.get_parameter("threshold").fill_(0.7)
+    loaded = from_sae(sae)
+    certificate, _ = write_proved(loaded, tmp_path / "out", FORMATS["dictionary_learning"])
+    assert certificate.folded == () and certificate.weights_equal
+    with torch.no_grad():
+        module = library.load(str(tmp_path / "out"), "cpu")[0]
+        assert type(module).__name__ == "BatchTopKSAE"
+        f = module.encode(vectors(), use_threshold=True)
+        agrees(loaded, f, module.decode(f), EXACT)
+
+
 # --- sparsify ---------------------------------------------------------------------------------------------------------
 
 
