@@ -250,6 +250,8 @@ def test_mistakes_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         SAE.from_pretrained("gpt2-small-res-jb", "blocks.8.hook_resid_pr")
     with pytest.raises(MechintError, match="inside"):
         SAE.from_pretrained("user/repo", "../other")
+    with pytest.raises(MechintError, match="converter='len' is not taken"):
+        SAE.from_pretrained("user/repo", "x", "cpu", "float32", False, len)
     with pytest.raises(MechintError, match="dtype 'int3'"):
         SAE.load_from_disk(sae.save_model(tmp_path / "s")[0].parent, dtype="int3")
     with pytest.raises(MechintError, match="no SAEs to upload"):

@@ -13,15 +13,12 @@ from mechint.errors import MechintError, nearest
 from mechint.saelens.nested import (
     MORE_IN_WANDB,
     NESTED,
-    GatedTrainingSAEConfig,
-    JumpReLUTrainingSAEConfig,
     LoggingConfig,
-    MatryoshkaBatchTopKTrainingSAEConfig,
-    StandardTrainingSAEConfig,
-    TopKTrainingSAEConfig,
     TrainingSAEConfig,
     logging_from_dict,
     nested_from_dict,
+    our_normalization,
+    our_settings,
 )
 
 # Characters a token never exceeds on average, so that the cut is made by tokens.
@@ -240,7 +237,7 @@ class LanguageModelSAERunnerConfig:
             "track": "wandb" if log.log_to_wandb else "none",
             "l1_reduction": "sum",
         }
-        values |= self._flat_sae() if self.nested is None else self._nested_sae(self.nested)
+        values |= self._flat_sae() if self.nested is None else our_settings(self.nested)
         return SAETrainConfig.from_dict(values, source="LanguageModelSAERunnerConfig")
 
     @property
@@ -307,7 +304,7 @@ class LanguageModelSAERunnerConfig:
             "decoder": "free" if free else "unit",
             "init": "tied" if self.init_encoder_as_decoder_transpose else "xavier",
             "b_dec_init": {"zeros": "zero", "mean": "mean", "geometric_median": "median"}[self.b_dec_init_method],
-            "normalize_inputs": _normalize(self.normalize_activations),
+            "normalize_inputs": our_normalization(self.normalize_activations),
         }
         if free and self.decoder_heuristic_init:
             values["init_decoder_norm"] = self.decoder_heuristic_init_norm
@@ -319,37 +316,6 @@ class LanguageModelSAERunnerConfig:
             values["k"] = float(self.activation_fn_kwargs.get("k", 100))
         if self.use_ghost_grads or "topk" in name:
             values["revive"] = "auxk"
-        return values
-
-    def _nested_sae(self, sae: TrainingSAEConfig) -> dict[str, Any]:
-        values: dict[str, Any] = {
-            "decoder": "free",
-            "init": "tied",
-            "init_decoder_norm": 1.0 if sae.decoder_init_norm is None else sae.decoder_init_norm,
-            "normalize_inputs": _normalize(sae.normalize_activations),
-        }
-        if isinstance(sae, (StandardTrainingSAEConfig, GatedTrainingSAEConfig)):
-            values |= {"l1_lambda": sae.l1_coefficient, "lambda_warmup_steps": sae.l1_warm_up_steps}
-        if isinstance(sae, TopKTrainingSAEConfig):
-            values["k"] = float(sae.k)
-            if sae.aux_loss_coefficient:
-                values |= {"revive": "auxk", "aux_coefficient": sae.aux_loss_coefficient / 32}
-        if isinstance(sae, MatryoshkaBatchTopKTrainingSAEConfig) and sae.matryoshka_widths:
-            values["widths"] = sorted({*sae.matryoshka_widths, sae.d_sae})
-        if isinstance(sae, JumpReLUTrainingSAEConfig):
-            values |= {
-                "l1_lambda": sae.l0_coefficient,
-                "lambda_warmup_steps": sae.l0_warm_up_steps,
-                "init_threshold": sae.jumprelu_init_threshold,
-                "bandwidth": sae.jumprelu_bandwidth,
-                "penalty": sae.jumprelu_sparsity_loss_mode,
-                "ste_to_input": sae.jumprelu_ste_to_input,
-                "pre_act_coefficient": sae.pre_act_loss_coefficient or 0.0,
-            }
-            if sae.jumprelu_sparsity_loss_mode == "tanh":
-                values["tanh_scale"] = sae.jumprelu_tanh_scale
-            if sae.target_l0 is not None:
-                values["target_l0"] = sae.target_l0
         return values
 
     def _check(self) -> None:
@@ -374,7 +340,7 @@ class LanguageModelSAERunnerConfig:
             )
         if self.b_dec_init_method not in ("zeros", "mean", "geometric_median"):
             raise MechintError(f"b_dec_init_method {self.b_dec_init_method!r}; valid: zeros, mean, geometric_median")
-        _normalize(self.normalize_activations if self.nested is None else self.nested.normalize_activations)
+        our_normalization(self.normalize_activations if self.nested is None else self.nested.normalize_activations)
         only = {
             "hook_head_index": None,
             "seqpos_slice": (None,),
@@ -400,10 +366,3 @@ class LanguageModelSAERunnerConfig:
             raise MechintError("dataset_trust_remote_code: code of data sets is never run here; give a plain data set")
         if self._dtype not in ("float32", "bfloat16", "float16"):
             raise MechintError(f"dtype {self.dtype!r} is not known; valid: float32, bfloat16, float16")
-
-
-def _normalize(name: str) -> str:
-    found = {"none": "none", "expected_average_only_in": "mean-norm"}.get(name)
-    if found is None:
-        raise MechintError(f"normalize_activations {name!r} is not trained here; valid: none, expected_average_only_in")
-    return found

@@ -150,8 +150,8 @@ class HookedSAETransformer:
                 raise self._no_hook(name, hooks)
         error = sae.use_error_term if use_error_term is None else use_error_term
         exclude = self._excluded(exclude_special_tokens)
-        centring = [centres(sae, name, self.language_model) for name in (reads, writes)]
-        attachment = Attachment(sae, reads, writes, error, exclude, *centring)
+        centred_in, centred_out = (centres(sae, name, self.language_model) for name in (reads, writes))
+        attachment = Attachment(sae, reads, writes, error, exclude, centred_in, centred_out)
         for there in list(self._attached.values()):
             if there.reads == reads or hooks[there.writes] is hooks[writes]:
                 self._take_off(there.reads)

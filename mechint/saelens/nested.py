@@ -101,6 +101,47 @@ def nested_from_dict(values: dict[str, Any]) -> TrainingSAEConfig:
     return NESTED[name](**{key: value for key, value in values.items() if key != "architecture"})
 
 
+def our_settings(sae: TrainingSAEConfig) -> dict[str, Any]:
+    """What `SAETrainConfig` gets of it."""
+    values: dict[str, Any] = {
+        "decoder": "free",
+        "init": "tied",
+        "init_decoder_norm": 1.0 if sae.decoder_init_norm is None else sae.decoder_init_norm,
+        "normalize_inputs": our_normalization(sae.normalize_activations),
+    }
+    if isinstance(sae, (StandardTrainingSAEConfig, GatedTrainingSAEConfig)):
+        values |= {"l1_lambda": sae.l1_coefficient, "lambda_warmup_steps": sae.l1_warm_up_steps}
+    if isinstance(sae, TopKTrainingSAEConfig):
+        values["k"] = float(sae.k)
+        if sae.aux_loss_coefficient:
+            values |= {"revive": "auxk", "aux_coefficient": sae.aux_loss_coefficient / 32}
+    if isinstance(sae, MatryoshkaBatchTopKTrainingSAEConfig) and sae.matryoshka_widths:
+        values["widths"] = sorted({*sae.matryoshka_widths, sae.d_sae})
+    if isinstance(sae, JumpReLUTrainingSAEConfig):
+        values |= {
+            "l1_lambda": sae.l0_coefficient,
+            "lambda_warmup_steps": sae.l0_warm_up_steps,
+            "init_threshold": sae.jumprelu_init_threshold,
+            "bandwidth": sae.jumprelu_bandwidth,
+            "penalty": sae.jumprelu_sparsity_loss_mode,
+            "ste_to_input": sae.jumprelu_ste_to_input,
+            "pre_act_coefficient": sae.pre_act_loss_coefficient or 0.0,
+        }
+        if sae.jumprelu_sparsity_loss_mode == "tanh":
+            values["tanh_scale"] = sae.jumprelu_tanh_scale
+        if sae.target_l0 is not None:
+            values["target_l0"] = sae.target_l0
+    return values
+
+
+def our_normalization(name: str) -> str:
+    """`normalize_inputs` for a `normalize_activations`. Raises `MechintError` for one that is not trained here."""
+    found = {"none": "none", "expected_average_only_in": "mean-norm"}.get(name)
+    if found is None:
+        raise MechintError(f"normalize_activations {name!r} is not trained here; valid: none, expected_average_only_in")
+    return found
+
+
 # --- logger= ----------------------------------------------------------------------------------------------------------
 
 # What SAELens can also send to wandb; the flat form has no fields for it, and nothing of it is sent from here.

@@ -92,6 +92,7 @@ class SAE(nn.Module):
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype = "float32",
         force_download: bool = False,
+        converter: Any = None,
         fold_W_dec_norm: bool = False,
         registry: str | Path | None = None,
     ) -> "SAE":
@@ -103,17 +104,19 @@ class SAE(nn.Module):
         Args:
             release: a name of a registry file (docs/saelens.md), a Hub repository, or a folder.
             sae_id: the release's name of the SAE; in a repository or folder, the path to it.
+            converter: not taken; the formats of docs/formats.md are recognised.
             registry: a registry file in place of those that are found by themselves.
 
         Raises:
             MechintError: no such release, repository or id (the message names those that are near), the Hub out of
                 reach and nothing in the cache, files that are no SAE, or a device that this machine does not have.
         """
+        _no_converter(converter)
         usable(device)  # known before anything is downloaded
         where = find_release(release, sae_id, registry)
         folder = where.folder if where.repo_id is None else fetch(where, force_download=force_download)
         with with_norm_factor(folder, where.norm_scaling_factor) as whole:
-            return cls.load_from_disk(whole, device, dtype, fold_W_dec_norm, extra=where.metadata)
+            return cls.load_from_disk(whole, device, dtype, None, fold_W_dec_norm, extra=where.metadata)
 
     @classmethod
     def from_pretrained_with_cfg_and_sparsity(
@@ -129,6 +132,7 @@ class SAE(nn.Module):
         path: str | Path,
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype | None = None,
+        converter: Any = None,
         fold_W_dec_norm: bool = False,
         extra: dict[str, Any] | None = None,
     ) -> "SAE":
@@ -140,6 +144,7 @@ class SAE(nn.Module):
         Raises:
             MechintError: nothing there, or files that are no SAE.
         """
+        _no_converter(converter)
         path, dtype_given, device = Path(path), dtype_of(dtype), usable(device)
         if not path.exists():
             beside = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -191,6 +196,8 @@ class SAE(nn.Module):
             for name in sorted((item.name for item in made.iterdir()), key=lambda name: (name == CFG_FILE, name)):
                 os.replace(made / name, folder / name)
         return folder / WEIGHTS_FILE, folder / CFG_FILE
+
+    save_inference_model = save_model  # in SAELens, of an SAE in training; trained ones are what is returned here
 
     # --- what it computes ---------------------------------------------------------------------------------------------
 
@@ -341,6 +348,14 @@ def as_sae(sae: Any) -> SAE:
     if isinstance(sae, MechintSAE):
         return SAE.from_mechint(sae)
     raise MechintError(f"expected an SAE (mechint.SAE or one of mechint.sae), got {type(sae).__name__}")
+
+
+def _no_converter(converter: Any) -> None:
+    if converter is not None:
+        raise MechintError(
+            f"converter={getattr(converter, '__name__', converter)!r} is not taken: formats are recognised, see"
+            " docs/formats.md; leave it out"
+        )
 
 
 def _read_sparsity(path: Path, d_sae: int) -> Tensor | None:
