@@ -16,6 +16,7 @@ from torch import Tensor
 from mechint.cli import convert as convert_command
 from mechint.cli import identify as identify_command
 from mechint.errors import MechintError
+from mechint.eval.sums import ReconstructionSums
 from mechint.formats import FORMATS, Loaded, reference_encode, to_sae
 from mechint.formats.certificate import certify
 from mechint.formats.convert import convert, held_variant, load, write_proved
@@ -52,6 +53,15 @@ def test_a_topk_without_relu_keeps_negative_entries_and_reconstructs_with_them()
         torch.testing.assert_close(x_hat, f @ sae.W_dec + sae.b_dec)
         sae.relu = True
         assert torch.equal(sae.encode(x), f.relu())
+
+
+def test_its_l0_counts_negative_entries_too():
+    sae, x = signed(), torch.randn(30, 5, generator=torch.Generator().manual_seed(3))
+    sums = ReconstructionSums(5, 7)
+    with torch.no_grad():
+        x_hat, f = sae(x)
+    sums.add(x, x_hat, f)
+    assert sums.metrics()["l0"] == 5.0 and int(sums.fire_counts.sum()) == 150
 
 
 def test_its_checkpoint_says_so_and_that_of_others_has_not_changed(tmp_path: Path):

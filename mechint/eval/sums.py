@@ -19,7 +19,7 @@ COLUMNS = (
     "n",
     "squared_error",  # |x - x_hat|^2
     "square",  # |x - centre|^2
-    "active",  # latents with f > 0
+    "active",  # latents with f != 0 (below 0 only in a topk without ReLU)
     "f_abs",  # sum over latents of |f|
     "cosine",
     "norm_ratio",  # |x_hat| / |x|, where |x| > 0
@@ -180,14 +180,14 @@ def plain(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def count_active(feature_acts: Float[Tensor, "batch d_sae"]) -> Int[Tensor, " d_sae"]:
-    """Rows on which each latent is above 0, on the CPU."""
+    """Rows on which each latent is not 0, on the CPU."""
     return count_both(feature_acts)[0]
 
 
 def count_both(
     feature_acts: Float[Tensor, "batch d_sae"], counted: Bool[Tensor, " batch"] | None = None
 ) -> tuple[Int[Tensor, " d_sae"], Int[Tensor, " batch"]]:
-    """Rows (of those `counted`) on which each latent is above 0, and latents above 0 on each row; both on the CPU.
+    """Rows (of those `counted`) on which each latent is not 0, and latents that are not on each row; both on the CPU.
 
     In pieces of rows and through floats, which is exact here and ten times as fast as summing booleans down a column.
     """
@@ -195,7 +195,7 @@ def count_both(
     of_rows = torch.zeros(len(feature_acts), dtype=torch.int64, device=feature_acts.device)
     for start in range(0, len(feature_acts), 512):
         rows = slice(start, start + 512)
-        active = (feature_acts[rows] > 0).float()
+        active = (feature_acts[rows] != 0).float()
         of_rows[rows] = active.sum(dim=1).long()
         if counted is not None:
             active *= counted[rows].to(active)[:, None]

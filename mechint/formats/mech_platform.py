@@ -49,7 +49,13 @@ def read(path: Path) -> Loaded:
     options = {"k": whole_number(sidecar.get("k"), "k", _sidecar(file))}
     tensors = take_tensors(state, NAMES, file)
     loaded = Loaded(
-        "topk", tensors, options, apply_b_dec_to_input=False, topk_relu=False, metadata=_metadata(file.parent)
+        "topk",
+        tensors,
+        options,
+        apply_b_dec_to_input=False,
+        topk_relu=False,
+        metadata=_metadata(file.parent),
+        notes=("the bundle does not say how the model's weights were processed, nor whether BOS was prepended",),
     )
     loaded = checked(loaded, file)
     stated = {"input_dim": loaded.d_in, "n_features": loaded.d_sae}
