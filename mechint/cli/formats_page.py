@@ -42,9 +42,43 @@ float64, rounded once:
 | thresholds below 0 | 0: the ReLU drops what lies between |
 | ReLU where a format has only JumpReLU, and back | thresholds of 0 |
 
-What no weights can say is refused, with the reason: top-k without k, top-k that keeps negative entries, inputs
+What no weights can say is refused, with the reason: top-k without k, top-k whose ReLU the target lacks or adds, inputs
 normalised one by one where the target does not do it, transcoders where it has none, an input scale whose value is
 not in the files.
+
+## Top-k
+
+The tools disagree about what stays where fewer than k pre-activations are positive:
+
+| tool | its top-k | a topk of ours in it |
+| --- | --- | --- |
+| ours, SAELens, sparsify, dictionary_learning | ReLU after (or before) it: negative entries are dropped | as it is |
+| saev, mech platform | no ReLU: negative entries stay and are decoded | `--pad-topk` |
+| OpenAI | ReLU by default (`postact_fn`), on layer-normalised inputs | no: the library normalises for every TopK |
+| miStudio | ReLU; k is with the training, not in the checkpoint | no: it would apply ReLU alone |
+| Gemma Scope | none | no |
+
+`--pad-topk` adds k latents of zeros at the end (d_sae grows by k, the others keep their numbers). Their pre-activation
+is always 0, so no negative entry is ever among the k largest: with and without ReLU is the same function, and the
+certificate compares it with the unpadded one. Without the flag the conversion is refused.
+
+The other way, saev's and the mech platform's SAEs open here as they are (`TopKSAE(relu=False)`): codes may be negative,
+and count as active. Such an SAE is applied, not trained; `checkpoint.pt` holds it, SAELens's layout cannot.
+
+## What else differs
+
+- miStudio's thresholds are float32 logarithms, which cannot say every float32 threshold. The nearest are written, and
+  where one does not give the threshold back, the exact ones into `thresholds.safetensors`, which only this package
+  reads. The certificate says how many differ in miStudio, and by how much.
+- miStudio's exports for the community are read as SAELens before 6; k of a top-k is its
+  `extra_metadata.top_k_sparsity`.
+- Weights without `cfg.json` (`sae.safetensors` alone) are refused: whether `b_dec` is subtracted is not in them.
+- saev files without `schema`, and of schema 1, subtract `b_dec`, though saev itself no longer does when it loads them.
+  Written is schema 5, whose BatchTopK has one threshold for all latents.
+- dictionary_learning rescales an AutoEncoder to decoder rows of unit norm when it loads it. Where ours are not of unit
+  norm, AutoEncoderNew is written, which it leaves alone.
+- Gemma Scope's transcoders lie in files like those of its SAEs: the folder's name, in Scope 2 `config.json`, tells.
+- SAELens's `sparsity.safetensors` goes along between SAELens's layouts. Other certificates say that it was left out.
 
 ## The certificate
 
@@ -55,15 +89,19 @@ around `b_dec`, at 0.1 to 30 times the size at which the median latent begins to
 relative to the largest code of the probe, those of reconstructions to its largest entry; allowed are 1e-6, and 1e-5
 after a fold. A conversion that exceeds them is not kept. Codes whose latent rounding switches on or off (a
 pre-activation within 1e-6 of its threshold) are counted instead (`at_border`). `weights_equal` says that no bit of a
-shared tensor changed.
+shared tensor changed, `notes` what was assumed and what the output has no place for.
 
 The certificate compares what this package takes the two formats to mean. That the other tools mean the same is tested
-against the tools themselves (`tests/test_peer_formats*.py`).
+against the tools themselves, both ways, where a package index has them: SAELens 6.54.12 (its loaders of Gemma Scope
+too), dictionary_learning 0.1.0, sparsify 1.3.3 (`tests/test_peer_formats*.py`, `make test-peers`). For the others
+`tests/test_formats_*.py` has files made by hand, and what the tool computes written out.
 
 ## Untrusted files
 
 Opened are safetensors, npz without pickle, JSON, and `.pt` with `weights_only=True`. What a path is, is found out from
-names, first bytes and JSON keys; nothing is executed. Broken files are one line of error.
+names, first bytes and JSON keys; nothing is executed. Devices and pipes are not read; an archive that unpacks to a
+multiple of itself, a tensor that claims more than is stored, a name that stands twice in settings are refused. Broken
+files are one line of error.
 
 ## Adding a format
 
