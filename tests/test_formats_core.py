@@ -40,6 +40,8 @@ def make(architecture: str, d_in: int = 6, d_sae: int = 20, seed: int = 0, **cha
         tensors["threshold"] = tensors["threshold"].abs()
     if changes.get("transcoder"):
         changes["apply_b_dec_to_input"] = False
+        if seed % 2:  # every other one with a skip connection
+            tensors["W_skip"] = torch.randn(d_in, d_in, generator=generator)
     options = {"k": max(1, d_sae // 4)} if architecture == "topk" else {}
     metadata = {"hook_name": "blocks.1.hook_resid_post", "model_name": "m", "processing": "raw", "prepend_bos": True}
     return checked(Loaded(architecture, tensors, options, metadata=metadata, **changes), "made")
