@@ -233,6 +233,9 @@ def test_save_and_load_are_bit_exact_and_replace(tmp_path: Path, architecture: s
     assert again.cfg.hook_name == HOOK and again.cfg.architecture == architecture
     by_release = SAE.from_pretrained(release=str(tmp_path), sae_id="x", device="cpu")
     assert torch.equal(by_release.W_enc, sae.W_enc)
+    assert SAE.load_from_disk(again.save_model(tmp_path / "y")[0].parent).sparsity is not None  # kept as it is known
+    sae.save_model(tmp_path / "x")
+    assert SAE.load_from_disk(tmp_path / "x").sparsity is None  # nothing of another SAE stays beside this one
 
 
 def test_mistakes_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -71,11 +71,11 @@ class SAE(nn.Module):
     def __init__(self, source: SAEConfig | Loaded, *, sparsity: Float[Tensor, " d_sae"] | None = None):
         super().__init__()
         loaded = drawn(source) if isinstance(source, SAEConfig) else source
-        self._form = replace(loaded, tensors={})  # its settings; the tensors are the parameters below
+        self._form = replace(loaded, tensors={}, extras={})  # its settings; the tensors are the parameters below
         for name, tensor in loaded.tensors.items():
             self.register_parameter(name, nn.Parameter(tensor.clone()))
         self.cfg = config_of(loaded)
-        self.sparsity = sparsity
+        self.sparsity = loaded.extras.get("sparsity") if sparsity is None else sparsity
         self.use_error_term = False
         # what was done to the last input, for a `decode` that is called on its own
         self._undo: tuple[Tensor, Tensor] | None = None
@@ -152,7 +152,7 @@ class SAE(nn.Module):
         loaded = load(path)[1]
         if extra:
             loaded = replace(loaded, metadata={**loaded.metadata, **extra})
-        sae = cls(loaded, sparsity=_read_sparsity(path, loaded.d_sae)).to(device=device, dtype=dtype_given)
+        sae = cls(loaded).to(device=device, dtype=dtype_given)
         if fold_W_dec_norm:
             sae.fold_W_dec_norm()
         return sae
@@ -171,7 +171,9 @@ class SAE(nn.Module):
     def loaded(self) -> Loaded:
         """Tensors and settings as a value, in float32 on the CPU."""
         tensors = {name: value.detach() for name, value in self.named_parameters()}
-        return checked(replace(self._form, tensors=tensors, metadata=dict(self.cfg.metadata)), "the SAE")
+        known = {} if self.sparsity is None else {"sparsity": self.sparsity.detach().float().cpu().contiguous()}
+        whole = replace(self._form, tensors=tensors, extras=known, metadata=dict(self.cfg.metadata))
+        return checked(whole, "the SAE")
 
     def save_model(self, path: str | Path, sparsity: Float[Tensor, " d_sae"] | None = None) -> tuple[Path, Path]:
         """Write `cfg.json` and `sae_weights.safetensors` into the folder `path` (`sparsity.safetensors` too, if it is
@@ -182,17 +184,17 @@ class SAE(nn.Module):
         """
         folder = Path(path)
         make_dir(folder)
-        sparsity = self.sparsity if sparsity is None else sparsity
+        loaded = self.loaded()
+        if sparsity is not None:
+            loaded = replace(loaded, extras={"sparsity": sparsity.detach().float().cpu().contiguous()})
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
             made = Path(temporary) / "sae"
             target = find_format("saelens", to=True)
             assert target.write is not None
-            target.write(held_variant(self.loaded(), target)[0], made)
-            if sparsity is not None:
-                from safetensors.torch import save_file
-
-                save_file({"sparsity": sparsity.detach().float().cpu().contiguous()}, made / SPARSITY_FILE)
-            # the weights last but one, the cfg last: a reader that comes between finds the old pair or no cfg
+            target.write(held_variant(loaded, target)[0], made)
+            # the cfg goes first and comes last: between, the folder is none of an SAE, and never one of two halves
+            for name in (CFG_FILE, SPARSITY_FILE):
+                (folder / name).unlink(missing_ok=True)
             for name in sorted((item.name for item in made.iterdir()), key=lambda name: (name == CFG_FILE, name)):
                 os.replace(made / name, folder / name)
         return folder / WEIGHTS_FILE, folder / CFG_FILE
@@ -356,22 +358,3 @@ def _no_converter(converter: Any) -> None:
             f"converter={getattr(converter, '__name__', converter)!r} is not taken: formats are recognised, see"
             " docs/formats.md; leave it out"
         )
-
-
-def _read_sparsity(path: Path, d_sae: int) -> Tensor | None:
-    """`sparsity.safetensors` beside the weights, if there is one."""
-    places = (path / SPARSITY_FILE, path / "sae" / SPARSITY_FILE, path.parent / SPARSITY_FILE)
-    file = next((place for place in places[: 2 if path.is_dir() else 3] if place.is_file()), None)
-    if file is None:
-        return None
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        found = load_file(file).get("sparsity")
-    except (SafetensorError, OSError) as error:
-        raise MechintError(f"{file} cannot be read: {error}") from error
-    if found is None or tuple(found.shape) != (d_sae,):
-        shape = "nothing" if found is None else list(found.shape)
-        raise MechintError(f"{file} should hold `sparsity` [{d_sae}], one number a latent; found {shape}")
-    return found
