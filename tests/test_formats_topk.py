@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mechint.cli import convert as convert_command
+from mechint.cli import export as export_command
 from mechint.cli import identify as identify_command
 from mechint.errors import MechintError
 from mechint.eval.sums import ReconstructionSums
@@ -231,6 +232,18 @@ def test_latents_that_are_added_have_to_be_silent():
     assert not certify(loaded, replace(padded, tensors=loud)).holds
     with pytest.raises(MechintError, match="widths differ"):
         certify(padded, loaded)
+
+
+def test_export_of_a_topk_run_to_a_format_without_relu(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    save_checkpoint(build_sae("topk", 5, 20, options={"k": 3}), tmp_path / "run" / "checkpoint.pt")
+    (tmp_path / "run" / "config.json").write_text("{}")
+    flags = ["--run-dir", str(tmp_path / "run"), "--format", "saev"]
+    assert export_command.main(flags) == 2
+    assert "--pad-topk" in capsys.readouterr().err
+    assert export_command.main([*flags, "--pad-topk"]) == 0
+    said = capsys.readouterr().out
+    assert "added_latents: 3" in said and "note: the last 3 latents are of zeros" in said
+    assert read("saev", tmp_path / "run" / "exports" / "saev").d_sae == 23
 
 
 def test_openai_holds_a_topk_with_relu_on_layer_normed_inputs_only(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from mechint.cli.convert import print_proof
 from mechint.cli.flags import command, parse
 from mechint.config.formats import ExportConfig
 
@@ -15,11 +16,7 @@ def main(argv: Sequence[str]) -> int:
     target = find_format(config.format, to=True)
     run = Run(config.run_dir)
     output = config.output or run.path / "exports" / target.name
-    certificate, path = convert(
-        run.checkpoint_path, output, to=target.name, from_format="mechint", overwrite=config.overwrite
-    )
-    print(f"output: {output}")
-    print(f"certificate: {path}")
-    print(f"encode_difference: {certificate.encode_difference:.2e}  (relative, {certificate.n_probes} probes)")
-    print(f"decode_difference: {certificate.decode_difference:.2e}")
+    choices = {"overwrite": config.overwrite, "pad": config.pad_topk}
+    done = convert(run.checkpoint_path, output, to=target.name, from_format="mechint", **choices)
+    print_proof(output, *done)
     return 0

@@ -62,3 +62,6 @@ class ExportConfig(Config):
     """File or folder to write; exports/FORMAT in the run directory if not given."""
     overwrite: bool = False
     """Replace the output if it exists."""
+    pad_topk: bool = False
+    """For a topk in a format whose top-k keeps negative entries (saev, mech_platform): add k latents of zeros at the
+    end. It computes the same; d_sae grows by k."""

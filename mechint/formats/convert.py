@@ -74,6 +74,8 @@ class Identified:
             "apply_b_dec_to_input": loaded.apply_b_dec_to_input,
             "normalize": loaded.normalize,
             "scale": loaded.scale,
+            "topk_relu": loaded.topk_relu,
+            "extras": sorted(loaded.extras),
             "metadata": loaded.metadata,
             "missing": list(self.missing),
             "model_hint": list(self.model_hint),
