@@ -434,7 +434,7 @@ def test_a_run_that_could_not_be_logged_or_computed_begins_nothing(tmp_path: Pat
     with pytest.raises(MechintError, match="pip install wandb.*metrics.csv"):
         SAETrainingRunner(LanguageModelSAERunnerConfig(**given, log_to_wandb=True)).run()
     if not torch.cuda.is_available():
-        with pytest.raises(MechintError, match="device 'cuda' cannot be used here"):
+        with pytest.raises(MechintError, match="device 'cuda' cannot be used here.*device=\"cpu\""):
             SAETrainingRunner(LanguageModelSAERunnerConfig(**given, device="cuda")).run()
     assert not list(tmp_path.iterdir())
 

@@ -301,7 +301,7 @@ def test_rows_of_special_tokens_can_be_left_out(model: HookedSAETransformer):
     assert bool((tokens[:, 0] == 0).all())
     first = store.get_activations(tokens)[:, 0]
     store.reset_input_dataset()
-    rows = store.next_batch()
+    rows = torch.cat([store.next_batch() for _ in range(6)])
     assert (torch.cdist(rows, first) > 1e-3).all()
     every = ActivationsStore.from_sae(model, sae, TEXTS, **given)
     rows = torch.cat([every.next_batch() for _ in range(6)])

@@ -235,12 +235,14 @@ def fetch(where: Where, *, force_download: bool = False) -> Path:
         what = f"holds no SAE at {prefix.rstrip('/')!r}" if prefix else "holds no SAE at its root: give sae_id"
         raise MechintError(f"{where.repo_id} {what}; {nearest(prefix.rstrip('/'), folders)}")
     try:
-        paths = [
-            hf_hub_download(where.repo_id, name, revision=state.sha, force_download=force_download) for name in wanted
-        ]
+        # weights last: what lies in the cache with its weights is whole
+        paths = {
+            name: Path(hf_hub_download(where.repo_id, name, revision=state.sha, force_download=force_download))
+            for name in sorted(wanted, key=lambda name: (name == file, PurePosixPath(name).name in WEIGHTS))
+        }
     except Exception as error:  # the HTTP library's classes differ between major versions of huggingface_hub
         raise MechintError(f"downloading from {where.repo_id} failed: {one_line(error, 200)}; try again") from error
-    return Path(paths[0]) if file in names else Path(paths[0]).parent
+    return paths[file] if file in names else paths[wanted[0]].parent
 
 
 def _cached(repo_id: str, folder: Path) -> Path | None:
