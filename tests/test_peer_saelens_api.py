@@ -116,6 +116,72 @@ def models(tiny_neox_dir: Path) -> tuple[HookedSAETransformer, Any]:
     return HookedSAETransformer.from_pretrained(str(tiny_neox_dir), device="cpu"), theirs
 
 
+@pytest.fixture(scope="module")
+def their_hooked(tiny_neox_dir: Path) -> Any:
+    """Their class of the same name, which is TransformerLens's older HookedTransformer, with the same weights."""
+    from sae_lens import HookedSAETransformer as Theirs  # pyright: ignore[reportMissingImports]
+    from transformer_lens import HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions import convert_neox_weights
+
+    loaded = load_model(str(tiny_neox_dir), device="cpu")
+    hf, heads = loaded.hf_model.config, loaded.hf_model.config.num_attention_heads
+    cfg = HookedTransformerConfig(
+        n_layers=hf.num_hidden_layers,
+        d_model=hf.hidden_size,
+        n_ctx=hf.max_position_embeddings,
+        d_head=hf.hidden_size // heads,
+        n_heads=heads,
+        d_mlp=hf.intermediate_size,
+        d_vocab=hf.vocab_size,
+        act_fn="gelu",
+        eps=hf.layer_norm_eps,
+        normalization_type="LN",
+        positional_embedding_type="rotary",
+        rotary_dim=hf.hidden_size // heads // 4,
+        parallel_attn_mlp=True,
+        rotary_adjacent_pairs=False,
+    )
+    model = Theirs(cfg)
+    model.load_state_dict(convert_neox_weights(loaded.hf_model, cfg), strict=False)
+    model.set_tokenizer(loaded.tokenizer)
+    return model.eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hook", [HOOK, "blocks.2.hook_mlp_out", "blocks.1.attn.hook_z"])
+@pytest.mark.parametrize("given", [{}, {"use_error_term": True}, {"exclude_special_tokens": [0, 30]}])
+def test_their_class_of_this_name_gives_the_same(
+    tmp_path: Path, models: tuple[HookedSAETransformer, Any], their_hooked: Any, hook: str, given: dict[str, Any]
+):
+    from sae_lens import SAE as Theirs  # pyright: ignore[reportMissingImports]
+
+    model = models[0]
+    sae = SAE(drawn("jumprelu", d_in=32)).requires_grad_(False)
+    sae.cfg.metadata.hook_name = hook
+    sae.save_model(tmp_path / "sae")
+    their_sae = Theirs.load_from_disk(str(tmp_path / "sae")).requires_grad_(False)
+    assert_same(model(TOKENS).log_softmax(-1), their_hooked(TOKENS).log_softmax(-1), 1e-5)
+    out, cache = model.run_with_cache_with_saes(TOKENS, saes=[sae], **given)
+    expected, their_cache = their_hooked.run_with_cache_with_saes(TOKENS, saes=[their_sae], **given)
+    assert_same(out.log_softmax(-1), expected.log_softmax(-1), 1e-5)
+    names = [name for name in their_cache if "hook_sae" in name]
+    assert {name for name in cache if "hook_sae" in name} == set(names)
+    for name in names:
+        assert_same(cache[name].reshape(their_cache[name].shape), their_cache[name], 1e-5)
+    value = model.language_model.activations(TOKENS, hook).clone()  # [batch, pos, head, d_head] of hook_z
+    sae = SAE.load_from_disk(tmp_path / "sae").requires_grad_(False)
+    assert sae.cfg.reshape_activations == their_sae.cfg.reshape_activations
+    assert_same(sae.encode(value), their_sae.encode(value), 1e-5)
+    assert_same(sae(value), their_sae(value), 1e-5)
+    for one, its in ((model, sae), (their_hooked, their_sae)):
+        with one.saes(saes=[its]):
+            assert set(one.acts_to_saes) == {hook}
+        assert not one.acts_to_saes
+        one.add_sae(its)
+        assert_same(one.run_with_saes(TOKENS).log_softmax(-1), one(TOKENS).log_softmax(-1), 1e-6)
+        one.reset_saes()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])
 @pytest.mark.parametrize("use_error_term", [False, True])

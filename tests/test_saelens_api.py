@@ -18,6 +18,7 @@ from mechint import SAE, LanguageModelSAERunnerConfig, SAEConfig, SAETrainingRun
 from mechint.errors import MechintError
 from mechint.formats import Loaded, reference_decode, reference_encode
 from mechint.runs import Run
+from mechint.sae import save_sae_folder
 from mechint.saelens import LoggingConfig, StandardTrainingSAEConfig, TopKTrainingSAEConfig, upload
 from mechint.saelens.nested import JumpReLUTrainingSAEConfig, MatryoshkaBatchTopKTrainingSAEConfig
 from mechint.saelens.neuronpedia import neuronpedia_id, neuronpedia_url, parse_neuronpedia
@@ -196,6 +197,28 @@ def test_unpacks_as_the_triple_of_before_version_6():
     first, cfg_dict, sparsity = sae
     assert first is sae and cfg_dict["metadata"]["hook_name"] == HOOK and sparsity is None
     assert sae[0] is sae and sae[1] == cfg_dict
+
+
+def test_heads_come_one_by_one_or_side_by_side(tmp_path: Path):
+    sae = SAE(replace(drawn(), metadata={"hook_name": "blocks.1.attn.hook_z"}))
+    assert sae.cfg.reshape_activations == "hook_z"
+    heads = torch.randn(2, 3, 4, 4)
+    flat = heads.flatten(-2)
+    assert torch.equal(sae.encode(heads), sae.encode(flat)) and sae.encode(heads).shape == (2, 3, D_SAE)
+    assert torch.equal(sae(heads), sae(flat).reshape(2, 3, 4, 4))
+    sae.save_model(tmp_path / "s")  # SAELens goes by what this file says
+    assert json.loads((tmp_path / "s" / "cfg.json").read_text())["reshape_activations"] == "hook_z"
+    save_sae_folder(sae.to_mechint(), tmp_path / "run" / "sae")
+    assert json.loads((tmp_path / "run" / "sae" / "cfg.json").read_text())["reshape_activations"] == "hook_z"
+    with pytest.raises(MechintError, match="d_in 16"):
+        SAE(drawn()).encode(heads)
+    for said in ("none", "hook_z"):  # what a file says is kept
+        cfg = json.loads((tmp_path / "s" / "cfg.json").read_text()) | {"reshape_activations": said}
+        (tmp_path / "s" / "cfg.json").write_text(json.dumps(cfg))
+        again = SAE.load_from_disk(tmp_path / "s")
+        assert again.cfg.reshape_activations == said
+        again.save_model(tmp_path / "t")
+        assert json.loads((tmp_path / "t" / "cfg.json").read_text())["reshape_activations"] == said
 
 
 @pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated"])

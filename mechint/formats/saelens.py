@@ -21,7 +21,7 @@ from mechint.formats.folds import fold_norms
 from mechint.formats.limits import beyond, refuse
 from mechint.formats.mistudio import k_of_percent
 from mechint.provenance import make_dir, write_json
-from mechint.sae.io import CFG_FILE, OUR_MARKS, WEIGHTS_FILE, own_metadata
+from mechint.sae.io import CFG_FILE, OUR_MARKS, WEIGHTS_FILE, own_metadata, reshape_activations
 
 # SAELens's names of what is done to each input; ours. Its constant scale is a number that is not in the files.
 NORMALIZE: dict[str, Normalize] = {"none": "none", "constant_norm_rescale": "sqrt_d", "layer_norm": "layer_norm"}
@@ -84,8 +84,8 @@ def read(path: Path) -> Loaded:
     if pre_6:
         cfg = as_6(cfg, config)
     metadata = own_metadata(cfg.get("metadata") or {})
-    if cfg.get("reshape_activations", "none") != "none":
-        metadata["reshape_activations"] = cfg["reshape_activations"]
+    if (said := cfg.get("reshape_activations", "none")) != reshape_activations(metadata):
+        metadata["reshape_activations"] = said
     notes = list(cfg.get("notes", ()))
     extras = read_sparsity(folder, cfg.get("d_sae"), notes)
     architecture = cfg.get("architecture", "standard")
@@ -264,7 +264,7 @@ def write(loaded: Loaded, path: Path) -> None:
     refuse(FORMAT, loaded)
     cfg = common_cfg(loaded)
     metadata = dict(loaded.metadata)
-    cfg["reshape_activations"] = metadata.pop("reshape_activations", "none")
+    cfg["reshape_activations"] = metadata.pop("reshape_activations", reshape_activations(metadata))
     if loaded.transcoder:
         cfg["d_out"] = loaded.d_out
     if loaded.architecture == "topk":

@@ -68,11 +68,18 @@ def save_sae_folder(sae: SAE, folder: str | Path) -> None:
         "device": "cpu",
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
-        "reshape_activations": "none",
+        "reshape_activations": reshape_activations(sae.metadata),
         **sae.extra_cfg(),
         "metadata": {**sae.metadata, **OUR_MARKS},
     }
     write_json(folder / CFG_FILE, cfg)
+
+
+def reshape_activations(metadata: dict[str, Any]) -> str:
+    """`hook_z` for an SAE of all heads of a hook on single heads: SAELens is given those one by one, and lays them side
+    by side only where cfg.json says so. Else `none`."""
+    heads = str(metadata.get("hook_name")).endswith("hook_z") and metadata.get("hook_head_index") is None
+    return "hook_z" if heads else "none"
 
 
 def metadata_path(checkpoint: Path) -> Path:

@@ -11,6 +11,7 @@ from mechint.formats import Loaded, from_sae
 from mechint.provenance import detect_device
 from mechint.sae import build_sae
 from mechint.sae.base import ARCHITECTURES
+from mechint.sae.io import reshape_activations
 from mechint.saelens.sae_config import SAEConfig, SAEMetadata
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,7 +32,6 @@ def architecture_of(loaded: Loaded) -> str:
 
 def config_of(loaded: Loaded) -> SAEConfig:
     """`sae.cfg` of what a file said."""
-    hook = str(loaded.metadata.get("hook_name") or "")
     return SAEConfig(
         d_in=loaded.d_in,
         d_sae=loaded.d_sae,
@@ -39,7 +39,7 @@ def config_of(loaded: Loaded) -> SAEConfig:
         architecture=architecture_of(loaded),
         apply_b_dec_to_input=loaded.apply_b_dec_to_input,
         normalize_activations=NORMALIZATIONS[loaded.normalize],
-        reshape_activations="hook_z" if hook.endswith("hook_z") else "none",
+        reshape_activations=loaded.metadata.get("reshape_activations", reshape_activations(loaded.metadata)),
         k=loaded.options.get("k"),
         rescale_acts_by_decoder_norm=loaded.rescale_acts_by_decoder_norm,
         metadata=SAEMetadata(loaded.metadata),

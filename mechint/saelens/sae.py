@@ -203,8 +203,9 @@ class SAE(nn.Module):
 
     # --- what it computes ---------------------------------------------------------------------------------------------
 
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Activations to `feature_acts`. Any leading shape."""
+    def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
+        """Activations to `feature_acts`. Any leading shape; an SAE of all heads of a hook (`hook_z`) takes them one by
+        one too, `[..., head, d_head]`."""
         return self.encode_with(x, _as_it_is)
 
     def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
@@ -213,7 +214,9 @@ class SAE(nn.Module):
         return self.decode_with(feature_acts, _as_it_is)
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        """The reconstruction of `x`; a transcoder's output, its skip connection included."""
+        """The reconstruction of `x`, in its shape; a transcoder's output, its skip connection included."""
+        if (whole := self._side_by_side(x)) is not x:
+            return self.forward(whole).reshape(x.shape)
         return self.run_with(x, _as_it_is, use_error_term=self.use_error_term and not self.cfg.is_transcoder)
 
     def run_with(self, x: Tensor, at: At, *, use_error_term: bool = False, target: Tensor | None = None) -> Tensor:
@@ -234,7 +237,7 @@ class SAE(nn.Module):
 
     def encode_with(self, x: Tensor, at: At) -> Tensor:
         """`encode` with its hooks passed through `at`."""
-        form = self._form
+        form, x = self._form, self._side_by_side(x)
         if x.shape[-1] != self.cfg.d_in:
             raise MechintError(
                 f"the SAE has d_in {self.cfg.d_in}, but was given vectors of width {x.shape[-1]}, shape {list(x.shape)}"
@@ -269,6 +272,11 @@ class SAE(nn.Module):
                 )
             out = out * self._undo[0] + self._undo[1]
         return out if self._form.scale == 1.0 else out / self._form.scale
+
+    def _side_by_side(self, x: Tensor) -> Tensor:
+        """Heads that come one by one, where the SAE is one of all heads."""
+        heads = self.cfg.reshape_activations == "hook_z" and x.ndim > 2 and x.shape[-1] != self.cfg.d_in
+        return x.flatten(-2) if heads and x.shape[-2] * x.shape[-1] == self.cfg.d_in else x
 
     def _normalised(self, x: Tensor) -> Tensor:
         if self._form.normalize == "sqrt_d":
