@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from mechint.hub.bundle import METADATA, README, StagedFile
 from mechint.hub.license import ACCEPTED, front_matter_license
+from mechint.hub.publish import format_size
 
 LIBRARY = "mechint"
 TAG = "mechanistic-interpretability"
@@ -45,6 +46,7 @@ class Card:
         tags: further tags; the model's name usually.
         license: as the user said it.
         base_model, datasets: names; those that are no ids of the Hub stay out of the front matter.
+        facts: label and value, for the table at the top; the licence follows by itself.
         measures: the metrics table and, where `measured_on` says on what, the evaluation results of the front matter.
         measured_on: `(id or name of the data set, what rows of it)`.
         usage: Python that runs as it stands once the bundle is published.
@@ -74,10 +76,8 @@ class Card:
 def render_card(card: Card, files: Mapping[str, StagedFile]) -> str:
     """The text of README.md for a bundle whose staged files these are (README.md itself left out)."""
     parts = [f"# {md(card.title)}", md(card.lead)]
-    if card.facts:
-        parts.append(table(("", ""), ((name, md(value)) for name, value in card.facts)))
-    if card.license.lower() not in ACCEPTED:
-        parts.append(f"Licence: **{md(card.license)}**.")
+    facts = (*card.facts, ("Licence", card.license))
+    parts.append(table(("", ""), ((name, md(value)) for name, value in facts)))
     parts += ["## How to use", f"```python\n{card.usage.strip()}\n```"]
     if card.after_usage:
         parts.append(card.after_usage.strip())
@@ -225,7 +225,7 @@ def _metrics(card: Card) -> str:
 def _files(files: Mapping[str, StagedFile]) -> str:
     names = sorted(name for name in files if name not in (README, METADATA))
     rows = [
-        (f"[{_code(name)}]({_link(name)})", human_size(files[name].size), _code(files[name].sha256)) for name in names
+        (f"[{_code(name)}]({_link(name)})", format_size(files[name].size), _code(files[name].sha256)) for name in names
     ]
     if not rows:
         return f"`{METADATA}` only."
@@ -251,15 +251,3 @@ def format_number(value: float | int) -> str:
     if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e15):
         return f"{int(value):,}"
     return f"{value:.6g}"
-
-
-def human_size(n_bytes: int) -> str:
-    """`407 B`, `3.2 KB`, `16.0 MB`, in steps of 1024."""
-    if n_bytes < 1024:
-        return f"{n_bytes} B"
-    size = float(n_bytes)
-    for unit in ("KB", "MB", "GB", "TB"):
-        size /= 1024
-        if size < 1024 or unit == "TB":
-            break
-    return f"{size:.1f} {unit}"

@@ -1,7 +1,7 @@
 """Licences as the Hub accepts them in a card, and the name that was asked for beside them.
 
-The Hub refuses a card whose `license` is not one of its own identifiers (HTTP 400). Any other licence is `other`, and its
-own name goes into `license_name`: https://huggingface.co/docs/hub/repositories-licenses
+The Hub refuses a card whose `license` is not one of its own identifiers (HTTP 400). Any other licence is `other`, and
+its own name goes into `license_name`: https://huggingface.co/docs/hub/repositories-licenses
 """
 
 import re
@@ -9,8 +9,7 @@ import re
 from mechint.errors import MechintError
 
 # The Hub's identifiers, in the order of its page.
-ACCEPTED = frozenset(
-    """
+_NAMES = """
     apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
     afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
     cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
@@ -19,8 +18,8 @@ ACCEPTED = frozenset(
     lgpl lgpl-2.1 lgpl-3.0 isc intel-research lppl-1.3c ms-pl apple-ascl mpl-2.0 odc-by odbl openrail++ osl-3.0
     postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license llama2 llama3 llama3.1 llama3.2 llama3.3
     gemma unknown other
-    """.split()
-)
+"""
+ACCEPTED = frozenset(_NAMES.split())
 SAE_LICENSE = "research-only"  # what bundles of SAEs have always been published under
 INVESTIGATION_LICENSE = "CC-BY-4.0"
 MAX_LENGTH = 200
