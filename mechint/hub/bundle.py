@@ -119,7 +119,7 @@ def _stage(bundle: Bundle, repo_id: str, folder: Path | None, *, progress: bool)
     missing: list[str] = []
     before: dict[Path, tuple[int, ...]] = {}
     scrubbed: list[str] = []
-    total = sum(source.stat().st_size for source in bundle.files.values() if _is_there(source))
+    total = sum(map(_local_size, bundle.files.values()))
     with tqdm(total=total, desc="staging", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
         for name, source in bundle.files.items():
             if isinstance(source, Path):
@@ -241,8 +241,8 @@ def _state(path: Path) -> tuple[int, ...]:
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
-def _is_there(source: Path | bytes) -> bool:
-    return isinstance(source, Path) and source.is_file()
+def _local_size(source: Path | bytes) -> int:
+    return source.stat().st_size if isinstance(source, Path) and source.is_file() else 0
 
 
 def _make_folder() -> tuple[Path, int]:

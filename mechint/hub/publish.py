@@ -389,7 +389,7 @@ def _quietly(call: Any, what: str) -> None:
 
 
 def _check_arrived(bundle: Bundle, ready: Staged, upload: _Upload, commit: str) -> None:
-    """All files must be in the new commit; some are downloaded into a fresh cache and must hash and compute the same."""
+    """All files must be in the new commit; some come back into a fresh cache and must hash and compute the same."""
     names = bundle.check_files or (min(bundle.files or ready.files, key=lambda name: ready.files[name].size),)
     repo_id, repo_type, token = upload.repo_id, upload.repo_type, upload.token
     with tempfile.TemporaryDirectory(prefix="mechint-check-") as cache:
