@@ -1,4 +1,4 @@
-"""`mechint publish-sweep`: the Pareto frontier of a sweep as one repository of checkpoints, and several such at once."""
+"""`mechint publish-sweep`: the Pareto frontier of a sweep as a repository of checkpoints, or several such at once."""
 
 import contextlib
 import sys
@@ -185,7 +185,16 @@ def _publish(
         )
         what = "published" if done.changed else "unchanged"
         print(f"{what}: {done.url} (commit {done.commit[:12]}), {len(repository.checkpoints)} checkpoints", flush=True)
+    faults = []
     for spec in collections:
-        found = add_to_collection(spec, [repository.spec.repo for repository in repositories], private=config.private)
+        try:
+            found = add_to_collection(
+                spec, [repository.spec.repo for repository in repositories], private=config.private
+            )
+        except MechintError as error:  # the other collections can still be filled
+            faults.append(str(error))
+            continue
         state = "made" if found.created else "exists"
         print(f"collection: {found.url} ({state}), {len(found.added)} added", flush=True)
+    if faults:
+        raise MechintError("; ".join(faults))

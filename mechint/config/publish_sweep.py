@@ -125,10 +125,14 @@ class RepoSpec(Config):
 
 @dataclass(frozen=True)
 class CollectionSpec(Config):
-    """A collection of the Hub: by its slug one that exists, by its title one that is made if it does not."""
+    """A collection of the Hub: by its slug one that exists, by its title one that is made if it does not.
+
+    `short_title` is taken where the Hub refuses the title as too long; it does not document how long is too long.
+    """
 
     slug: str | None = None
     title: str | None = None
+    short_title: str | None = None
     namespace: str | None = None
     description: str | None = None
 

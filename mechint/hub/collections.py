@@ -1,6 +1,7 @@
 """Repositories into collections of the Hub: ones that exist, and ones that are made. Doing it again changes nothing."""
 
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ def add_to_collection(
     token: str | None = None,
     endpoint: str | None = None,
 ) -> Added:
-    """Add models to a collection; one with a title is made if its owner has none of that title.
+    """Add models to a collection; one with a title is made if its owner has none of that title (or short title).
 
     Raises:
         MechintError: a slug that is not there, a title or description that the Hub refuses (its words are given), no
@@ -75,26 +76,31 @@ def _open(
     assert spec.title is not None
     owner = spec.namespace or repo_ids[0].split("/")[0]
     for found in _owned(api, owner, token):
-        if found.title == spec.title:
+        if found.title in (spec.title, spec.short_title):
             return _read(api, found.slug, token), False
-    title = spec.title
-    try:
-        made = patiently(
-            f"making the collection {title!r}",
-            lambda: api.create_collection(
-                title, namespace=owner, description=spec.description, private=private, exists_ok=True
-            ),
-        )
-    except Exception as error:
-        if status_of(error) == 400:
+    title, fallback = spec.title, spec.short_title
+    while True:
+        try:
+            made = patiently(
+                f"making the collection {title!r}",
+                lambda title=title: api.create_collection(
+                    title, namespace=owner, description=spec.description, private=private, exists_ok=True
+                ),
+            )
+            return made, True
+        except Exception as error:
+            if status_of(error) != 400:
+                with hub_errors(f"making the collection {title!r} of", f"{owner}/{title}", token):
+                    raise
             said = one_line(without_tokens(getattr(error, "server_message", None) or error, token), 200)
-            raise MechintError(
-                f"the Hub refuses the collection's title {title!r} ({len(title)} characters): {said}. The repositories"
-                " are published; give a shorter title and run the command again: it adds them to the collection only"
-            ) from None
-        with hub_errors(f"making the collection {title!r} of", f"{owner}/{title}", token):
-            raise
-    return made, True
+            refused = f"the Hub refuses the collection's title {title!r} ({len(title)} characters): {said}"
+            if fallback is None:
+                raise MechintError(
+                    f"{refused}. The repositories are published; give a shorter title and run the command again: it"
+                    " only adds them to the collection"
+                ) from None
+            print(f"{refused}; making {fallback!r} instead", file=sys.stderr)
+            title, fallback = fallback, None
 
 
 def _read(api: Any, slug: str, token: str | None) -> Any:

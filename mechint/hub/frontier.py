@@ -51,7 +51,7 @@ def pareto(candidates: Iterable[Candidate]) -> list[Candidate]:
 
 def select(candidates: Iterable[Candidate], max_count: int = DEFAULT_PER_LAYER) -> list[Candidate]:
     """At most `max_count` points of the frontier, by rising L0: both ends, and between them those nearest to the
-    quantiles of the log-L0 range. Two equally near: the lower NMSE, then the later date.
+    quantiles of the log-L0 range. Of two equally near the one with the lower NMSE is taken.
 
     Raises:
         MechintError: `max_count` below 2, which cannot hold both ends; an L0 that has no logarithm.
@@ -70,8 +70,8 @@ def select(candidates: Iterable[Candidate], max_count: int = DEFAULT_PER_LAYER) 
     free, chosen = frontier[1:-1], [first, last]
     for step in range(1, max_count - 1):
         target = low + (high - low) * step / (max_count - 1)
-        # by falling L0 the NMSE rises, so the earliest of equally near ones is the one with the lower NMSE
-        nearest = min(reversed(free), key=lambda candidate: (abs(math.log(candidate.l0) - target), candidate.nmse))
+        # rounded: two that are equally near should not be told apart by the last bit of a logarithm
+        nearest = min(free, key=lambda c, target=target: (round(abs(math.log(c.l0) - target), 9), c.nmse))
         free.remove(nearest)
         chosen.append(nearest)
     return _ranked(chosen)

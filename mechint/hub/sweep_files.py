@@ -24,6 +24,8 @@ RUN_ID = r"[a-z0-9]{8}"
 # Ids that stand in no table of the file.
 NO_TABLE = "(no table)"
 MAX_BYTES = 8 * 1024 * 1024
+# Comments in comments that are looked into.
+DEEPEST = 8
 
 _TOKEN = re.compile(
     r"""(?P<long>[rRbBuUfF]{0,2}(?:\"\"\"(?:\\.|[^\\])*?\"\"\"|'''(?:\\.|[^\\])*?'''))
@@ -108,12 +110,15 @@ def _from_source(text: str, pattern: re.Pattern[str]) -> dict[str, list[str]]:
     return tables
 
 
-def _walk(text: str, pattern: re.Pattern[str], tables: dict[str, list[str]], outer: str) -> None:
+def _walk(text: str, pattern: re.Pattern[str], tables: dict[str, list[str]], outer: str, depth: int = 0) -> None:
     """Add the ids of `text`, which stands in the table `outer` if that is not empty.
 
     `stack` holds, for each open bracket, the table that it belongs to. Comments go through here again, without their
-    marks, joined where one follows the other: a table may be commented out line by line.
+    marks, joined where one follows the other: a table may be commented out line by line. `depth` counts comments in
+    comments.
     """
+    if depth > DEEPEST:
+        return
     stack: list[str] = []
     # the first name of a statement; that name once an `=` has followed it; a key whose value is a table; comments
     name, assigned, key, commented = "", "", "", ""
@@ -121,7 +126,7 @@ def _walk(text: str, pattern: re.Pattern[str], tables: dict[str, list[str]], out
     for index, (kind, word) in enumerate(tokens):
         table = stack[-1] if stack else outer
         if commented and kind not in ("comment", "line", "blank"):
-            _walk(commented, pattern, tables, table)
+            _walk(commented, pattern, tables, table, depth + 1)
             commented = ""
         if kind == "comment":
             content = word.strip("# \t\r")
@@ -149,7 +154,7 @@ def _walk(text: str, pattern: re.Pattern[str], tables: dict[str, list[str]], out
             elif pattern.fullmatch(literal):
                 tables.setdefault(table or assigned or NO_TABLE, []).append(literal)
     if commented:
-        _walk(commented, pattern, tables, stack[-1] if stack else outer)
+        _walk(commented, pattern, tables, stack[-1] if stack else outer, depth + 1)
 
 
 def _from_json(path: Path, text: str) -> dict[str, list[str]]:
