@@ -30,13 +30,17 @@ def hub_api(token: str | None = None, endpoint: str | None = None) -> Any:
     """A `huggingface_hub.HfApi`. Without `token` it uses HF_TOKEN or what `hf auth login` saved, and keeps neither."""
     from huggingface_hub import HfApi
 
-    return HfApi(token=token, endpoint=endpoint, library_name="mechint")
+    return HfApi(token=token, endpoint=hub_endpoint(endpoint), library_name="mechint")
+
+
+def hub_endpoint(endpoint: str | None = None) -> str:
+    """The address of the Hub: as given, else HF_ENDPOINT, else the public one."""
+    return (endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
 def hub_url(repo_id: str, repo_type: str = "model", endpoint: str | None = None) -> str:
     """The address of a repository. Needs neither the network nor the client library."""
-    base = (endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    return f"{base}/{'' if repo_type == 'model' else repo_type + 's/'}{repo_id}"
+    return f"{hub_endpoint(endpoint)}/{'' if repo_type == 'model' else repo_type + 's/'}{repo_id}"
 
 
 def check_repo_id(repo_id: str) -> str:
@@ -417,7 +421,7 @@ def download(
         try:
             path = patiently(
                 f"downloading {file}",
-                lambda: hf_hub_download(repo_id, file, token=token, endpoint=endpoint, **where),
+                lambda: hf_hub_download(repo_id, file, token=token, endpoint=hub_endpoint(endpoint), **where),
                 attempts=1,  # the client tries again by itself
             )
         except errors.RemoteEntryNotFoundError:

@@ -72,6 +72,7 @@ def plan(bundle: Bundle, repo_id: str) -> list[Row]:
 
 def dry_run(bundle: Bundle, repo_id: str) -> None:
     """Print the panel and the table of what would be uploaded, to standard output. No network, no credentials."""
+    from rich import box
     from rich.console import Console
     from rich.panel import Panel
     from rich.table import Table
@@ -83,7 +84,7 @@ def dry_run(bundle: Bundle, repo_id: str) -> None:
     lines = ("DRY RUN — no files uploaded", f"Bundle: {bundle.name}", f"Kind:   {bundle.kind}")
     text = "\n".join([*lines, f"Target: {hub_url(repo_id)}"])
     console.print(Panel.fit(Text(text, overflow="fold"), title="mech publish"))
-    table = Table(title="Files that would be uploaded", title_justify="left", title_style="")
+    table = Table(title="Files that would be uploaded", title_justify="left", title_style="", box=box.SQUARE)
     table.add_column("Staged name", overflow="fold")
     table.add_column("Source path", overflow="ellipsis", no_wrap=True)
     table.add_column("Size", justify="right", no_wrap=True)
