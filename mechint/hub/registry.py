@@ -121,6 +121,8 @@ def _descriptor(cls: type[DescriptorT], name: str, entry: Any, path: Path) -> De
         missing.append("hf_repo or local_path")
     if missing:
         raise MechintError(f"{where}: missing {', '.join(missing)}")
+    if given.get("direction_norm") is not None:
+        given["direction_norm"] = float(given["direction_norm"])  # JSON writes 12.0 as 12
     if given.get("local_path") is not None and DATA not in path.resolve().parents:
         # what comes with the package lies in no folder of the package, but counts from the current one
         given["local_path"] = path.resolve().parent / Path(given["local_path"]).expanduser()

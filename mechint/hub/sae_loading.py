@@ -144,6 +144,8 @@ def find_weights(repo: Repo, path: str) -> str:
             return f"{prefix}{name}"
     folders = sorted({str(PurePosixPath(name).parent) for name in repo.sizes if PurePosixPath(name).name in WEIGHTS})
     what = f"holds no SAE at {path!r}" if path else "holds no SAE at its root"
+    if not folders and "direction.safetensors" in repo.sizes:
+        raise MechintError(f"{repo.repo_id} holds a steering vector: load_steering_vector({repo.repo_id!r}) opens it")
     if not folders:
         raise MechintError(
             f"{repo.repo_id} {what}, nor anywhere else: none of its files is one of {', '.join(WEIGHTS)}"
