@@ -9,6 +9,7 @@ logs them under,
     val_data.layer                     the layer
 """
 
+import base64
 import contextlib
 import json
 import math
@@ -258,7 +259,8 @@ def _fetch(project: str, run_ids: Sequence[str]) -> list[Record]:
         except MechintError:
             raise
         except Exception as error:  # its classes differ between versions; CommError, ValueError, UsageError ...
-            words = one_line(error, 200).replace(key, "***")
+            coded = base64.b64encode(f"api:{key}".encode()).decode()  # as it is sent
+            words = one_line(str(error).replace(key, "***").replace(coded, "***"), 200)
             raise MechintError(
                 f"Weights & Biases did not give the runs of {project!r}: {words}; check --wandb-entity,"
                 " --wandb-project and WANDB_API_KEY, or give --metrics FILE.json"

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mechint.hub.card import LIBRARY, TAG, is_hub_id, md, table
+from mechint.hub.card import TAG, is_hub_id, md, table
 from mechint.hub.frontier import Candidate, pareto
 from mechint.hub.license import ACCEPTED, front_matter_license
 
@@ -36,7 +36,7 @@ def readme(repository: "Repository", repo_id: str | None = None) -> str:
         parts.append("\n".join(f"- **{md(name)}:** {_address(link)}" for name, link in repository.links.items()))
     rows = [
         (
-            f"`{c.candidate.run_id}`",
+            md(c.candidate.run_id),
             str(c.candidate.layer),
             f"{c.candidate.l0:.1f}",
             error_text(c.candidate.nmse),
@@ -97,7 +97,7 @@ def _front_matter(repository: "Repository") -> str:
     spec = repository.spec
     return ModelCardData(
         **front_matter_license(repository.license),
-        library_name="saelens" if repository.format == "saelens" else LIBRARY,
+        library_name=repository.format,
         tags=[TAG, "sparse-autoencoder", *spec.tags],
         base_model=spec.base_model if is_hub_id(spec.base_model) else None,
         datasets=[name for name in spec.datasets if is_hub_id(name)] or None,
