@@ -1,4 +1,4 @@
-"""The loopback Hub and a client in this process that may talk to it: `from hub_online import hub, online  # noqa`.
+"""The loopback Hub and a client in this process that may talk to it: `pytest_plugins = ["hub_online"]`.
 
 Elsewhere the tests keep the client offline; here its constants, which it read when it was imported, are replaced for
 the length of one test. Waiting takes no time, and `Online.slept` holds how long each wait would have been.
@@ -49,7 +49,7 @@ def online(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     def sleep(seconds: float) -> None:
         found.slept.append(seconds)
-        real(0.001)
+        real(0)
 
     monkeypatch.setattr(time, "sleep", sleep)
     return found

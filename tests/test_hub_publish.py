@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from hub_online import Online, hub, online  # noqa: F401
+from hub_online import Online
 from loopback_hub import closed_endpoint
 
 from mechint.errors import MechintError
 from mechint.hub.bundle import Bundle, StagedFile, stage_dry
 from mechint.hub.publish import dry_run, format_size, plan, publish
 
+pytest_plugins = ["hub_online"]
 WEIGHTS = bytes(range(256)) * 400
 REPO = "tester/sae-run51-gpt2-medium"
 
@@ -221,7 +222,7 @@ def test_paths_and_names_of_the_machine_do_not_go_up(
         "host": "host",
         "user": "user",
         "command": "train --out . on user@host",
-        "home": ".cache/huggingface".split("/")[-1],
+        "home": "huggingface",
         "uri": "metrics.csv",
         "hook": "blocks.3.hook_resid_post",
         "ratio": "a/b/c",

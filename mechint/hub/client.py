@@ -22,8 +22,6 @@ REACH_TIMEOUT = 10
 LONGEST_WAIT = 3600
 # Times that a call is made when the Hub fails or the connection breaks.
 ATTEMPTS = 4
-# Mistakes of ours, which must keep their traceback.
-_OURS = (AssertionError, TypeError, AttributeError, NameError, KeyError, IndexError)
 
 
 def hub_api(token: str | None = None, endpoint: str | None = None) -> Any:
@@ -68,10 +66,21 @@ def hub_errors(what: str, repo: str | None = None, token: str | None = None) -> 
     """
     try:
         yield
-    except (MechintError, *_OURS):
+    except MechintError:
         raise
     except Exception as error:  # the HTTP library's classes differ between major versions of huggingface_hub
+        if _is_ours(error):
+            raise
         raise _explain(error, what, repo, token) from None
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether a mistake in this package raised an error, which must then keep its traceback."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    module = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
+    return module.startswith("mechint") and not isinstance(error, OSError)
 
 
 def without_tokens(text: object, token: str | None = None) -> str:
@@ -180,6 +189,8 @@ def _explain(error: Exception, what: str, repo: str | None, token: str | None) -
         )
     if status is not None:
         return MechintError(f"{what}{where}: the Hub refused it (status {status}): {said}")
+    if isinstance(error, KeyError | TypeError | AttributeError):
+        return MechintError(f"{what}{where}: the Hub's answer cannot be read ({type(error).__name__}: {said})")
     return MechintError(f"{what}{where} failed: {said}")
 
 
@@ -255,18 +266,25 @@ def wait(why: str, seconds: float) -> None:
 
 @contextlib.contextmanager
 def clean_client_log() -> Iterator[None]:
-    """The client's own warnings, about its retries, without tokens and signed addresses while the block runs."""
+    """While the block runs, what the client says of its retries is told in our words, without tokens or addresses."""
+    from tqdm import tqdm
 
-    def clean(record: logging.LogRecord) -> bool:
-        record.msg, record.args = without_tokens(record.getMessage()), None
-        return True
+    def retell(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if found := re.search(r"(Rate limited\. Waiting|Retrying in) ([\d.]+)s", text):
+            limited = found[1].startswith("Rate")
+            reason = "the Hub's rate limit is reached" if limited else "the Hub failed or the connection broke"
+            tqdm.write(f"{reason}; going on in {float(found[2]):.0f} s", file=sys.stderr)
+            return False
+        record.msg, record.args = without_tokens(text), None
+        return "thrown while requesting" not in text
 
     logger = logging.getLogger("huggingface_hub.utils._http")
-    logger.addFilter(clean)
+    logger.addFilter(retell)
     try:
         yield
     finally:
-        logger.removeFilter(clean)
+        logger.removeFilter(retell)
 
 
 # ---- who is logged in
@@ -294,6 +312,8 @@ def check_may_write(repo_id: str, *, token: str | None = None, endpoint: str | N
     organisations = {str(org.get("name")): str(org.get("roleInOrg", "")) for org in me.get("orgs") or []}
     access = (me.get("auth") or {}).get("accessToken") or {}
     which = _which_token(token)
+    if me.get("type", "user") != "user":
+        return user  # a token of a program (an app, a trusted publisher): only the Hub knows what it may do
     if access.get("role") == "read":
         raise MechintError(f"publishing to {repo_id}: {which} may only read: {_login('one with write access')}")
     if owner != user and owner not in organisations:
@@ -385,7 +405,7 @@ def list_files(
         if folder.is_dir() and (status is None or status >= 500):
             found = (path for path in sorted(folder.rglob("*")) if path.is_file())
             return {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
-        if isinstance(error, _OURS):
+        if _is_ours(error):
             raise
         raise _explain(error, "listing the files of", repo_id, token) from None
 
