@@ -1,22 +1,33 @@
 """`pull`: a whole repository of the Hub as a folder, which appears when every file is there and checked."""
 
+import contextlib
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from mechint.errors import MechintError, one_line
 from mechint.hub.bundle import METADATA
-from mechint.hub.client import check_repo_id, clean_client_log, hub_api, hub_errors, patiently, resolve_revision, tree
+from mechint.hub.client import (
+    check_repo_id,
+    clean_client_log,
+    hub_api,
+    hub_endpoint,
+    hub_errors,
+    patiently,
+    resolve_revision,
+    tree,
+)
 from mechint.hub.fetch import stated_hashes
 from mechint.provenance import check_output_path, disk_full, fsync_dir, make_dir, read_json, sha256_file
 from mechint.saelens.releases import is_inside
 
-# The Hub's own housekeeping, and where its library keeps what it knows of a download that is under way.
+# The Hub's own housekeeping.
 LEFT_OUT = ".gitattributes"
-NOTES = ".cache/huggingface"
 # Room that a download leaves on the disk (bytes).
 SPARE_ROOM = 64 << 20
 
@@ -61,7 +72,7 @@ def pull(repo_id: str, output: str | Path | None = None, *, revision: str | None
         entries = patiently(f"listing {repo_id}", lambda: tree(hub_api(), repo_id, commit))
     entries = {name: entry for name, entry in sorted(entries.items()) if name != LEFT_OUT}
     for name in entries:
-        if not is_inside(name) or name.startswith(f"{NOTES}/"):
+        if not is_inside(name):
             raise MechintError(f"{repo_id} has a file {name!r}, whose name leads out of its folder: not pulled")
     if output.is_dir() and any(output.iterdir()):
         if any(_problem(output / name, entry) for name, entry in entries.items()):
@@ -71,30 +82,72 @@ def pull(repo_id: str, output: str | Path | None = None, *, revision: str | None
         return _pulled(output, commit, entries, changed=False)
     check_output_path(output.parent / "any file")
     stage = output.parent / f".{output.name}.{commit[:12]}.part"
-    make_dir(stage)
+    make_dir(stage / "files")
+    make_dir(stage / "parts")
     _check_room(stage, entries)
-    for name in entries:
-        _download(repo_id, name, commit, stage)
-    for name, entry in entries.items():
-        if _problem(stage / name, entry) is not None:
-            _download(repo_id, name, commit, stage, anew=True)
-        if (problem := _problem(stage / name, entry)) is not None:
-            raise MechintError(f"{name} of {repo_id} arrived damaged, twice ({problem}): run the same command again")
-    try:
-        done = _pulled(stage, commit, entries, changed=True)
-    except MechintError:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise
-    return replace(done, folder=_finished(stage, output))
+    with _alone(stage):
+        for name, entry in entries.items():
+            _download(repo_id, name, commit, entry, stage)
+        try:
+            done = _pulled(stage / "files", commit, entries, changed=True)
+        except MechintError:
+            shutil.rmtree(stage, ignore_errors=True)
+            raise
+        return replace(done, folder=_finished(stage, output))
 
 
-def _download(repo_id: str, name: str, commit: str, stage: Path, *, anew: bool = False) -> None:
-    from huggingface_hub import hf_hub_download
+@contextlib.contextmanager
+def _alone(stage: Path) -> Iterator[None]:
+    """While the block runs, no other process downloads into the same hidden folder."""
+    import fcntl
 
-    with clean_client_log(), hub_errors(f"downloading {name} from", repo_id):
-        patiently(
-            f"downloading {name}",
-            lambda: hf_hub_download(repo_id, name, revision=commit, local_dir=stage, force_download=anew),
+    with open(stage / "lock", "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise MechintError(
+                f"another process is pulling into {stage}: wait for it, or give another --output"
+            ) from None
+        yield
+
+
+def _download(repo_id: str, name: str, commit: str, entry: Any, stage: Path) -> None:
+    """One file, from the byte where an earlier attempt stopped; it gets its name when it is what the Hub lists."""
+    place, part = stage / "files" / name, stage / "parts" / hashlib.sha256(name.encode()).hexdigest()[:16]
+    if _problem(place, entry) is None:
+        return
+    make_dir(place.parent)
+    for _ in range(2):
+        with clean_client_log(), hub_errors(f"downloading {name} from", repo_id):
+            patiently(f"downloading {name}", lambda: _append(repo_id, name, commit, entry, part))
+        if (problem := _problem(part, entry)) is None:
+            os.replace(part, place)
+            return
+        part.unlink()
+    raise MechintError(f"{name} of {repo_id} arrived damaged, twice ({problem}): run the same command again")
+
+
+def _append(repo_id: str, name: str, commit: str, entry: Any, part: Path) -> None:
+    """What is missing of the file. (The library's own download begins each file anew in every process.)"""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    url = hf_hub_url(repo_id, name, revision=commit, endpoint=hub_endpoint())
+    location = get_hf_file_metadata(url, endpoint=hub_endpoint()).location
+    headers = build_hf_headers(library_name="mechint")
+    if urlsplit(location).netloc != urlsplit(url).netloc:
+        headers.pop("authorization", None)  # the storage's address is signed; the token is for the Hub only
+    with open(part, "ab") as file:
+        if entry.lfs is None or file.tell() > entry.size:
+            file.truncate(0)
+        http_get(
+            location,
+            file,
+            resume_size=os.fstat(file.fileno()).st_size,
+            headers=headers,
+            expected_size=entry.size,
+            displayed_filename=name,
         )
 
 
@@ -144,20 +197,19 @@ def _check_room(stage: Path, entries: dict[str, Any]) -> None:
 
 
 def _finished(stage: Path, output: Path) -> Path:
-    shutil.rmtree(stage / NOTES, ignore_errors=True)
-    if (stage / ".cache").is_dir() and not any((stage / ".cache").iterdir()):
-        (stage / ".cache").rmdir()
-    for path in stage.rglob("*"):
+    """Move the files to their place, and the hidden folders of this and of older downloads away."""
+    files = stage / "files"
+    for path in files.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
     try:
-        os.rename(stage, output)
+        os.rename(files, output)
     except OSError as error:
         raise MechintError(
-            f"{stage} cannot become {output} ({one_line(error.strerror or error)}): does another process write it?"
+            f"{files} cannot become {output} ({one_line(error.strerror or error)}): does another process write it?"
         ) from error
     fsync_dir(output.parent)
-    for other in output.parent.glob(f".{output.name}.*.part"):  # of older commits, interrupted and never finished
+    for other in output.parent.glob(f".{output.name}.*.part"):
         shutil.rmtree(other, ignore_errors=True)
     return output
