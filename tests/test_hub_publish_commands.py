@@ -99,7 +99,7 @@ def test_dry_runs_of_a_vector_and_of_an_investigation(offline: Path, capsys: pyt
     make_investigation(offline / "docs")
     assert publish_steering.main(["--vector", "v/female-male", "--repo", "me/sv-x", "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "Bundle: sv-female-male" in out and "Kind:   steering" in out
+    assert "Bundle: female-male" in out and "Kind:   steering" in out
     assert list(table_of(out))[2:] == ["direction.safetensors", "direction.safetensors.json"]
     words = ["--slug", "sae_replication_crisis", "--repo", "me/inv-x", "--dry-run"]
     assert publish_investigation.main(words) == 0
@@ -131,7 +131,9 @@ def test_publish_all_goes_on_after_errors_and_says_so(offline: Path, capsys: pyt
     assert publish_all.main(["--user", "me", "--dry-run"]) == 1
     out = capsys.readouterr().out
     bundles = re.findall(r"Bundle: (\S+)", out)
-    assert bundles == ["sae-run51-gpt2-medium", "sae-run52", "sv-a-b", "inv-sae-replication-crisis"]
+    assert bundles == ["sae-run51-gpt2-medium", "sae-run52", "a.b", "inv-sae-replication-crisis"]
+    targets = re.findall(r"Target: \S+/(me/\S+)", out)
+    assert targets == [f"me/{name}" for name in ("sae-run51-gpt2-medium", "sae-run52", "sv-a-b", bundles[-1])]
     assert re.search(r"^SKIP run 53: .*sae_weights.safetensors", out, re.MULTILINE)
     assert "not on this machine, left out: helpfulness-qwen-2.5-0.5b-l8" in out
     assert out.splitlines()[-1] == "Dry run complete. 4 bundle(s) previewed, 1 skipped."

@@ -90,7 +90,7 @@ def render_card(card: Card, files: Mapping[str, StagedFile]) -> str:
         parts.append("## Figures")
         parts += [f"![{md(caption)}]({_link(path)})\n\n{md(caption)}." for path, caption in shown]
     if card.provenance:
-        parts += ["## Provenance", table(("", ""), ((md(name), _code(value)) for name, value in card.provenance))]
+        parts += ["## Provenance", table(("", ""), ((md(name), code(value)) for name, value in card.provenance))]
     parts += ["## Files", _files(files)]
     return f"---\n{front_matter(card)}\n---\n\n" + "\n\n".join(parts) + "\n"
 
@@ -99,6 +99,7 @@ def front_matter(card: Card) -> str:
     """The card's YAML, as huggingface_hub writes it."""
     from huggingface_hub import EvalResult, ModelCardData
 
+    license = front_matter_license(card.license)
     tags = [TAG, card.kind_tag, *(tag for tag in map(_tag, card.tags) if tag)]
     results = None
     if card.measured_on is not None and card.measures:
@@ -117,7 +118,8 @@ def front_matter(card: Card) -> str:
             for measure in card.measures
         ]
     data = ModelCardData(
-        **front_matter_license(card.license),
+        license=license["license"],
+        license_name=license.get("license_name"),
         library_name=LIBRARY,
         tags=tags,
         base_model=card.base_model if is_hub_id(card.base_model) else None,
@@ -199,7 +201,7 @@ def md(value: object) -> str:
     return re.sub(r"([\\`*|\[\]]|(?<!\w)_|_(?!\w)|^(?:#+|[-+](?= )|\d+[.)](?= )))", r"\\\1", text)
 
 
-def _code(value: object) -> str:
+def code(value: object) -> str:
     """Text from elsewhere as code in a table's cell."""
     text = " ".join(str(value).split())
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
@@ -214,7 +216,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[
 
 
 def _metrics(card: Card) -> str:
-    rows = [(_code(m.key), format_number(m.value), md(m.unit), md(m.text)) for m in card.measures]
+    rows = [(code(m.key), format_number(m.value), md(m.unit), md(m.text)) for m in card.measures]
     body = table(("Metric", "Value", "Unit", "What it is"), rows, right=(1,))
     if card.measured_on is None:
         return body
@@ -225,7 +227,7 @@ def _metrics(card: Card) -> str:
 def _files(files: Mapping[str, StagedFile]) -> str:
     names = sorted(name for name in files if name not in (README, METADATA))
     rows = [
-        (f"[{_code(name)}]({_link(name)})", format_size(files[name].size), _code(files[name].sha256)) for name in names
+        (f"[{code(name)}]({_link(name)})", format_size(files[name].size), code(files[name].sha256)) for name in names
     ]
     if not rows:
         return f"`{METADATA}` only."

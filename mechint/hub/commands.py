@@ -18,7 +18,7 @@ from mechint.hub.license import INVESTIGATION_LICENSE, SAE_LICENSE
 from mechint.hub.publish import Published, dry_run, publish
 from mechint.hub.registry import STEERING_REGISTRY, local_place, steering_registry
 from mechint.hub.sae_bundle import artifact_bundle, artifact_dir, artifact_ids, sae_bundle
-from mechint.hub.steering_bundle import steering_bundle
+from mechint.hub.steering_bundle import steering_bundle, steering_repo_name
 from mechint.steering.direction import FILE_NAME, direction_path
 
 STEERING_FOLDER = Path("steering")  # where `mechint extract-steering` writes
@@ -93,12 +93,13 @@ def publish_all(config: PublishAllConfig) -> int:
     for item in items:
         try:
             bundle = item.bundle()
-            if bundle.name in used:
-                raise MechintError(f"another one goes to {config.user}/{bundle.name} already: rename one of them")
-            used.add(bundle.name)
+            repo_id = f"{config.user}/{repo_name(bundle)}"
+            if repo_id in used:
+                raise MechintError(f"another one goes to {repo_id} already: rename one of them")
+            used.add(repo_id)
             if item.note is not None:
                 print(item.note)
-            done.append(show_or_send(bundle, f"{config.user}/{bundle.name}", config))
+            done.append(show_or_send(bundle, repo_id, config))
         except (MechintError, OSError) as error:
             skipped += 1
             print(f"SKIP {item.label}: {one_line(error, 600)}", flush=True)
@@ -111,6 +112,11 @@ def publish_all(config: PublishAllConfig) -> int:
         same = f" ({unchanged} unchanged)" if unchanged else ""
         print(f"Publishing complete. {len(done)} bundle(s) published{same}, {skipped} skipped.")
     return 1 if skipped else 0
+
+
+def repo_name(bundle: Bundle) -> str:
+    """`sae-run51-gpt2-medium`, `sv-sentiment-gpt2-medium-l8`, `inv-sae-replication-crisis`."""
+    return steering_repo_name(bundle.name) if bundle.kind == "steering" else bundle.name
 
 
 def sae_items(config: PublishAllConfig) -> list[Item]:

@@ -25,6 +25,7 @@ from mechint.hub.sae_files import (
     WEIGHTS,
     environment,
     feature_analysis,
+    finite,
     sidecar,
     to_bytes,
 )
@@ -102,7 +103,7 @@ def artifact_bundle(folder: str | Path, *, license: str = SAE_LICENSE) -> Bundle
         files=files,
         license=license,
         card=lambda repo_id, staged: artifact_card(name, repo_id, staged, loaded, records, run_id, model, license),
-        metadata={"run_id": run_id if run_id is not None else folder.resolve().name, **records},
+        metadata=finite({"run_id": run_id if run_id is not None else folder.resolve().name, **records}),
         check=lambda downloaded: same_sae(loaded, downloaded),
         check_files=tuple(file for file in (WEIGHTS, SIDECAR) if file in files),
         roots=(folder.resolve(),),
@@ -139,7 +140,7 @@ def run_bundle(run_dir: str | Path, *, license: str = SAE_LICENSE) -> Bundle:
     """
     run = check_finished(run_dir)
     check_whole(run)
-    facts = run_facts(run)
+    facts, manifest = run_facts(run), run.manifest
     loaded = load(run.path)[1]
     weights, cfg = _saelens_files(run)
     side, features = sidecar(run, loaded), feature_analysis(run)
@@ -160,15 +161,17 @@ def run_bundle(run_dir: str | Path, *, license: str = SAE_LICENSE) -> Bundle:
         name=name,
         files=made,
         license=license,
-        card=lambda repo_id, staged: run_card(name, repo_id, staged, loaded, facts, license),
-        metadata={
-            "run_id": run.path.resolve().name,
-            "spec": run.config.to_dict(),
-            "result": run.summary,
-            "environment": environment(run),
-            "manifest": run.manifest,
-            "sae_config": side,
-        },
+        card=lambda repo_id, staged: run_card(name, repo_id, staged, loaded, facts, manifest, license),
+        metadata=finite(
+            {
+                "run_id": run.path.resolve().name,
+                "spec": run.config.to_dict(),
+                "result": run.summary,
+                "environment": environment(run),
+                "manifest": manifest,
+                "sae_config": side,
+            }
+        ),
         check=lambda downloaded: same_sae(loaded, downloaded),
         check_files=(WEIGHTS, CFG),
         roots=(run.path.resolve(),),

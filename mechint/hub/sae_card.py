@@ -1,13 +1,16 @@
 """The cards of SAE bundles: of our run directories, and of the first platform's numbered runs."""
 
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 from mechint.config import DATASET_ALIASES
+from mechint.data.text import SUFFIXES
 from mechint.formats import Loaded
 from mechint.hub.bundle import StagedFile
-from mechint.hub.card import Card, Section, measures_of, render_card
+from mechint.hub.card import Card, Section, code, is_hub_id, measures_of, render_card
 from mechint.models.resolve import ALIASES, BUILTIN_MODELS
+from mechint.report.facts import number
 
 KIND_TAG = "sparse-autoencoder"
 # key, unit, what it is: in the order of the card's table. docs/metrics.md has the formulas.
@@ -35,7 +38,6 @@ ARTIFACT_MEASURES = (
     ("live_features", "latents", "latents that are active on some token"),
     ("initial_loss", "squared activation", "loss at the start of the training"),
     ("final_loss", "squared activation", "loss at its end"),
-    ("n_tokens", "tokens", "tokens that the run looked at"),
 )
 # What eval.json calls the rows it measured.
 ROWS = {
@@ -62,6 +64,20 @@ def base_model_id(name: str | None) -> str | None:
     if name is None or name in BUILTIN_MODELS:
         return None
     return {**ALIASES, **_GPT2}.get(name, name if "/" in name else None)
+
+
+def trained_on(facts: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[str | None, str, bool]:
+    """`(base model's id or None, data set, whether that is one of the Hub)` of a run.
+
+    `source` is what its manifest says of the activations: a model or a data set of the Hub has a revision there, files
+    of this machine have none. Manifests that do not say are taken by the form of the name.
+    """
+    model, dataset = str(facts["model"]), DATASET_ALIASES.get(str(facts["dataset"]), str(facts["dataset"]))
+    base = base_model_id(model)
+    if model not in ALIASES and source.get("model_revision", model) is None:
+        base = None
+    on_hub = "/" in dataset and is_hub_id(dataset) and PurePosixPath(dataset).suffix not in SUFFIXES
+    return base, dataset, on_hub and source.get("dataset_revision", dataset) is not None
 
 
 def load_snippet(repo_id: str, site: str, *, saelens: bool) -> str:
@@ -100,10 +116,13 @@ def run_card(
     staged: Mapping[str, StagedFile],
     loaded: Loaded,
     facts: Mapping[str, Any],
+    manifest: Mapping[str, Any],
     license: str,
 ) -> str:
     """README.md of a run directory's bundle; `facts` are those of `mechint.report.facts.run_facts`."""
-    model, hook, dataset = str(facts["model"]), str(facts["hook"]), str(facts["dataset"])
+    model, hook = str(facts["model"]), str(facts["hook"])
+    source = _mapping(_mapping(manifest.get("inputs")).get("activations"))
+    base, dataset, on_hub = trained_on(facts, source)
     processing, bos = loaded.metadata.get("processing"), loaded.metadata.get("prepend_bos")
     lead = (
         f"A {loaded.architecture} sparse autoencoder with {loaded.d_sae:,} latents on {hook} of {model}"
@@ -120,11 +139,11 @@ def run_card(
         ("Trained on", f"{dataset}, {facts['steps']:,} steps of {facts['batch_size']:,} vectors"),
     ]
     usage = other_ways(repo_id)
-    if model in BUILTIN_MODELS or base_model_id(model) is not None:
+    if model in BUILTIN_MODELS or base is not None:
         usage = f"In the model:\n\n```python\n{_in_model(repo_id, model, hook)}\n```\n\n{usage}"
     sections = []
     if settings := facts["settings"]:
-        changed = ", ".join(f"`{line['name']} = {line['value']}`" for line in settings)
+        changed = ", ".join(code(f"{line['name']} = {line['value']}") for line in settings)
         sections.append(
             Section("Training", f"Settings that differ from the defaults: {changed}.\n\n`config.json` has all.")
         )
@@ -132,6 +151,13 @@ def run_card(
         sections.append(
             Section("Report", "`report.html` is a page about this SAE and each of its latents: download it, open it.")
         )
+    outputs = _mapping(manifest.get("outputs"))
+    if any(name in staged and staged[name].sha256 != recorded for name, recorded in outputs.items()):
+        text = (
+            "Folders of the machine that made the files were taken out of them, so some hashes below are not those of"
+            " `manifest.json`; `bundle_metadata.json` marks these files as `scrubbed`."
+        )
+        sections.append(Section("Hashes", text))
     quality = dict(facts["quality"])
     rows_of = ROWS.get(str(quality.get("rows")), "held-out tokens")
     return render_card(
@@ -141,11 +167,11 @@ def run_card(
             kind_tag=KIND_TAG,
             tags=("saelens", model.split("/")[-1], loaded.architecture),
             license=license,
-            base_model=base_model_id(model),
-            datasets=(DATASET_ALIASES.get(dataset, dataset),) if "/" in DATASET_ALIASES.get(dataset, dataset) else (),
+            base_model=base,
+            datasets=(dataset,) if on_hub else (),
             facts=tuple(rows),
             measures=measures_of(quality, RUN_MEASURES),
-            measured_on=(DATASET_ALIASES.get(dataset, dataset), rows_of),
+            measured_on=(dataset, rows_of),
             usage=load_snippet(repo_id, f"activations at {hook}", saelens=True),
             after_usage=usage,
             sections=tuple(sections),
@@ -192,6 +218,8 @@ def artifact_card(
     lead = str(spec.get("description") or "").strip() or (
         f"A top-k sparse autoencoder with {loaded.d_sae:,} latents on {where} ({loaded.d_in} dimensions)."
     )
+    metrics = _mapping(result.get("metrics"))
+    n_tokens = number(metrics.get("n_tokens"))
     rows = [
         ("Run", run_id),
         ("Model", model),
@@ -199,10 +227,11 @@ def artifact_card(
         ("n_features", f"{loaded.d_sae:,}"),
         ("input_dim", loaded.d_in),
         ("k", k),
+        ("Tokens", f"{n_tokens:,.0f}" if n_tokens is not None else None),
     ]
-    measures = measures_of(_mapping(result.get("metrics")), ARTIFACT_MEASURES)
+    measures = measures_of(metrics, ARTIFACT_MEASURES)
     dataset = parameters.get("dataset") or parameters.get("corpus")
-    measured_on = (str(dataset or f"activations of run {run_id}"), "tokens of the run")
+    measured_on = (str(dataset or spec.get("name") or name), "tokens")
     versions = _mapping(environment.get("package_versions"))
     provenance = [
         ("run", f"run-{run_id:06d}" if run_id is not None else None),

@@ -4,6 +4,7 @@ They have the names and the keys of the first publishing platform's artefacts, s
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,18 @@ PROMPT_TOKENS = 16  # before and after the token that fires
 PYTHON = "python"
 
 
+def finite(value: Any) -> Any:
+    """`value` with null for NaN and infinities, which JSON does not have and other programs' readers refuse."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
 def to_bytes(value: Any) -> bytes:
     """JSON as the files of a run directory: indent 2, sorted keys, newline at the end."""
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(finite(value), indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def sidecar(run: Run, loaded: Loaded) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from mechint.hub.license import SAE_LICENSE
 from mechint.hub.registry import SteeringVectorDescriptor, local_place, steering_registry
 from mechint.hub.sae_bundle import plain_name
 from mechint.hub.sae_card import base_model_id
+from mechint.hub.sae_files import finite
 from mechint.steering.direction import FILE_NAME, Direction, direction_path, load_direction, sidecar_path
 
 SIDECAR = f"{FILE_NAME}.json"
@@ -63,11 +64,11 @@ def steering_bundle(
     name = str(stated["name"])
     return Bundle(
         kind="steering",
-        name=steering_repo_name(name),
+        name=name,
         files=files,
         license=license,
         card=lambda repo_id, staged: steering_card(name, repo_id, staged, direction, stated, license),
-        metadata={**direction.info, **stated, "hidden_dim": direction.d_in},
+        metadata=finite({**direction.info, **stated, "hidden_dim": direction.d_in}),
         check=lambda folder: same_direction(direction, folder),
         check_files=tuple(files),
         roots=(place.parent.resolve(),),
