@@ -1,5 +1,6 @@
 """`mechint pull`: a repository as a folder, whole or not at all, from a loopback Hub."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -151,6 +152,12 @@ def test_mistakes_and_a_full_disk_are_told(
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     refused("exists and is not", "another --output", repo_id=RUN51, output="mine")
     assert files_in(tmp_path / "mine") == {"notes.txt": b"mine"}
+    stage = tmp_path / f".busy.{online.hub.history(RUN51)[0].sha[:12]}.part"
+    stage.mkdir()
+    with open(stage / "lock", "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        refused("another process is pulling", repo_id=RUN51, output="busy")
+    assert pull(RUN51, "busy").changed
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     refused("no room", "GB are free", repo_id=RUN51, output="full")

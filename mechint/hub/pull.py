@@ -104,10 +104,10 @@ def _alone(stage: Path) -> Iterator[None]:
     with open(stage / "lock", "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MechintError(f"another process is pulling into {stage}: wait for it, or stop it") from None
         except OSError:
-            raise MechintError(
-                f"another process is pulling into {stage}: wait for it, or give another --output"
-            ) from None
+            pass  # a file system without locks
         yield
 
 
