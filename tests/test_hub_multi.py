@@ -57,7 +57,7 @@ def push(world: World, env: dict[str, str], cwd: Path, *more: str, metrics: bool
 
 def flat_words(text: str) -> str:
     """Output without the frames of tables and the breaks of lines."""
-    return " ".join(re.sub(r"[│┃╭╮╰╯─━┏┓┡┩┗┛└┘├┤┬┴┼┴╇]", " ", text).split())
+    return " ".join(re.sub("[\u2500-\u257f]", " ", text).split())
 
 
 def python_blocks(card: str) -> list[str]:

@@ -119,10 +119,11 @@ def _full_slug(api: Any, slug: str, token: str | None) -> str:
     """The slug with its id, of one that is given as `owner/name`."""
     owner = slug.split("/")[0]
     slugs = [found.slug for found in _owned(api, owner, token)]
+    names = sorted({SLUG_ID.sub("", found) for found in slugs})
     matching = [found for found in slugs if SLUG_ID.sub("", found) == slug]
     if len(matching) != 1:
         many = f"fits several: {', '.join(matching)}" if matching else "is not on the Hub"
-        raise MechintError(f"collection {slug} {many}; {nearest(slug, slugs) if slugs else f'{owner} has none'}")
+        raise MechintError(f"collection {slug} {many}; {nearest(slug, names) if names else f'{owner} has none'}")
     return matching[0]
 
 

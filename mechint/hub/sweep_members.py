@@ -3,6 +3,7 @@
 FVU is the same quotient as NMSE: squared error over the variance of the activations.
 """
 
+import json
 import math
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ from mechint.hub.frontier import Candidate, flat, select_layers
 from mechint.hub.metrics_source import Gathered
 from mechint.hub.multi import Checkpoint, Repository, header_activation
 from mechint.provenance import make_dir, sha256_file
+from mechint.runs import Run
 from mechint.train.sweep_record import Sweep, open_sweep
 
 # format -> the files that go up, the weights first
@@ -71,8 +73,6 @@ def _gather(sweep: Sweep, format: str) -> Gathered:
 
 
 def _candidate(name: str, path: Path, layer: int, config: Mapping[str, Any]) -> Candidate | str:
-    from mechint.runs import Run
-
     summary = Run(path).summary
     for key in ("l0", "fvu"):
         value = summary.get(key)
@@ -110,6 +110,8 @@ def convert_members(repository: Repository, sweep: Path, folder: Path, *, progre
         with tempfile.TemporaryDirectory(dir=folder, prefix=".convert.") as scratch:
             written = Path(scratch) / "sae"
             write_proved(load(sweep / candidate.run_id)[1], written, target)
+            if repository.format == "saev":
+                _name_commit(written / FILES["saev"][0], Run(sweep / candidate.run_id).manifest.get("git_commit"))
             for name in FILES[repository.format]:
                 shutil.move(written / name, folder / place / name)
         files = {f"{place}/{name}": folder / place / name for name in FILES[repository.format]}
@@ -118,3 +120,11 @@ def convert_members(repository: Repository, sweep: Path, folder: Path, *, progre
         size = files[weights].stat().st_size
         found.append(Checkpoint(candidate, weights, files, activation, sha256_file(files[weights]), size))
     return replace(repository, checkpoints=found)
+
+
+def _name_commit(path: Path, commit: Any) -> None:
+    """Name the commit of the code that trained the SAE in a saev file, not that of the code that converted it: the same
+    run is then the same bytes, whichever version publishes it."""
+    header, _, archive = path.read_bytes().partition(b"\n")
+    values = json.loads(header) | {"commit": str(commit or "unknown")}
+    path.write_bytes(json.dumps(values, separators=(",", ":")).encode() + b"\n" + archive)
