@@ -6,9 +6,11 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mechint.errors import MechintError
-from mechint.hub.sweep_files import NO_TABLE, read_run_ids, read_tables
+from mechint.hub.sweep_files import NO_TABLE, RUN_ID, _from_source, read_run_ids, read_tables
 
 SOURCE = '''
 """A docstring with "docstrng" in it, and [ brackets ( that do not close."""
@@ -62,6 +64,38 @@ def test_tables_of_a_sweep_file(sweep: Path):
         "sets.ade": ["fffffff2"],
         NO_TABLE: ["ggggggg1", "hhhhhhh1", "hhhhhhh2"],
     }
+
+
+ids = st.lists(st.from_regex(r"[a-z0-9]{8}", fullmatch=True), min_size=1, max_size=6, unique=True)
+# how an entry is written: in code or commented out in several ways, with either quote, with a remark behind it or not
+ways = st.tuples(
+    st.sampled_from(["    {},", "    # {},", "#    {},", "    #{}", "    ## {},", "    {}, # {}"]),
+    st.sampled_from(['"', "'"]),
+    st.sampled_from(["", "  # done", "  # best of layer 6 (k = 16), was lr 3e-4"]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.dictionaries(st.from_regex(r"[a-z_]{3,12}_ids", fullmatch=True), ids, min_size=1, max_size=4),
+    st.lists(ways, min_size=30, max_size=30),
+    st.booleans(),
+)
+def test_whatever_is_written_as_a_table_is_read(tables: dict[str, list[str]], ways: list, whole: bool):
+    lines, way = ["import os", "# see the 'notebook' for why"], iter(ways)
+    for name, entries in tables.items():
+        block, left = [f"{name} = ["], list(entries)
+        while left:
+            form, quote, remark = next(way)
+            n = form.count("{}")
+            taken, left = left[:n], left[n:]
+            if len(taken) < n:
+                form = "    {},"
+            block.append(form.format(*(quote + entry + quote for entry in taken)) + remark)
+        block.append("]")
+        lines += [f"# {line}" for line in block] if whole else block
+        lines.append("print('between tables')")
+    assert _from_source("\n".join(lines), re.compile(RUN_ID)) == tables
 
 
 def test_one_table_or_several_by_name_or_all(sweep: Path):

@@ -1,6 +1,8 @@
 """`mechint publish-sweep`: the Pareto frontier of a sweep as a repository of checkpoints, or several such at once."""
 
 import contextlib
+import inspect
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,7 +21,9 @@ SWEEP_LICENSE = "research-only"
 
 @command
 def main(argv: Sequence[str]) -> int:
-    config = parse(PublishSweepConfig, argv, prog="mechint publish-sweep")
+    config = parse(
+        PublishSweepConfig, argv, prog="mechint publish-sweep", description=inspect.getdoc(PublishSweepConfig)
+    )
     progress = sys.stderr.isatty()
     from mechint.hub.multi import FIGURE, write_preview
 
@@ -76,8 +80,6 @@ def _prepared(
 
 def _from_file(config: PublishSweepConfig, described: "Repositories", progress: bool) -> list["Repository"]:
     """The repositories of --repos: run ids, then metrics, then the choice, then the checkpoints."""
-    import os
-
     from mechint.hub.metrics_source import from_wandb, read_records, write_records
     from mechint.hub.multi import choose, preflight, run_ids_of
 

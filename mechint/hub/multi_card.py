@@ -95,8 +95,9 @@ def _front_matter(repository: "Repository") -> str:
     from huggingface_hub import ModelCardData
 
     spec = repository.spec
+    licence: dict[str, Any] = dict(front_matter_license(repository.license))
     return ModelCardData(
-        **front_matter_license(repository.license),
+        **licence,
         library_name=repository.format,
         tags=[TAG, "sparse-autoencoder", *spec.tags],
         base_model=spec.base_model if is_hub_id(spec.base_model) else None,
