@@ -198,7 +198,9 @@ def md(value: object) -> str:
     if len(text) > MAX_CELL:
         text = text[: MAX_CELL - 3] + "..."
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*|\[\]]|(?<!\w)_|_(?!\w)|^(?:#+|[-+](?= )|\d+[.)](?= )))", r"\\\1", text)
+    text = re.sub(r"([\\`*~|\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", text)
+    # what makes a heading, a list or a rule at the beginning of a line
+    return re.sub(r"^(\d*)([#+=.)-])", r"\1\\\2", text)
 
 
 def code(value: object) -> str:

@@ -185,7 +185,10 @@ def description_of(text: str, slug: str) -> str:
     for line in _prose(text):
         plain = line.strip()
         if plain and not plain.startswith("#") and not re.fullmatch(r"[-=*_]{3,}", plain):
-            return plain if len(plain) <= MAX_DESCRIPTION else plain[: MAX_DESCRIPTION - 3].rstrip() + "..."
+            if len(plain) <= MAX_DESCRIPTION:
+                return plain
+            cut = plain[: MAX_DESCRIPTION - 2]
+            return (cut.rsplit(maxsplit=1)[0] if " " in cut else cut[:-1]) + "..."
     return f"Investigation: {title_of(text, slug)}"
 
 

@@ -79,7 +79,7 @@ def artifact_bundle(folder: str | Path, *, license: str = SAE_LICENSE) -> Bundle
     """The bundle of a folder `run-NNNNNN`: weights, their sidecar, and what else lies there of the platform's files.
 
     Raises:
-        MechintError: no weights, or weights that do not load.
+        MechintError: no weights, weights that do not load, a record that is broken.
     """
     folder = Path(folder)
     if not (folder / WEIGHTS).is_file():
@@ -122,11 +122,8 @@ def artifact_model(records: Mapping[str, Any]) -> str | None:
 
 
 def _optional(path: Path) -> dict[str, Any] | None:
-    """A record that may be missing or broken: it is then not there."""
-    try:
-        return read_json(path) if path.is_file() else None
-    except MechintError:
-        return None
+    """A record that may be missing. Raises `MechintError` for a broken one, as an interrupted run leaves it."""
+    return read_json(path, "record of the run") if path.is_file() else None
 
 
 # --- run directories --------------------------------------------------------------------------------------------------
