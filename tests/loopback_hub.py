@@ -335,15 +335,15 @@ class _Handler(BaseHTTPRequestHandler):
             int(self.headers.get("Content-Length") or 0),
         )
         failure = hub.take_failure(request)
-        cut = failure is not None and failure.status is None
-        if cut and failure.reads is not None:
-            self.rfile.read(min(failure.reads, request.size))
+        cut = failure if failure is not None and failure.status is None else None
+        if cut is not None and cut.reads is not None:
+            self.rfile.read(min(cut.reads, request.size))
             hub.requests.append(request)
             self.hang_up()
             return
         body = self.read_body(request)
         request = request._replace(size=len(body), body=body)
-        if cut and failure.after_bytes == 0:
+        if cut is not None and cut.after_bytes == 0:
             hub.requests.append(request._replace(body=b""))
             self.hang_up()
             return
@@ -359,7 +359,7 @@ class _Handler(BaseHTTPRequestHandler):
         except HubError as error:
             reply = Reply(error.body, error.status, error.headers)
         hub.requests.append(request._replace(status=reply.status, body=b""))
-        self.send(reply, request, cut=failure.after_bytes if cut else None)
+        self.send(reply, request, cut=None if cut is None else cut.after_bytes)
 
     def hang_up(self) -> None:
         """Close the connection at once; what the client still sends is answered with a reset."""

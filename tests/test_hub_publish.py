@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -129,6 +130,22 @@ def test_other_bytes_on_the_way_back_are_told(online: Online, tmp_path: Path) ->
 
     with pytest.raises(MechintError, match=r"published as commit [0-9a-f]{12}, but the check .* decode differs"):
         publish(bundle(tmp_path / "run", check=check, check_files=("environment.json",)), REPO)
+
+
+def test_bytes_that_change_on_the_hub_are_noticed(online: Online, tmp_path: Path) -> None:
+    gate = online.hub.hold("(HEAD|GET) .*/resolve/.*/environment.json")
+
+    def spoil() -> None:
+        gate.wait_for()
+        name = hashlib.sha256(b'{"seed": 0}\n').hexdigest()
+        online.hub.blobs.path(name).write_bytes(b'{"seed": 9}\n')
+        gate.open()
+
+    thread = threading.Thread(target=spoil)
+    thread.start()
+    with pytest.raises(MechintError, match="environment.json comes back with other bytes than were sent"):
+        publish(bundle(tmp_path / "run"), REPO)
+    thread.join()
 
 
 def test_a_gitignore_in_the_repository_cannot_lose_files_unseen(
