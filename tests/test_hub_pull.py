@@ -18,10 +18,12 @@ from hub_online import Online, hub, online  # noqa: F401
 from loopback_hub import LoopbackHub
 from test_hub_registry import RUN51, platform_bundle, platform_tensors
 
+from mechint.cli import COMMANDS
 from mechint.errors import MechintError
 from mechint.hub.pull import pull
 from mechint.hub.sae_loading import load_pretrained_sae
 
+ROOT = Path(__file__).resolve().parent.parent
 PULL = "import sys; from mechint.cli.pull import main; sys.exit(main(sys.argv[1:]))"
 
 
@@ -175,3 +177,16 @@ def test_an_older_revision_into_an_empty_folder(online: Online, tmp_path: Path):
     assert not stale.exists()
     refused("exists and is not", repo_id=RUN51, output=tmp_path / "out")
     assert not pull(RUN51, tmp_path / "out", revision=first).changed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("pull" not in COMMANDS, reason="the commands have no names yet")
+def test_the_demo_publishes_and_loads_back(tmp_path: Path):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    env = kept | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    script = str(ROOT / "examples" / "demo_hub.py")
+    done = subprocess.run([sys.executable, script], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "codes: differ from the local run's by 0.0e+00" in done.stdout
+    assert "she went back" in done.stdout, "the published vector did not steer"
+    assert not list(tmp_path.iterdir())

@@ -21,7 +21,8 @@ def main(argv: Sequence[str]) -> int:
         print_json({**opened.config, "verified": opened.verified})
         return 0
     for key, value in opened.config.items():
-        print(f"{key}: {'not stated' if value is None else value}")
+        absent = "none" if key == "k" else "not stated"  # most architectures have no k
+        print(f"{key}: {absent if value is None else value}")
     print(f"parameters: {sum(p.numel() for p in sae.parameters())}")
     for name, sha256 in opened.verified.items():
         print(f"verified: {name}  sha256 {sha256}")
