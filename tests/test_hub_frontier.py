@@ -59,6 +59,8 @@ def test_every_point_off_the_frontier_is_matched_or_beaten_by_one_on_it(candidat
 def test_interior_points_lie_at_equal_steps_of_log_l0():
     dense = [point(f"r{i}", 2.0 ** (i / 4), 1.0 - i / 100) for i in range(41)]  # L0 from 1 to 1024
     assert [c.l0 for c in select(dense, 6)] == pytest.approx([1, 4, 16, 64, 256, 1024])
+    denser = [point(f"r{i}", 50 * 2.0 ** (i / 4), 1.0 - i / 100) for i in range(41)]  # the range counts, not its start
+    assert [c.l0 for c in select(denser, 6)] == pytest.approx([50 * 4**i for i in range(6)])
     assert [c.l0 for c in select(dense, 5)] == pytest.approx([2 ** (2.5 * i) for i in range(5)])
     assert [c.l0 for c in select(dense, 3)] == pytest.approx([1, 32, 1024])
     assert select(dense, 2) == [dense[0], dense[-1]]
