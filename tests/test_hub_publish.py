@@ -1,5 +1,6 @@
 """Publishing a bundle to the loopback Hub: what is staged, what goes up, one commit, the check, the dry run."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -95,6 +96,18 @@ def test_private_message_branch_and_no_create(online: Online, tmp_path: Path) ->
     repo = online.hub.repos["model", "lab/x"]
     assert repo.private and repo.at("v2").title == "First" and "README.md" not in repo.at("main").files
     assert not publish(bundle(tmp_path / "run"), "lab/x", create_repo=False, revision="v2").changed
+
+
+def test_private_is_not_taken_for_public(online: Online, tmp_path: Path) -> None:
+    publish(bundle(tmp_path / "run"), REPO)
+    (tmp_path / "run" / "environment.json").write_text("{}")
+    with pytest.raises(MechintError, match="exists and is public: make it private"):
+        publish(bundle(tmp_path / "run"), REPO, private=True)
+    assert len(online.hub.history(REPO)) == 2
+    publish(bundle(tmp_path / "run"), "tester/secret", private=True)
+    (tmp_path / "run" / "environment.json").write_text('{"seed": 3}')
+    assert publish(bundle(tmp_path / "run"), "tester/secret").changed
+    assert online.hub.repos["model", "tester/secret"].private, "an existing one stays what it is"
 
 
 def test_the_check_sees_the_staged_files_and_then_those_that_came_back(online: Online, tmp_path: Path) -> None:
@@ -380,5 +393,10 @@ def test_staging_leaves_no_folder(online: Online, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     killed = folder / "mechint-publish-killed"  # no process holds its lock
     (killed / "bundle").mkdir(parents=True)
-    publish(bundle(tmp_path / "run"), REPO)
-    assert os.listdir(folder) == []
+    (killed / "lock").touch()
+    living = folder / "mechint-publish-living"
+    living.mkdir()
+    with open(living / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        publish(bundle(tmp_path / "run"), REPO)
+        assert os.listdir(folder) == [living.name]

@@ -24,7 +24,7 @@ GENERATED = (README, METADATA)
 _PIECE = 1 << 20
 # Larger text is not rewritten, only searched for tokens: nobody writes such a file by hand, and it would fill memory.
 _LARGEST_TEXT = 256 << 20
-_STAGING_PREFIX = "mechint-publish-"
+_STAGING_PREFIX, _LOCK = "mechint-publish-", "lock"
 
 
 class StagedFile(NamedTuple):
@@ -246,33 +246,37 @@ def _local_size(source: Path | bytes) -> int:
 
 
 def _make_folder() -> tuple[Path, int]:
-    """A new folder and the open handle whose lock tells `_sweep` of other processes that it is in use."""
+    """A new folder, and the open lock file in it that tells `_sweep` of other processes that it is in use."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX))
-        lock = os.open(folder, os.O_RDONLY)
-        _lock(lock, wait=True)
-        if folder.is_dir():  # else another process swept it away just before the lock
+        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT)
+        _lock(lock)
+        if (folder / _LOCK).exists():  # else another process swept it away just before the lock
             return folder, lock
         os.close(lock)
 
 
-def _lock(handle: int, *, wait: bool) -> None:
-    """Take the lock of an open file; OSError if another process has it and `wait` is false."""
-    import fcntl
+def _lock(handle: int) -> bool:
+    """Take the lock of an open file, if nobody has it and the file system has locks."""
+    try:
+        import fcntl
 
-    fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def _sweep() -> None:
-    """Remove staging folders of processes that were killed; a living one holds a lock on its folder."""
+    """Remove staging folders of processes that were killed; a living one holds the lock in its folder."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_STAGING_PREFIX}*"):
         with contextlib.suppress(OSError):  # somebody else's, or gone meanwhile
             if folder.is_symlink() or folder.stat().st_uid != os.getuid():
                 continue
-            handle = os.open(folder, os.O_RDONLY)
+            handle = os.open(folder / _LOCK, os.O_RDWR)
             try:
-                _lock(handle, wait=False)
-                shutil.rmtree(folder, ignore_errors=True)
+                if _lock(handle):
+                    shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(handle)
 

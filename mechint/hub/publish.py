@@ -1,4 +1,4 @@
-"""A bundle into a repository of the Hub: the plan, the dry run, the one commit, the check afterwards.
+"""A bundle into a repository of the Hub: the one commit, and the check of what arrived.
 
 What can go wrong before the commit leaves the repository as it was; one that was made for the bundle is removed again
 unless parts of the upload are there already, which the next attempt then does not send again.
@@ -6,7 +6,6 @@ unless parts of the upload are there already, which the next attempt then does n
 
 import contextlib
 import hashlib
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -15,10 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mechint.errors import MechintError, one_line
-from mechint.hub.bundle import METADATA, Bundle, Staged, check_names, read_metadata, stage_dry, staged
+from mechint.hub.bundle import METADATA, Bundle, Staged, check_names, read_metadata, staged
 from mechint.hub.client import (
     check_may_write,
-    check_repo_id,
     clean_client_log,
     download,
     hub_api,
@@ -29,90 +27,19 @@ from mechint.hub.client import (
     status_of,
     tree,
 )
+from mechint.hub.preview import Row, dry_run, format_size, plan
 from mechint.provenance import sha256_file
+
+__all__ = ["Published", "Row", "dry_run", "format_size", "plan", "publish"]
 
 # Times that the commit is made anew because somebody else's came between.
 _HEADS = 3
-
-
-class Row(NamedTuple):
-    """One line of the table of a dry run."""
-
-    staged_name: str
-    source: str  # relative to the current folder; "(generated)"; "missing"
-    size: int | None  # bytes; None when missing
 
 
 class Published(NamedTuple):
     url: str  # of the repository
     commit: str  # the commit that holds the bundle: the new one, or the head that held it already
     changed: bool  # False: the same content was there, nothing was committed
-
-
-# ---- the dry run
-
-
-def plan(bundle: Bundle, repo_id: str) -> list[Row]:
-    """The files that would go up, README.md and bundle_metadata.json first. No network, nothing is written.
-
-    Raises:
-        MechintError: what a publish would refuse: a bad name, a token in a file, a name the Hub does not allow.
-    """
-    check_repo_id(repo_id)
-    found = stage_dry(bundle, repo_id)
-    rows = [Row(name, "(generated)", file.size) for name, file in found.files.items() if name not in bundle.files]
-    for name, source in bundle.files.items():
-        if name in found.missing:
-            rows.append(Row(name, "missing", None))
-        else:
-            shown = "(generated)" if isinstance(source, bytes) else _relative(source)
-            rows.append(Row(name, shown, found.files[name].size))
-    return rows
-
-
-def dry_run(bundle: Bundle, repo_id: str) -> None:
-    """Print the panel and the table of what would be uploaded, to standard output. No network, no credentials."""
-    from rich import box
-    from rich.console import Console
-    from rich.panel import Panel
-    from rich.table import Table
-    from rich.text import Text
-
-    rows = plan(bundle, repo_id)
-    # A pipe has no width: lines are then as long as they need to be, so that nothing is cut in a log.
-    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120, highlight=False)
-    lines = ("DRY RUN — no files uploaded", f"Bundle: {bundle.name}", f"Kind:   {bundle.kind}")
-    text = "\n".join([*lines, f"Target: {hub_url(repo_id)}"])
-    console.print(Panel.fit(Text(text, overflow="fold"), title="mech publish"))
-    table = Table(title="Files that would be uploaded", title_justify="left", title_style="", box=box.SQUARE)
-    table.add_column("Staged name", overflow="fold")
-    table.add_column("Source path", overflow="ellipsis", no_wrap=True)
-    table.add_column("Size", justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(Text(row.staged_name), Text(row.source), "" if row.size is None else format_size(row.size))
-    console.print(table)
-
-
-def format_size(size: int) -> str:
-    """A number of bytes as people read it: 407 B, 3.2 KB, 16.0 MB (of 1024 each)."""
-    if size < 1024:
-        return f"{size} B"
-    value = float(size)
-    for unit in ("KB", "MB", "GB"):
-        value /= 1024
-        if value < 1024:
-            return f"{value:.1f} {unit}"
-    return f"{value / 1024:.1f} TB"
-
-
-def _relative(path: Path) -> str:
-    """The path as seen from here; only its name where it is far away, since the table is often shown to others."""
-    with contextlib.suppress(ValueError):
-        return path.absolute().relative_to(Path.cwd()).as_posix()
-    return f"…/{path.name}"
-
-
-# ---- the real thing
 
 
 @dataclass
@@ -155,7 +82,8 @@ def publish(
 
     Args:
         create_repo: make the repository (and the branch `revision`) where there is none.
-        private: whether a repository that is made is private; an existing one stays what it is.
+        private: make the repository as a private one. An existing one stays what it is; if that is public, it is
+            an error.
         commit_message: "Upload <kind> bundle: <name>" if not given.
         token: instead of HF_TOKEN or the saved one; it is not kept.
         progress: show what is staged and sent, on standard error.
@@ -203,7 +131,13 @@ def _open(upload: _Upload, *, create_repo: bool, private: bool) -> str:
 
     with hub_errors("publishing to", upload.repo_id, upload.token):
         try:
-            return _head(upload)
+            info = patiently("reading the repository", lambda: upload.api.repo_info(upload.repo_id, **upload.where))
+            if private and not info.private:
+                raise MechintError(
+                    f"{upload.repo_id} exists and is public: make it private in its settings on the Hub, or leave"
+                    " --private out; nothing was published"
+                )
+            return str(info.sha)
         except RevisionNotFoundError:
             if not create_repo:
                 raise
