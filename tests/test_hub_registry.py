@@ -552,3 +552,13 @@ def test_a_descriptor_says_which_file_of_which_repository():
     mine = SAEDescriptor("mine", "lab/saes", "layer_3/sae_weights.safetensors", {"k": 3}, "MIT")
     assert (mine.hf_revision, mine.local_path, mine.description) == (None, None, "")
     assert registries.source_in_words(mine) == "Hub: lab/saes"
+
+
+def test_the_documented_registry_file_is_one(tmp_path: Path):
+    page = (Path(__file__).resolve().parent.parent / "docs" / "publish.md").read_text(encoding="utf-8")
+    block = page.split("## Registries")[1].split("```json")[1].split("```")[0]
+    (tmp_path / "mine.json").write_text(block)
+    assert sae_registry(tmp_path / "mine.json")["my-sae"].hf_revision == "v1"
+    found = steering_registry(tmp_path / "mine.json")["sentiment-gpt2-medium-l8"]
+    assert found.local_path == tmp_path / "steering" / "sentiment-gpt2-medium-l8"
+    assert registries.source_in_words(found) == "Hub: myorg/sv-sentiment-gpt2-medium-l8"
