@@ -86,7 +86,7 @@ def load_snippet(repo_id: str, site: str, *, saelens: bool) -> str:
         lines = ["from mechint import SAE", "", f'sae = SAE.from_pretrained("{repo_id}")']
     else:
         lines = [
-            "from mechint.hub.sae_loading import load_pretrained_sae",
+            "from mechint.hub import load_pretrained_sae",
             "",
             f'sae, config = load_pretrained_sae("{repo_id}")',
         ]
@@ -100,7 +100,7 @@ def other_ways(repo_id: str) -> str:
     return f"""With what is known of it, and files held to their hashes:
 
 ```python
-from mechint.hub.sae_loading import load_pretrained_sae
+from mechint.hub import load_pretrained_sae
 
 sae, config = load_pretrained_sae("{repo_id}")
 print(config["model_name"], config["hook_site"], config["n_features"])

@@ -186,7 +186,7 @@ def _prompts(info: Mapping[str, Any]) -> str | None:
 
 
 def _usage(repo_id: str) -> str:
-    return f"""from mechint.hub.steering_loading import load_steering_vector
+    return f"""from mechint.hub import load_steering_vector
 
 direction, metadata = load_steering_vector("{repo_id}")
 print(direction.shape, float(direction.norm()), metadata["direction_norm"])"""
