@@ -125,6 +125,12 @@ def test_four_repositories_go_up_and_load_back_in_a_new_process(world: World, hu
     loaded = run(["-c", code], hub.env(tmp_path / "stranger"), tmp_path)
     assert loaded.returncode == 0, loaded.stderr
     assert loaded.stdout.split("\n")[:4] == [f"SAE {spec['d_model']} {D_SAE}" for spec in specs]
+    section = (ROOT / "docs" / "publish.md").read_text().split("## Multi-checkpoint repos")[1]
+    example = "\n".join(python_blocks(section)[:3]).replace("<run-id>", run_id(2, 23, "6"))
+    counted = example + "\nimport pathlib\nprint(best['run_id'], len(list(pathlib.Path(folder).rglob('sae.pt'))))"
+    shown = run(["-c", counted], hub.env(tmp_path / "reader"), tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.split() == [run_id(2, 23, "0"), "36"]
     assert not hub.seen("OUTSIDE")
 
 
@@ -253,6 +259,10 @@ def test_records_from_json_in_each_shape(tmp_path: Path):
         (tmp_path / name).write_text(text)
         found = candidates(["b"], read_records(tmp_path / name), objective="matryoshka", activation="relu")
         assert found.candidates == [Candidate("b", 3, 5.0, 0.1, "2025-01-02", {"key": "relu"})]
+    section = (ROOT / "docs" / "publish.md").read_text().split("## Multi-checkpoint repos")[1]
+    (tmp_path / "m.json").write_text(section.split("```json\n")[1].split("```")[0])
+    found = candidates(["abc12345"], read_records(tmp_path / "m.json"), objective="matryoshka", activation="relu")
+    assert found.candidates == [Candidate("abc12345", 23, 31.7, 0.042, "2025-11-20", {"key": "relu"})]
     for text, says in (("[1]", "should hold"), ("{", "cannot be read"), ('{"a": 1}', "should hold")):
         (tmp_path / "m.json").write_text(text)
         with pytest.raises(MechintError, match=says):
