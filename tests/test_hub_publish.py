@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 from hub_online import Online
+from hypothesis import given
+from hypothesis import strategies as st
 from loopback_hub import closed_endpoint
 
 from mechint.errors import MechintError
 from mechint.hub.bundle import Bundle, StagedFile, stage_dry
 from mechint.hub.publish import dry_run, format_size, plan, publish
+from mechint.hub.scrub import scrub
 
 pytest_plugins = ["hub_online"]
 WEIGHTS = bytes(range(256)) * 400
@@ -229,7 +232,9 @@ def test_paths_and_names_of_the_machine_do_not_go_up(
     texts = {
         "manifest.json": json.dumps(manifest),
         "report.html": f"<p>{run}/metrics.csv on gpubox7 by marguerite</p><img src='{image}'><a href='/docs/x'>",
-        "metrics.csv": f"step,file\n1,{run}/a.pt\n",
+        "metrics.csv": f"step,file,from\n1,{run}/a.pt,/nvme0/acts/b.pt\n",
+        "settings.yaml": f"out: {run}\nfrom: /nvme0/acts/b.pt\nsee: a/b and /c/d, km/h\n",
+        "table.html": '<td>/nvme0/acts/b.pt</td><a href="/nvme0/x/y">of /r/science/top</a></td><p>1/2</p>',
         "paper.md": f"By Marguerite and marguerite. Data in {home}/acts/x.pt, log in `/scratch/marguerite/log.txt`.\n",
     }
     for name, text in texts.items():
@@ -258,7 +263,10 @@ def test_paths_and_names_of_the_machine_do_not_go_up(
         "ratio": "a/b/c",
     }
     assert up["report.html"] == f"<p>metrics.csv on host by user</p><img src='{image}'><a href='/docs/x'>"
-    assert up["metrics.csv"] == "step,file\n1,a.pt\n" and up["README.md"].endswith("Made at . on host.\n")
+    assert up["metrics.csv"] == "step,file,from\n1,a.pt,b.pt\n"
+    assert up["settings.yaml"] == "out: .\nfrom: b.pt\nsee: a/b and /c/d, km/h\n"
+    assert up["table.html"] == '<td>b.pt</td><a href="/nvme0/x/y">of /r/science/top</a></td><p>1/2</p>'
+    assert up["README.md"].endswith("Made at . on host.\n")
     said = json.loads(up["bundle_metadata.json"])
     assert said["result"] == {"artifacts": ["sae.safetensors"], "by": "user"}
     assert said["files"]["manifest.json"]["scrubbed"] and "scrubbed" not in said["files"]["README.md"]
@@ -400,3 +408,32 @@ def test_staging_leaves_no_folder(online: Online, tmp_path: Path, monkeypatch: p
         fcntl.flock(lock, fcntl.LOCK_EX)
         publish(bundle(tmp_path / "run"), REPO)
         assert os.listdir(folder) == [living.name]
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                "/x/runs/a",
+                "/x/runs/a/sae/cfg.json",
+                "/home/bob/k",
+                "/nvme/u/v.pt",
+                " and ",
+                '"',
+                ",",
+                "<td>",
+                "</td>",
+                "\n",
+            ]
+            + ["~", ".", "a/b", "/", "file://", ";base64,QUJD/tmp/x=", "C:\\\\Users\\\\bob\\\\z", "root", "hf_x", ": "]
+        ),
+        max_size=12,
+    ).map("".join),
+    st.sampled_from([".json", ".html", ".csv", ".md", ".yaml", ".txt"]),
+)
+def test_scrubbing_twice_is_scrubbing_once(text: str, suffix: str) -> None:
+    """Else the same bundle, pulled and published again, would be another one."""
+    once = scrub(text, suffix, roots=[Path("/x/runs/a")])
+    assert scrub(once, suffix, roots=[Path("/x/runs/a")]) == once
+    plain = re.sub(r";base64,[A-Za-z0-9+/=]+", "", once)
+    assert not re.search(r"(?<![\w.:/~<+=-])/(x/runs/a|home/bob)(?![\w.-])", plain), once

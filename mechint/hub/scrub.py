@@ -36,6 +36,11 @@ _PLACES = (
 _ENCODED = r"base64,[A-Za-z0-9+/=]+"
 _ANYWHERE = re.compile(rf"{_ENCODED}|(?:file://|(?<![\w.:/~<+=-]))/(?:{_PLACES})/[^\s\"'<>`\\(){{}}\[\],;|]*")
 _JSON_STRING = re.compile(rf"{_ENCODED}|(?<=\")(?:file://)?/(?!/)[^\s\"\\]*(?=\")")
+# In other files that programs write: a cell, an element or a value that is an absolute path as a whole. A link's
+# target (href="/a/b") is none.
+_VALUE = re.compile(
+    rf"{_ENCODED}|(?:(?<=[>,\t\n])|(?<=: )|(?<= = )|(?<=[^=]\"))(?:file://)?/(?![/>])[^\s\"'<>,]+/[^\s\"'<>,]*(?=[<,\t\n\r\"]|$)"
+)
 _WINDOWS = re.compile(r"[A-Za-z]:\\{1,2}(?:Users|Documents and Settings)\\{1,2}[^\s\"'<>]*")
 
 # Access tokens by how they begin: Hugging Face, GitHub, OpenAI and Anthropic, AWS.
@@ -56,6 +61,16 @@ def scrub(text: str, suffix: str, *, roots: Sequence[Path] = (), keep: Iterable[
         roots: folders that paths become relative to, the innermost wins; the current and the home folder follow.
         keep: words that stay even if the user or the machine is called so: the owner of the repository.
     """
+    kept = {word.lower() for word in keep}
+    # What was cut out of the middle of something can leave a path behind: until nothing is found.
+    for _ in range(8):
+        before, text = text, _scrub_once(text, suffix, roots, kept)
+        if text == before:
+            break
+    return text
+
+
+def _scrub_once(text: str, suffix: str, roots: Sequence[Path], kept: set[str]) -> str:
     # Looking for the plain words first is many times faster than the expressions, and mostly finds nothing.
     for root, instead in _prefixes(roots):
         if root not in text:
@@ -63,11 +78,12 @@ def scrub(text: str, suffix: str, *, roots: Sequence[Path] = (), keep: Iterable[
         text = _prefix_pattern(root).sub(lambda match, instead=instead: _relative(match, instead), text)
     if suffix in (".json", ".jsonl", ".ipynb") and ('"/' in text or '"file:' in text):
         text = _JSON_STRING.sub(_last_part_of_path, text)
+    elif suffix in MACHINE_TEXT:
+        text = _VALUE.sub(_last_part_of_path, text)
     if any(f"/{place}/" in text for place in _PLACES.split("|")):
         text = _ANYWHERE.sub(_last_part, text)
     if ":\\" in text:
         text = _WINDOWS.sub(lambda match: re.split(r"\\+", match[0].rstrip("\\"))[-1], text)
-    kept = {word.lower() for word in keep}
     users, hosts = _names()
     lower = text.lower()
     for name in hosts - kept:
