@@ -10,7 +10,7 @@ import pytest
 import torch
 from dinov3_world import ROOT
 from loopback_collections import Collection
-from loopback_hub import LoopbackHub
+from loopback_hub import LoopbackHub, client_env, closed_endpoint
 
 from mechint.config import SweepConfig
 from mechint.errors import MechintError
@@ -119,6 +119,22 @@ assert difference < 1e-4
     head = hub.history("tester/small")[0].sha
     again = run(MAIN, *flags, env=env, cwd=tmp_path)
     assert again.returncode == 0 and "unchanged: " in again.stdout and hub.history("tester/small")[0].sha == head
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_a_sweep_needs_no_hub_and_leaves_the_figure(sweep: Path, tmp_path: Path):
+    env = client_env(closed_endpoint(), tmp_path / "hf") | {"COLUMNS": "160"}
+    before = {path: path.stat().st_mtime_ns for path in sweep.rglob("*")}
+    done = run(MAIN, str(sweep), "--repo", "tester/small", "--dry-run", "-o", "out", env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "DRY RUN" in done.stdout and "sae_weights.safetensors" in done.stdout and "cfg.json" in done.stdout
+    found = sorted(path.name for path in (tmp_path / "out" / "tester--small").iterdir())
+    assert found == ["README.md", "manifest.jsonl", "selection.png"]
+    card = (tmp_path / "out" / "tester--small" / "README.md").read_text()
+    assert "- Skylion007/openwebtext" in card and "base_model: EleutherAI/pythia-70m" in card
+    assert "license_name: research-only" in card and problems_of(card) == []
+    assert {path: path.stat().st_mtime_ns for path in sweep.rglob("*")} == before, "a sweep is only read"
+    assert sorted(path.name for path in tmp_path.iterdir()) in (["out"], ["hf", "out"])
 
 
 def test_members_that_saev_cannot_hold_are_named(sweep: Path, tmp_path: Path):

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mechint.config import DATASET_ALIASES
 from mechint.config.publish_sweep import RepoSpec
 from mechint.errors import MechintError, one_line
 from mechint.hub.frontier import Candidate, flat, select_layers
@@ -44,14 +45,14 @@ def choose_members(
     if not gathered.candidates:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(gathered.skipped.items())[:3])
         raise MechintError(f"{folder}: no member can be published as {format}: {why or 'it has none'}")
-    model, hook = sweep.members[0].config.model_name, sweep.members[0].config.hook_name
+    config = sweep.members[0].config  # model, hook and texts are the same for all members
     spec = RepoSpec(
         repo=repo,
-        title=title or f"Sparse autoencoders of {model}: sweep {folder.resolve().name}",
-        description=f"A sweep of sparse autoencoders on {hook} of {model}.",
+        title=title or f"Sparse autoencoders of {config.model_name}: sweep {folder.resolve().name}",
+        description=f"A sweep of sparse autoencoders on {config.hook_name} of {config.model_name}.",
         run_ids=tuple(candidate.run_id for candidate in gathered.candidates),
-        base_model=sweep.members[0].config.model_source,
-        datasets=(sweep.members[0].config.dataset_name,),
+        base_model=config.model_source,
+        datasets=(DATASET_ALIASES.get(config.dataset_name, config.dataset_name),),
     )
     return Repository(spec, license, {}, gathered, select_layers(gathered.candidates, max_per_layer), format=format)
 
