@@ -197,13 +197,14 @@ def test_lists_say_where_each_comes_from(
 ):
     monkeypatch.chdir(tmp_path)
     save_direction(a_direction(), tmp_path / "steering" / "sentiment-gpt2-medium-l8")
-    vector = {"model_name": "m", "hook_site": HOOK, "hf_repo": "lab/v", "hf_revision": "v1", "license": "MIT"}
+    vector = {"model_name": "a\x1b[31mb", "hook_site": HOOK, "hf_repo": "lab/v", "hf_revision": "v1", "license": "MIT"}
     (tmp_path / "mechint-registry.json").write_text(json.dumps({"steering_vectors": {"mine": vector}}))
     assert list_steering.main([]) == 0
     shown = capsys.readouterr().out.splitlines()
     heads = [cell.strip() for cell in shown[2].split("┃")[1:-1]]
     assert heads == ["Name", "Model", "Hook site", "Raw norm", "License", "Source"]
     lines = {line.split("│")[1].strip(): line for line in shown if "│" in line}
+    assert "a\\x1b[31mb" in lines["mine"], "a registry's text reached the terminal's cursor"
     assert "Hub: lab/v at v1" in lines["mine"]
     assert "15.36" in lines["sentiment-gpt2-medium-l8"] and "research-only" in lines["sentiment-gpt2-medium-l8"]
     assert "steering/sentiment-gpt2-medium-l8" in lines["sentiment-gpt2-medium-l8"]
@@ -401,6 +402,12 @@ def test_the_documented_imports_run_unchanged_also_from_the_cache(hub: LoopbackH
 
     n_downloads = len(hub.seen("GET", "/storage/"))
     assert run(SEED, hub.env(tmp_path / "hf", offline=True), tmp_path) == out
+    n_asked = len(hub.seen("GET", "^/api/"))
+    hub.fail_next(2, 503, match="GET /api/")
+    assert run(SEED, hub.env(tmp_path / "hf"), tmp_path) == out
+    assert len(hub.seen("GET", "^/api/")) == n_asked + 2, (
+        "with all in the cache a Hub that fails is asked once, no more"
+    )
     hub.commit(RUN51, {"README.md": b"# another\n"})
     later = run(SEED, hub.env(tmp_path / "hf"), tmp_path)
     assert later["config"]["revision"] != commit and later["codes"] == out["codes"]
@@ -482,6 +489,8 @@ def test_files_that_are_not_what_was_published_are_refused(hub: LoopbackHub, tmp
     changed = platform_bundle() | {"sae_weights.safetensors": platform_bundle(1)["sae_weights.safetensors"]}
     hub.add_repo("lab/changed", changed)
     hub.add_repo("lab/odd", platform_bundle() | {"bundle_metadata.json": b'{"files": ["a"]}'})
+    strange = {"license": ["MIT"], "spec": {"parameters": {"model": {"a": 1}, "hook_site": 3}}}
+    hub.add_repo("lab/strange", platform_bundle() | {"bundle_metadata.json": json.dumps(strange).encode()})
     bundle = vector_bundle(tmp_path / "vector")
     hub.add_repo("lab/vector", bundle | {"direction.safetensors.json": b'{"license": "MIT"}'})
     script = f"""
@@ -497,6 +506,8 @@ def test_files_that_are_not_what_was_published_are_refused(hub: LoopbackHub, tmp
     out["changed"] = error(load_pretrained_sae, "lab/changed")
     out["odd"] = error(load_pretrained_sae, "lab/odd")
     out["vector"] = error(load_steering_vector, "lab/vector")
+    sae, config = load_pretrained_sae("lab/strange")
+    out["strange"] = [config["license"], config["model_name"], config["hook_site"]]
     """
     out = run(script, hub.env(tmp_path / "hf"), tmp_path)
     assert out["verified"] == ["sae_weights.safetensors", "sae_weights.safetensors.json"] and out["mended"]
@@ -504,7 +515,7 @@ def test_files_that_are_not_what_was_published_are_refused(hub: LoopbackHub, tmp
         "sae_weights.safetensors of lab/changed" in out["changed"]
         and "changed after it was published" in out["changed"]
     )
-    assert "files should hold sha256" in out["odd"]
+    assert "files should hold sha256" in out["odd"] and out["strange"] == ["unknown", None, None]
     assert "direction.safetensors.json of lab/vector" in out["vector"]
 
 

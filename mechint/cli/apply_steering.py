@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from mechint.cli.flags import command, parse
+from mechint.cli.registry_table import shown
 from mechint.config.registry import ApplySteeringConfig
 
 
@@ -15,7 +16,8 @@ def main(argv: Sequence[str]) -> int:
 
     done = apply_steering(config, on_note=lambda note: print(f"note: {note}", file=sys.stderr))
     said = done.metadata
-    print(f"vector: {said['name']}  model: {config.model or said['model_name']}  hook: {said['hook_site']}")
+    model = config.model or said["model_name"]
+    print(f"vector: {shown(said['name'])}  model: {shown(model)}  hook: {shown(said['hook_site'])}")
     print(f"unit: {done.scale:.4g} activation units a coefficient ({config.unit})")
     print()
     print("\n\n".join(beside(row, layout=config.layout) for row in done.results))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from mechint.cli.flags import command, parse, print_json
+from mechint.cli.registry_table import shown
 from mechint.config.registry import LoadSaeConfig
 
 
@@ -22,10 +23,10 @@ def main(argv: Sequence[str]) -> int:
         return 0
     for key, value in opened.config.items():
         absent = "none" if key == "k" else "not stated"  # most architectures have no k
-        print(f"{key}: {absent if value is None else value}")
+        print(f"{key}: {absent if value is None else shown(value)}")
     print(f"parameters: {sum(p.numel() for p in sae.parameters())}")
     for name, sha256 in opened.verified.items():
-        print(f"verified: {name}  sha256 {sha256}")
+        print(f"verified: {shown(name)}  sha256 {sha256}")
     if not opened.verified:
         print("verified: nothing; no bundle_metadata.json states the hashes of these files")
     return 0

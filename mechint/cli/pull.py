@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from mechint.cli.flags import command, parse
+from mechint.cli.registry_table import shown
 from mechint.config.registry import PullConfig
 
 
@@ -13,8 +14,8 @@ def main(argv: Sequence[str]) -> int:
 
     done = pull(config.repo, config.output, revision=config.revision)
     for name, size in done.sizes.items():
-        print(f"{size:>12}  {'sha256 ok' if name in done.verified else 'as listed'}  {name}")
-    print(f"kind: {done.kind or 'not stated'}")
+        print(f"{size:>12}  {'sha256 ok' if name in done.verified else 'as listed'}  {shown(name)}")
+    print(f"kind: {shown(done.kind or 'not stated')}")
     print(f"commit: {done.commit}")
     print(f"output: {done.folder}" + ("" if done.changed else "  (was there already)"))
     return 0

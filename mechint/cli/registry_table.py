@@ -13,6 +13,11 @@ PLACES = (
 )
 
 
+def shown(value: object) -> str:
+    """A value of somebody else's file, without what could move a terminal's cursor."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(value))
+
+
 def print_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table to standard output. In a pipe no cell is broken over lines, so that it can be searched."""
     from rich.console import Console
@@ -27,7 +32,7 @@ def print_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]])
     for head in heads:
         table.add_column(head, overflow="fold")
     for row in rows:
-        table.add_row(*[Text(cell) for cell in row])
+        table.add_row(*[Text(shown(cell)) for cell in row])
     console.print(table)
 
 

@@ -1,5 +1,6 @@
 """`apply_steering`: a prompt's continuation with and without a published steering vector."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,7 @@ def apply_steering(config: ApplySteeringConfig, *, on_note: Callable[[str], None
     direction, metadata = opened.direction, opened.metadata
     name, hook_name = config.model or metadata["model_name"], metadata["hook_site"]
     for what, value in (("model", name), ("hook", hook_name)):
-        if not value:
+        if not value or not isinstance(value, str):
             raise MechintError(
                 f"nothing says which {what} steering vector {metadata['name']} belongs to: its sidecar or a registry"
                 " entry should"
@@ -47,17 +48,18 @@ def apply_steering(config: ApplySteeringConfig, *, on_note: Callable[[str], None
     prepend_bos = bool(direction.info.get("prepend_bos", True))
     scale = 1.0
     if config.unit == "vector":
-        if not metadata["direction_norm"]:
+        norm = metadata["direction_norm"]
+        if not isinstance(norm, (int, float)) or not norm > 0 or not math.isfinite(norm):
             raise MechintError(
                 f"nothing says which norm steering vector {metadata['name']} had before it was divided by it: give"
                 " --unit norm or --unit raw"
             )
-        scale = float(metadata["direction_norm"])
+        scale = float(norm)
     model = load_model(name, device=config.device, processing=processing, hook_name=hook_name)
     check_direction(direction, model, hook_name)
     if config.unit == "norm":
         norm = direction.info.get("mean_activation_norm")
-        if norm is None:
+        if not isinstance(norm, (int, float)) or not norm > 0:
             norm = prompt_activations(model, list(config.prompt), hook_name, prepend_bos=prepend_bos).mean_norm
             on_note(f"nothing says how large activations are: coefficients count in the prompts' mean norm, {norm:.4g}")
         scale = float(norm)

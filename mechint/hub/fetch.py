@@ -2,16 +2,20 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mechint.errors import MechintError
 from mechint.hub.bundle import METADATA
-from mechint.hub.client import download, list_files, resolve_revision
+from mechint.hub.client import REACH_TIMEOUT, check_repo_id, download, hub_api
+from mechint.hub.failures import hub_errors, is_ours, patiently, status_of
 from mechint.provenance import read_json, sha256_file, write_text
 from mechint.saelens.releases import is_inside
+
+# A list of hashes is small; a file that is not must not be read as JSON.
+METADATA_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,7 @@ class Repo:
     Attributes:
         revision: as it was asked for; None for the newest.
         sizes: bytes of each of its files, by name; of those in the cache if the Hub cannot be reached.
+        online: whether the Hub was reached.
     """
 
     repo_id: str
@@ -28,6 +33,7 @@ class Repo:
     commit: str
     sizes: dict[str, int]
     cache_dir: Path | None = None
+    online: bool = True
 
 
 @dataclass(frozen=True)
@@ -68,8 +74,40 @@ def open_repo(repo_id: str, *, revision: str | None = None, cache_dir: str | Pat
         MechintError: no such repository or revision, no access to it, or the Hub out of reach and nothing in the cache.
     """
     place = None if cache_dir is None else Path(cache_dir).expanduser()
-    commit = resolve_revision(repo_id, revision, cache_dir=place)
-    return Repo(repo_id, revision, commit, list_files(repo_id, revision=commit, cache_dir=place), place)
+    check_repo_id(repo_id)
+
+    def ask() -> Any:
+        # one request, asked once: without the Hub, what is in the cache should open without a wait
+        return hub_api().repo_info(repo_id, revision=revision, files_metadata=True, timeout=REACH_TIMEOUT)
+
+    with hub_errors("looking at", repo_id):
+        try:
+            info = ask()
+        except Exception as error:
+            status = status_of(error)
+            if is_ours(error) or (status is not None and status < 500 and status != 429):
+                raise
+            if (folder := _cached_commit(repo_id, revision, place)) is not None:
+                files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+                sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+                return Repo(repo_id, revision, folder.name, sizes, place, online=False)
+            if status != 429:
+                with hub_errors("nothing in the local cache; looking at", repo_id):
+                    raise
+            info = patiently(f"looking at {repo_id}", ask)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    return Repo(repo_id, revision, str(info.sha), sizes, place)
+
+
+def _cached_commit(repo_id: str, revision: str | None, cache_dir: Path | None) -> Path | None:
+    """The cache's folder of the commit that `revision` stood for when it was last downloaded."""
+    from huggingface_hub import constants
+
+    folder = Path(cache_dir or constants.HF_HUB_CACHE, f"models--{repo_id.replace('/', '--')}")
+    reference = folder / "refs" / (revision or "main")
+    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+    found = folder / "snapshots" / commit if commit else None
+    return found if found is not None and found.is_dir() else None
 
 
 def fetch(repo: Repo, names: Iterable[str]) -> Fetched:
@@ -82,6 +120,8 @@ def fetch(repo: Repo, names: Iterable[str]) -> Fetched:
             bundle_metadata.json says.
     """
     wanted = sorted({*names, *({METADATA} & repo.sizes.keys())})
+    if repo.sizes.get(METADATA, 0) > METADATA_BYTES:
+        raise MechintError(f"{METADATA} of {repo.repo_id} is {repo.sizes[METADATA]} bytes long: not what a bundle has")
     places = {name: _download(repo, name) for name in wanted}
     name, place = next(iter(places.items()))
     folder = place.parents[name.count("/")]
@@ -114,6 +154,11 @@ def check_hashes(folder: Path, names: Iterable[str], bundle: dict[str, Any], sou
             )
         verified[name] = found
     return verified
+
+
+def plain_values(said: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """Those of the keys whose values are texts or numbers: what somebody else's file says, as far as it can be used."""
+    return {key: said[key] for key in keys if isinstance(said.get(key), (str, int, float))}
 
 
 def local_bundle(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mechint.errors import MechintError, nearest
-from mechint.hub.fetch import Fetched, Repo, check_hashes, fetch, local_bundle, open_repo, split_id
+from mechint.hub.fetch import Fetched, Repo, check_hashes, fetch, local_bundle, open_repo, plain_values, split_id
 from mechint.hub.registry import SAEDescriptor, local_place, sae_registry
 from mechint.provenance import write_json
 from mechint.saelens import SAE
@@ -144,6 +144,11 @@ def find_weights(repo: Repo, path: str) -> str:
             return f"{prefix}{name}"
     folders = sorted({str(PurePosixPath(name).parent) for name in repo.sizes if PurePosixPath(name).name in WEIGHTS})
     what = f"holds no SAE at {path!r}" if path else "holds no SAE at its root"
+    if not repo.online:
+        raise MechintError(
+            f"{repo.repo_id} is in the local cache, but no SAE of it ({path or 'at its root'}), and the Hub cannot be"
+            " reached: check the network (and HF_ENDPOINT, HF_HUB_OFFLINE)"
+        )
     if not folders and "direction.safetensors" in repo.sizes:
         raise MechintError(f"{repo.repo_id} holds a steering vector: load_steering_vector({repo.repo_id!r}) opens it")
     if not folders:
@@ -176,7 +181,8 @@ def _opened(
     for key, ours in (("hook_site", "hook_name"), ("model_name", "model_name"), ("processing", "processing")):
         if cfg.metadata.get(ours) is None and said.get(key) is not None:
             cfg.metadata[ours] = said[key]
-    licenses = (descriptor.license if descriptor.license != "unknown" else None, bundle.get("license"), "unknown")
+    stated_license = plain_values(bundle, ["license"]).get("license")
+    licenses = (descriptor.license if descriptor.license != "unknown" else None, stated_license, "unknown")
     config = {
         **descriptor.config,
         "name": descriptor.name,

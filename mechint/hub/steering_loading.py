@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechint.errors import MechintError, nearest
-from mechint.hub.fetch import check_hashes, fetch, local_bundle, open_repo, split_id
+from mechint.hub.fetch import check_hashes, fetch, local_bundle, open_repo, plain_values, split_id
 from mechint.hub.registry import SteeringVectorDescriptor, local_place, steering_registry
 from mechint.steering.direction import FILE_NAME, Direction, direction_path, load_direction
 
@@ -128,7 +128,7 @@ def _from_hub(
     found = fetch(repo, {weights} | ({f"{weights}.json"} & repo.sizes.keys()))
     # whose bundle it is, is said at the root only
     bundle = found.bundle if weights == FILE_NAME else {}
-    said = {key: bundle[key] for key in KEPT if key in bundle and key != "hf_repo"}
+    said = plain_values(bundle, [key for key in KEPT if key != "hf_repo"])
     return _opened(
         found.folder / weights,
         {**said, **stated, "hf_repo": repo_id},
@@ -142,7 +142,7 @@ def _from_disk(place: Path, stated: dict[str, Any]) -> Vector:
     file = direction_path(place)
     bundle = local_bundle(file.parent)
     verified = check_hashes(file.parent, (file.name, f"{file.name}.json"), bundle, str(file.parent))
-    said = {key: bundle[key] for key in KEPT if key in bundle}
+    said = plain_values(bundle, KEPT)
     return _opened(file, {**said, **stated}, verified=verified)
 
 
