@@ -244,7 +244,7 @@ def test_the_hubs_validator_takes_the_card(tmp_path: Path):
 def test_the_client_reads_the_card_back():
     from huggingface_hub import ModelCard
 
-    card = ModelCard(render_card(CARD, FILES))
-    assert card.data.to_dict() == data_of(f"---\n{front_matter(CARD)}\n---\n")
-    results = card.data.eval_results
+    data: Any = ModelCard(render_card(CARD, FILES)).data
+    assert data.to_dict() == data_of(f"---\n{front_matter(CARD)}\n---\n")
+    results = data.eval_results
     assert results is not None and [result.metric_type for result in results] == ["l0", "fvu"]

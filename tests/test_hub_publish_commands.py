@@ -168,6 +168,7 @@ def test_two_things_of_one_name_do_not_overwrite_each_other(offline: Path, capsy
         (publish_all, ["--user", "me/x"], "without '/'"),
         (publish_all, ["--user", "me", "--sae-run-ids", "51,x"], "numbers with commas"),
         (publish_all, ["--user", "me"], "nothing to publish"),
+        (publish_all, ["--user", "me", "--license", "a\nb"], "--license should be a licence's name"),
     ],
 )
 def test_mistakes_are_one_line(main, words: list[str], said: str, offline: Path, capsys: pytest.CaptureFixture[str]):  # noqa: ANN001
@@ -269,6 +270,20 @@ def test_every_snippet_of_every_card_runs(repo: str, published, tmp_path: Path):
         assert program == "mechint"
         done = run_command(name.replace("-", "_"), words, tmp_path, hub.env(tmp_path / "home"))
         assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
+
+
+@pytest.mark.slow
+def test_publish_all_without_a_token_says_once_how_to_log_in(world: Path, tmp_path: Path):
+    with LoopbackHub(tmp_path) as hub:
+        done = run_command("publish_all", ["--user", "tester"], world, hub.env(tmp_path / "home"))
+        assert done.returncode == 2 and done.stdout == ""
+        assert "hf auth login" in done.stderr and done.stderr.count("\n") == 1
+        words = ["--user", "somebody", "--sae-run-ids", "51"]
+        done = run_command("publish_all", words, world, hub.env(tmp_path / "home", token=DEFAULT_TOKEN))
+        assert done.returncode == 1 and done.stdout.count("SKIP ") == 3, done.stdout + done.stderr
+        assert "belongs to somebody, and you are logged in as tester" in done.stdout
+        assert done.stdout.splitlines()[-1] == "Publishing complete. 0 bundle(s) published, 3 skipped."
+        assert not hub.repos
 
 
 @pytest.mark.slow

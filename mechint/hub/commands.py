@@ -13,8 +13,9 @@ from mechint.config.publish import (
 )
 from mechint.errors import MechintError, one_line
 from mechint.hub.bundle import Bundle
+from mechint.hub.client import check_may_write
 from mechint.hub.investigation_bundle import WRITEUPS, find_artefacts, investigation_bundle, slugs
-from mechint.hub.license import INVESTIGATION_LICENSE, SAE_LICENSE
+from mechint.hub.license import INVESTIGATION_LICENSE, SAE_LICENSE, front_matter_license
 from mechint.hub.publish import Published, dry_run, publish
 from mechint.hub.registry import STEERING_REGISTRY, local_place, steering_registry
 from mechint.hub.sae_bundle import artifact_bundle, artifact_dir, artifact_ids, sae_bundle
@@ -82,12 +83,17 @@ def publish_all(config: PublishAllConfig) -> int:
     """`mechint publish-all`: every item in turn; what fails is said and left out. 1 if anything did, else 0.
 
     Raises:
-        MechintError: there is nothing to publish at all.
+        MechintError: there is nothing to publish at all, or nothing of it could be: a licence that is none, no token.
     """
+    front_matter_license(config.license)
+    from huggingface_hub import get_token
+
     items = [*sae_items(config), *vector_items(config), *investigation_items(config)]
     if not items:
         looked = f"{config.artifact_root}/run-*, {STEERING_FOLDER}/, the registries, {config.docs / WRITEUPS}"
         raise MechintError(f"nothing to publish: no SAE run, steering vector or investigation in {looked}")
+    if not config.dry_run and get_token() is None:
+        check_may_write(f"{config.user}/all")  # says how to log in, once instead of for each item
     done: list[Published | None] = []
     skipped, used = 0, set()
     for item in items:
