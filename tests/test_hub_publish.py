@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -213,7 +214,6 @@ def test_paths_and_names_of_the_machine_do_not_go_up(
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setattr(getpass, "getuser", lambda: "marguerite")
     monkeypatch.setattr(socket, "gethostname", lambda: "gpubox7.lab.example")
-    monkeypatch.chdir(home / "experiments")
     manifest = {
         "path": str(run / "sae" / "cfg.json"),
         "run": str(run),
@@ -228,6 +228,8 @@ def test_paths_and_names_of_the_machine_do_not_go_up(
         "hook": "blocks.3.hook_resid_post",
         "ratio": "a/b/c",
     }
+    # the current folder, at a place that no rule knows
+    monkeypatch.setattr(Path, "cwd", classmethod(lambda cls: Path("/odd7/project")))
     image = "data:image/png;base64,iVBOR/tmp/aaaa+/home/zz="
     texts = {
         "manifest.json": json.dumps(manifest),
@@ -235,7 +237,8 @@ def test_paths_and_names_of_the_machine_do_not_go_up(
         "metrics.csv": f"step,file,from\n1,{run}/a.pt,/nvme0/acts/b.pt\n",
         "settings.yaml": f"out: {run}\nfrom: /nvme0/acts/b.pt\nsee: a/b and /c/d, km/h\n",
         "table.html": '<td>/nvme0/acts/b.pt</td><a href="/nvme0/x/y">of /r/science/top</a></td><p>1/2</p>',
-        "paper.md": f"By Marguerite and marguerite. Data in {home}/acts/x.pt, log in `/scratch/marguerite/log.txt`.\n",
+        "paper.md": f"By Marguerite and marguerite. Data in {home}/acts/x.pt, log in `/scratch/marguerite/log.txt`,"
+        " see /odd7/project/z.txt, not /odd7/project2.\n",
     }
     for name, text in texts.items():
         (run / name).write_text(text)
@@ -247,7 +250,8 @@ def test_paths_and_names_of_the_machine_do_not_go_up(
     for name, content in up.items():
         assert str(tmp_path) not in content and "gpubox7" not in content and "/scratch/" not in content, (name, content)
         assert "marguerite" not in content or name == "paper.md", (name, content)
-    assert up["paper.md"] == "By Marguerite and marguerite. Data in ~/acts/x.pt, log in `log.txt`.\n", "an author stays"
+    said = "Data in ~/acts/x.pt, log in `log.txt`, see z.txt, not /odd7/project2.\n"
+    assert up["paper.md"] == f"By Marguerite and marguerite. {said}"
     assert json.loads(up["manifest.json"]) == {
         "path": "sae/cfg.json",
         "run": ".",
@@ -394,8 +398,6 @@ def test_the_dry_run_tells_the_sizes_that_go_up_and_needs_nothing(
 
 
 def test_staging_leaves_no_folder(online: Online, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import tempfile
-
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -437,3 +439,34 @@ def test_scrubbing_twice_is_scrubbing_once(text: str, suffix: str) -> None:
     assert scrub(once, suffix, roots=[Path("/x/runs/a")]) == once
     plain = re.sub(r";base64,[A-Za-z0-9+/=]+", "", once)
     assert not re.search(r"(?<![\w.:/~<+=-])/(x/runs/a|home/bob)(?![\w.-])", plain), once
+
+
+@pytest.mark.slow
+def test_a_real_run_with_its_report_leaks_nothing(
+    online: Online, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report, the manifest and the settings of a run hold its absolute path; what is published does not."""
+    import getpass
+    import socket
+
+    from hub_material import make_tiny_run
+
+    from mechint.cli import report
+    from mechint.hub.sae_bundle import sae_bundle
+
+    home = tmp_path / "nvme7" / "marguerite"
+    home.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(getpass, "getuser", lambda: "marguerite")
+    monkeypatch.setattr(socket, "gethostname", lambda: "gpubox7")
+    run = make_tiny_run(home).path
+    report.main([str(run)])
+    words = [b"marguerite", b"gpubox7", b"nvme7", str(tmp_path).encode()]
+    there = [path.name for path in run.rglob("*") if path.is_file() and any(w in path.read_bytes() for w in words)]
+    assert {"report.html", "manifest.json", "config.json"} <= set(there), "else this test shows nothing"
+    done = publish(sae_bundle(run), REPO)
+    files = online.hub.files(REPO)
+    assert {"report.html", "figures/training.png", "feature_analysis.json", "sae_weights.safetensors"} <= set(files)
+    assert not [(name, word) for name, content in files.items() for word in words if word in content]
+    monkeypatch.chdir(run.parent)
+    assert publish(sae_bundle(run.name), REPO) == (done.url, done.commit, False), "from elsewhere, the same bytes"

@@ -56,7 +56,7 @@ class Bundle:
     check: Callable[[Path], None] | None = None
     check_files: tuple[str, ...] = ()
     # Folders of this machine whose absolute path may occur in text files; it is cut away there ("/x/runs/a/sae" with
-    # root /x/runs/a becomes "sae"). The current folder and the home folder are always scrubbed.
+    # root /x/runs/a becomes "sae"). Paths in the home folder then begin with ~, of others the last part is left.
     roots: tuple[Path, ...] = ()
 
 

@@ -34,7 +34,8 @@ _PLACES = (
 )
 # Base64 data are matched so that they can be passed over: any letters may stand in them.
 _ENCODED = r"base64,[A-Za-z0-9+/=]+"
-_ANYWHERE = re.compile(rf"{_ENCODED}|(?:file://|(?<![\w.:/~<+=-]))/(?:{_PLACES})/[^\s\"'<>`\\(){{}}\[\],;|]*")
+_PATH_LETTER = r"[^\s\"'<>`\\(){}\[\],;|]"
+_ANYWHERE = re.compile(rf"{_ENCODED}|(?:file://|(?<![\w.:/~<+=-]))/(?:{_PLACES})/{_PATH_LETTER}*")
 _JSON_STRING = re.compile(rf"{_ENCODED}|(?<=\")(?:file://)?/(?!/)[^\s\"\\]*(?=\")")
 # In other files that programs write: a cell, an element or a value that is an absolute path as a whole. A link's
 # target (href="/a/b") is none.
@@ -58,7 +59,8 @@ def scrub(text: str, suffix: str, *, roots: Sequence[Path] = (), keep: Iterable[
 
     Args:
         suffix: of the file that it is from, ".json"; decides what is a path there.
-        roots: folders that paths become relative to, the innermost wins; the current and the home folder follow.
+        roots: folders that paths become relative to, the innermost wins; the home folder follows. The current folder
+            gives no names, else what is published would depend on where the command was called.
         keep: words that stay even if the user or the machine is called so: the owner of the repository.
     """
     kept = {word.lower() for word in keep}
@@ -82,6 +84,9 @@ def _scrub_once(text: str, suffix: str, roots: Sequence[Path], kept: set[str]) -
         text = _VALUE.sub(_last_part_of_path, text)
     if any(f"/{place}/" in text for place in _PLACES.split("|")):
         text = _ANYWHERE.sub(_last_part, text)
+    here = str(Path.cwd())
+    if len(Path(here).parts) > 1 and here in text:
+        text = _below(here).sub(_last_part, text)
     if ":\\" in text:
         text = _WINDOWS.sub(lambda match: re.split(r"\\+", match[0].rstrip("\\"))[-1], text)
     users, hosts = _names()
@@ -113,7 +118,7 @@ def find_token(content: bytes) -> str | None:
 def _prefixes(roots: Sequence[Path]) -> list[tuple[str, str]]:
     """Folders as text and what takes their place, longest first so that the innermost one wins."""
     pairs: dict[str, str] = {}
-    for folder, instead in [*((root, "") for root in roots), (Path.cwd(), ""), (Path.home(), "~")]:
+    for folder, instead in [*((root, "") for root in roots), (Path.home(), "~")]:
         for form in {os.path.abspath(folder), str(folder.resolve())}:
             if len(Path(form).parts) > 1:
                 pairs.setdefault(form, instead)
@@ -123,6 +128,12 @@ def _prefixes(roots: Sequence[Path]) -> list[tuple[str, str]]:
 @functools.lru_cache(maxsize=64)
 def _prefix_pattern(root: str) -> re.Pattern[str]:
     return re.compile(rf"{_ENCODED}|(?:file://|(?<![\w.~-])){re.escape(root)}(?P<rest>/?)(?![\w.-](?<!/.))")
+
+
+@functools.lru_cache(maxsize=16)
+def _below(folder: str) -> re.Pattern[str]:
+    """Paths below a folder, and the folder itself."""
+    return re.compile(rf"{_ENCODED}|(?:file://|(?<![\w.~-])){re.escape(folder)}(?:/{_PATH_LETTER}*)?(?![\w-])")
 
 
 def _relative(match: re.Match[str], instead: str) -> str:
