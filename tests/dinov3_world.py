@@ -8,6 +8,9 @@ For each layer of a repository:
 """
 
 import json
+import re
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +20,11 @@ from other_formats import make
 from mechint.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "scripts" / "push_dinov3.py"
 SIZES = {384: 6, 768: 8, 1024: 10}  # d_model of the real ones -> here
 D_SAE = 24
 L0 = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 NMSE = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.0125)
-# the seven frontier points less the one that lies farthest from the log-L0 quantiles; see `chosen_ids`
-KEEP = 6
 
 
 @dataclass(frozen=True)
@@ -117,3 +119,17 @@ def _run(
 def chosen_ids(index: int, layer: int) -> list[str]:
     """Both ends, and of the five between them the four nearest to equal steps of log L0: not 32, the middle one."""
     return [run_id(index, layer, str(which)) for which in (0, 1, 2, 4, 5, 6)]
+
+
+def run(command: list[str], env: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    env = {**env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *command], env=env, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def push(world: World, env: dict[str, str], cwd: Path, *more: str, metrics: bool = True):
+    source = ["--metrics", str(world.metrics)] if metrics else []
+    return run([str(SCRIPT), *world.flags, *source, *more], env, cwd)
+
+
+def python_blocks(card: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
