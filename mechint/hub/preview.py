@@ -45,7 +45,7 @@ def dry_run(bundle: Bundle, repo_id: str) -> None:
     from rich.text import Text
 
     rows = plan(bundle, repo_id)
-    # A pipe has no width: lines are then as long as they need to be, so that nothing is cut in a log.
+    # A pipe has no width of its own; 120 columns cut little in a log.
     console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120, highlight=False)
     lines = ("DRY RUN — no files uploaded", f"Bundle: {bundle.name}", f"Kind:   {bundle.kind}")
     text = "\n".join([*lines, f"Target: {hub_url(repo_id)}"])

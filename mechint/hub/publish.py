@@ -104,10 +104,9 @@ def publish(
             head = _open(upload, create_repo=create_repo, private=private)
             with _undo(upload):
                 commit, changed = _commit(upload, ready, head, message)
-        url = hub_url(repo_id, repo_type, endpoint)
-        if changed:
-            _check_arrived(bundle, ready, upload, commit)
-    return Published(url, commit, changed)
+            if changed:
+                _check_arrived(bundle, ready, upload, commit)
+    return Published(hub_url(repo_id, repo_type, endpoint), commit, changed)
 
 
 @contextlib.contextmanager
