@@ -37,6 +37,8 @@ from mechint.hub.sae_bundle import artifact_bundle, artifact_dir, artifact_ids, 
 from mechint.hub.steering_bundle import steering_bundle, steering_repo_name
 from mechint.provenance import sha256_file
 from mechint.runs import Run
+from mechint.saelens import SAE, SAEConfig
+from mechint.saelens.sae_config import SAEMetadata
 
 
 def stage(bundle: Bundle, repo_id: str, target: Path) -> tuple[dict[str, bytes], dict[str, Any], str]:
@@ -150,6 +152,22 @@ def test_what_comes_back_is_compared_with_what_is_here(tmp_path: Path):
     save_file(tensors, other / "sae_weights.safetensors")
     with pytest.raises(MechintError, match="codes differ by"):
         bundle.check(other)
+
+
+def test_a_folder_in_saelens_layout_is_published_too(tmp_path: Path):
+    """As `mechint export` writes it, or SAELens itself."""
+    sae = SAE(SAEConfig(d_in=8, d_sae=16, architecture="jumprelu", metadata=SAEMetadata({"model_name": "gpt2"})))
+    sae.save_model(tmp_path / "mine", sparsity=torch.full((16,), -2.0))
+    write(tmp_path / "mine" / "notes.txt", "stays here")
+    bundle = sae_bundle(tmp_path / "mine")
+    files, metadata, card = stage(bundle, "me/x", tmp_path / "out")
+    weights = {"sae_weights.safetensors", "cfg.json", "sparsity.safetensors"}
+    assert set(files) == {"README.md", "bundle_metadata.json", *weights}
+    assert bundle.name == "sae-mine-gpt2" and metadata["run_id"] == "mine"
+    assert 'SAE.from_pretrained("me/x")' in card and "base_model: openai-community/gpt2\n" in card
+    assert "A jumprelu sparse autoencoder with 16 latents" in card and problems_of(card) == []
+    assert bundle.check is not None
+    bundle.check(tmp_path / "out")
 
 
 # --- run directories --------------------------------------------------------------------------------------------------

@@ -35,13 +35,15 @@ from mechint.runs import Run
 from mechint.sae import load_sae, save_sae_folder
 
 ARTIFACT_FILES = (WEIGHTS, SIDECAR, ENVIRONMENT, FEATURES)
+SAELENS_FILES = (WEIGHTS, CFG, "sparsity.safetensors", "runner_cfg.json")
 # Of a run directory, as they are there, where they are there.
 RECORDS = ("config.json", "summary.json", "eval.json", "manifest.json", "metrics.csv", "report.html")
 _ARTIFACT = re.compile(r"run-(\d{6,})")
 
 
 def sae_bundle(source: str | Path, *, license: str = SAE_LICENSE) -> Bundle:
-    """The bundle of a run directory of `mechint train`, or of a folder `artifacts/run-NNNNNN`.
+    """The bundle of a run directory of `mechint train`, of a folder `artifacts/run-NNNNNN`, or of an SAE in SAELens's
+    layout.
 
     Raises:
         MechintError: neither; a run that is still training, lacks its summary, or is not what its manifest says;
@@ -77,6 +79,7 @@ def artifact_ids(artifact_root: str | Path) -> list[int]:
 
 def artifact_bundle(folder: str | Path, *, license: str = SAE_LICENSE) -> Bundle:
     """The bundle of a folder `run-NNNNNN`: weights, their sidecar, and what else lies there of the platform's files.
+    A folder in SAELens's layout has that one's files.
 
     Raises:
         MechintError: no weights, weights that do not load, a record that is broken.
@@ -88,14 +91,16 @@ def artifact_bundle(folder: str | Path, *, license: str = SAE_LICENSE) -> Bundle
             f"no SAE in {folder}: it has no {WEIGHTS}, only {', '.join(others[:6]) or 'nothing'};"
             " publish a run that has trained its SAE"
         )
-    loaded = load(folder)[1]
+    layout, loaded = load(folder)
+    saelens = layout.name.startswith("saelens")
     match = _ARTIFACT.fullmatch(folder.resolve().name)
     run_id = int(match[1]) if match else None
     records = {name: _optional(folder / f"{name}.json") for name in ("spec", "result", "environment", "manifest")}
     records["sae_config"] = _optional(folder / SIDECAR)
     records = {name: record for name, record in records.items() if record is not None}
-    files: dict[str, Path | bytes] = {name: folder / name for name in ARTIFACT_FILES if (folder / name).is_file()}
-    model = artifact_model(records)
+    names = SAELENS_FILES if saelens else ARTIFACT_FILES
+    files: dict[str, Path | bytes] = {name: folder / name for name in names if (folder / name).is_file()}
+    model = artifact_model(records) or loaded.metadata.get("model_name")
     name = sae_repo_name(f"run{run_id}" if run_id is not None else folder.resolve().name, model)
     return Bundle(
         kind="sae",
@@ -105,7 +110,7 @@ def artifact_bundle(folder: str | Path, *, license: str = SAE_LICENSE) -> Bundle
         card=lambda repo_id, staged: artifact_card(name, repo_id, staged, loaded, records, run_id, model, license),
         metadata=finite({"run_id": run_id if run_id is not None else folder.resolve().name, **records}),
         check=lambda downloaded: same_sae(loaded, downloaded),
-        check_files=tuple(file for file in (WEIGHTS, SIDECAR) if file in files),
+        check_files=tuple(file for file in (WEIGHTS, SIDECAR, CFG) if file in files),
         roots=(folder.resolve(),),
     )
 

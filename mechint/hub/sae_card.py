@@ -216,7 +216,8 @@ def artifact_card(
     where = f"{hook} of {model}" if hook and model else str(model or "an unnamed model")
     k = loaded.options.get("k")
     lead = str(spec.get("description") or "").strip() or (
-        f"A top-k sparse autoencoder with {loaded.d_sae:,} latents on {where} ({loaded.d_in} dimensions)."
+        f"A {loaded.architecture} sparse autoencoder with {loaded.d_sae:,} latents on {where}"
+        f" ({loaded.d_in} dimensions)."
     )
     metrics = _mapping(result.get("metrics"))
     n_tokens = number(metrics.get("n_tokens"))
@@ -244,6 +245,7 @@ def artifact_card(
         ("versions", ", ".join(f"{package} {version}" for package, version in sorted(versions.items()))),
         ("uv.lock, SHA-256", environment.get("uv_lock_sha256")),
     ]
+    saelens = "cfg.json" in staged
     architecture = (
         "The latents of a token are the k largest entries of `encoder.weight @ x + encoder.bias`; negative ones among"
         " them stay. The reconstruction is `decoder.weight @ latents + decoder.bias`."
@@ -253,15 +255,16 @@ def artifact_card(
             title=name,
             lead=lead,
             kind_tag=KIND_TAG,
-            tags=(str(model).split("/")[-1],) if model else (),
+            tags=tuple(filter(None, ("saelens" if saelens else "", str(model or "").split("/")[-1]))),
             license=license,
             base_model=base_model_id(model),
             datasets=(str(dataset),) if dataset and "/" in str(dataset) else (),
             facts=tuple((label, str(value)) for label, value in rows if value is not None),
             measures=measures,
             measured_on=measured_on if measures else None,
-            usage=load_snippet(repo_id, f"activations at {hook}" if hook else "activations", saelens=False),
-            sections=(Section("What it computes", architecture),),
+            usage=load_snippet(repo_id, f"activations at {hook}" if hook else "activations", saelens=saelens),
+            after_usage=other_ways(repo_id) if saelens else "",
+            sections=() if saelens else (Section("What it computes", architecture),),
             provenance=tuple((label, str(value)) for label, value in provenance if value not in (None, "")),
         ),
         staged,
