@@ -126,7 +126,8 @@ def _from_hub(
     folder = PurePosixPath(weights).parent
     beside = {str(folder / name) for name in (*BESIDE, f"{PurePosixPath(weights).name}.json")}
     found = fetch(repo, {weights} | (beside & repo.sizes.keys()))
-    bundle = found.bundle if folder == PurePosixPath(".") else {}
+    # of several SAEs in one repository, the licence is said of all and the rest of none
+    bundle = found.bundle if folder == PurePosixPath(".") else plain_values(found.bundle, ["license"])
     return _opened(found.folder / weights, replace(descriptor, hf_repo=repo_id), bundle, found.verified, found)
 
 

@@ -126,9 +126,9 @@ def _from_hub(
         near = f"; {nearest(weights, others)}" if others else ", nor any other .safetensors file"
         raise MechintError(f"{repo_id} has no {weights}{near}: not a steering vector")
     found = fetch(repo, {weights} | ({f"{weights}.json"} & repo.sizes.keys()))
-    # whose bundle it is, is said at the root only
-    bundle = found.bundle if weights == FILE_NAME else {}
-    said = plain_values(bundle, [key for key in KEPT if key != "hf_repo"])
+    # of several vectors in one repository, the licence is said of all and the rest of none
+    keys = [key for key in KEPT if key != "hf_repo"] if weights == FILE_NAME else ["license"]
+    said = plain_values(found.bundle, keys)
     return _opened(
         found.folder / weights,
         {**said, **stated, "hf_repo": repo_id},
