@@ -14,15 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from hub_online import Online, hub, online  # noqa: F401
+from hub_online import Online
 from loopback_hub import LoopbackHub
-from test_hub_registry import RUN51, platform_bundle, platform_tensors
+from published import RUN51, platform_bundle, platform_tensors
 
 from mechint.cli import COMMANDS
 from mechint.errors import MechintError
 from mechint.hub.pull import pull
 from mechint.hub.sae_loading import load_pretrained_sae
 
+pytest_plugins = ["hub_online"]
 ROOT = Path(__file__).resolve().parent.parent
 PULL = "import sys; from mechint.cli.pull import main; sys.exit(main(sys.argv[1:]))"
 
@@ -43,7 +44,7 @@ def refused(*words: str, **given: Any) -> str:
 
 
 @pytest.mark.slow
-def test_a_bundle_arrives_whole_and_loads(hub: LoopbackHub, tmp_path: Path):  # noqa: F811
+def test_a_bundle_arrives_whole_and_loads(hub: LoopbackHub, tmp_path: Path):
     bundle = platform_bundle()
     commit = hub.add_repo(RUN51, {**bundle, ".gitattributes": b"*.pt filter=lfs\n"})
     place = tmp_path / "here"
@@ -77,7 +78,7 @@ def test_a_bundle_arrives_whole_and_loads(hub: LoopbackHub, tmp_path: Path):  # 
 
 
 @pytest.mark.slow
-def test_a_killed_pull_leaves_no_folder_and_goes_on_where_it_stopped(hub: LoopbackHub, tmp_path: Path):  # noqa: F811
+def test_a_killed_pull_leaves_no_folder_and_goes_on_where_it_stopped(hub: LoopbackHub, tmp_path: Path):
     big = os.urandom(40 << 20)
     files = {"a.safetensors": os.urandom(1000), "b.safetensors": big}
     hub.add_repo("lab/big", files)
@@ -104,7 +105,7 @@ def test_a_killed_pull_leaves_no_folder_and_goes_on_where_it_stopped(hub: Loopba
     assert int(again[0].headers["range"].removeprefix("bytes=").split("-")[0]) >= 12 << 20
 
 
-def test_a_connection_that_breaks_is_taken_up_again(online: Online, tmp_path: Path):  # noqa: F811
+def test_a_connection_that_breaks_is_taken_up_again(online: Online, tmp_path: Path):
     big = os.urandom(12 << 20)
     online.hub.add_repo("lab/big", {"x.safetensors": big})
     online.hub.fail_next(1, None, match="GET /storage/", after_bytes=11 << 20)
@@ -113,7 +114,7 @@ def test_a_connection_that_breaks_is_taken_up_again(online: Online, tmp_path: Pa
     assert [request for request in online.hub.seen("GET", "/storage/") if "range" in request.headers]
 
 
-def test_what_is_not_what_the_bundle_says_is_not_kept(online: Online, tmp_path: Path):  # noqa: F811
+def test_what_is_not_what_the_bundle_says_is_not_kept(online: Online, tmp_path: Path):
     changed = platform_bundle() | {"environment.json": b'{"changed": 1}'}
     online.hub.add_repo("lab/changed", changed)
     refused("environment.json", "changed after it was published", repo_id="lab/changed", output=tmp_path / "out")
@@ -129,7 +130,7 @@ def test_what_is_not_what_the_bundle_says_is_not_kept(online: Online, tmp_path: 
 
 @pytest.mark.parametrize("name", ["../outside", "a/../../outside", "/outside"])
 def test_names_that_lead_out_are_refused_before_anything_is_downloaded(
-    online: Online,  # noqa: F811
+    online: Online,
     tmp_path: Path,
     name: str,
 ):
@@ -139,7 +140,7 @@ def test_names_that_lead_out_are_refused_before_anything_is_downloaded(
 
 
 def test_mistakes_and_a_full_disk_are_told(
-    online: Online,  # noqa: F811
+    online: Online,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
@@ -166,7 +167,7 @@ def test_mistakes_and_a_full_disk_are_told(
     monkeypatch.undo()
 
 
-def test_an_older_revision_into_an_empty_folder(online: Online, tmp_path: Path):  # noqa: F811
+def test_an_older_revision_into_an_empty_folder(online: Online, tmp_path: Path):
     first = online.hub.add_repo(RUN51, platform_bundle())
     online.hub.commit(RUN51, platform_bundle(1))
     (tmp_path / "out").mkdir()
