@@ -300,7 +300,8 @@ def test_a_run_of_the_first_pipeline_has_its_layout_made(run: Path, tmp_path: Pa
     write(run / "manifest.json", {key: manifest[key] for key in ("checkpoint_path", "config", "summary", "git_commit")})
     with pytest.warns(UserWarning, match="taken as the original pipeline's setting"):
         bundle = sae_bundle(run)
-    stage(bundle, "me/x", tmp_path / "out")
+    _, _, card = stage(bundle, "me/x", tmp_path / "out")
+    assert "| Activations | not recorded; taken as the first pipeline's: minus their mean" in card
     assert bundle.check is not None
     bundle.check(tmp_path / "out")
     theirs, ours = load(tmp_path / "out")[1], torch.load(run / "checkpoint.pt", weights_only=True)
@@ -319,14 +320,23 @@ def test_models_and_data_sets_of_the_hub_are_named(run: Path):
         write(run / "manifest.json", manifest | {"inputs": inputs})
         bundle = sae_bundle(run)
         files = {name: StagedFile("0" * 64, 1) for name in bundle.files}
-        return bundle.card("me/x", files).split("\n---\n")[0]
+        whole.append(bundle.card("me/x", files))
+        return whole[-1].split("\n---\n")[0]
 
+    whole: list[str] = []
     found = card("EleutherAI/pythia-70m", "openwebtext", model_revision="abc", dataset_revision="def")
     assert "base_model: EleutherAI/pythia-70m\n" in found and "datasets:\n- Skylion007/openwebtext\n" in found
     assert "base_model: EleutherAI/pythia-70m\n" in card("pythia-70m", "x/y")  # older manifests say nothing
     found = card("models/mine", "texts/mine", model_revision=None, dataset_revision=None)
     assert "base_model" not in found and "datasets" not in found
     assert "datasets" not in card("pythia-70m", "texts/mine.txt")
+    assert "HookedSAETransformer.from_pretrained" in whole[-1]
+    # a bare .pt has no record: what the settings call the model is then only their default
+    unknown = dict.fromkeys(("model_sha256", "model_source", "model_revision", "texts_sha256", "dataset_revision"))
+    found = card("pythia-70m", "openwebtext", **unknown)
+    assert "base_model" not in found and "datasets:" not in found
+    assert "openwebtext" not in whole[-1].split("## Training")[0]
+    assert "HookedSAETransformer" not in whole[-1] and "by the settings; the activations do not say" in whole[-1]
 
 
 # --- steering vectors -------------------------------------------------------------------------------------------------

@@ -55,6 +55,7 @@ CAPTIONS = {
     "concepts": "Known concepts and the latents that match them best",
     "map": "Decoder directions in two dimensions",
 }
+UNRECORDED = "activations without a record"
 # What TransformerLens and people call models that the Hub has under another id.
 _GPT2 = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
@@ -70,14 +71,23 @@ def trained_on(facts: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[str
     """`(base model's id or None, data set, whether that is one of the Hub)` of a run.
 
     `source` is what its manifest says of the activations: a model or a data set of the Hub has a revision there, files
-    of this machine have none. Manifests that do not say are taken by the form of the name.
+    of this machine have none. Where the activations have no record at all, what the settings say of them is only a
+    default. Manifests of the first pipeline say nothing and are taken by the form of the name.
     """
     model, dataset = str(facts["model"]), DATASET_ALIASES.get(str(facts["dataset"]), str(facts["dataset"]))
+    if not is_recorded(source):
+        return None, UNRECORDED, False
     base = base_model_id(model)
     if model not in ALIASES and source.get("model_revision", model) is None:
         base = None
     on_hub = "/" in dataset and is_hub_id(dataset) and PurePosixPath(dataset).suffix not in SUFFIXES
     return base, dataset, on_hub and source.get("dataset_revision", dataset) is not None
+
+
+def is_recorded(source: Mapping[str, Any]) -> bool:
+    """Whether the activations say which model they are of; manifests that do not speak of it are believed."""
+    said = [source[key] for key in ("model_sha256", "model_source") if key in source]
+    return not said or any(value is not None for value in said)
 
 
 def load_snippet(repo_id: str, site: str, *, saelens: bool) -> str:
@@ -123,23 +133,22 @@ def run_card(
     model, hook = str(facts["model"]), str(facts["hook"])
     source = _mapping(_mapping(manifest.get("inputs")).get("activations"))
     base, dataset, on_hub = trained_on(facts, source)
-    processing, bos = loaded.metadata.get("processing"), loaded.metadata.get("prepend_bos")
     lead = (
         f"A {loaded.architecture} sparse autoencoder with {loaded.d_sae:,} latents on {hook} of {model}"
         f" ({loaded.d_in} dimensions), trained on {dataset}."
     )
     rows = [
-        ("Model", model),
+        ("Model", model if is_recorded(source) else f"{model}, by the settings; the activations do not say"),
         ("Hook", hook),
         ("Architecture", loaded.architecture + (f", k = {loaded.options['k']}" if "k" in loaded.options else "")),
         ("d_in", str(loaded.d_in)),
         ("d_sae", f"{loaded.d_sae:,}"),
-        ("Activations", _activations_in_words(processing, bos)),
+        ("Activations", _activations_in_words(loaded.metadata)),
         ("Sparsity", str(facts["sparsity"])),
         ("Trained on", f"{dataset}, {facts['steps']:,} steps of {facts['batch_size']:,} vectors"),
     ]
     usage = other_ways(repo_id)
-    if model in BUILTIN_MODELS or base is not None:
+    if (model in BUILTIN_MODELS or base is not None) and is_recorded(source):
         usage = f"In the model:\n\n```python\n{_in_model(repo_id, model, hook)}\n```\n\n{usage}"
     sections = []
     if settings := facts["settings"]:
@@ -182,10 +191,11 @@ def run_card(
     )
 
 
-def _activations_in_words(processing: Any, bos: Any) -> str:
+def _activations_in_words(metadata: Mapping[str, Any]) -> str:
     words = {"raw": "as the model computes them", "centred": "minus their mean over dimensions"}
-    found = words.get(str(processing), "processing not recorded")
-    return found + ("" if bos is None else ", BOS prepended" if bos else ", no BOS")
+    found, bos = words.get(str(metadata.get("processing")), "processing not recorded"), metadata.get("prepend_bos")
+    found += "" if bos is None else ", BOS prepended" if bos else ", no BOS"
+    return f"not recorded; taken as the first pipeline's: {found}" if metadata.get("legacy") else found
 
 
 def _in_model(repo_id: str, model: str, hook: str) -> str:
