@@ -68,6 +68,7 @@ def test_a_bundle_arrives_whole_and_loads(hub: LoopbackHub, tmp_path: Path):
     sae, config = load_pretrained_sae(str(folder))
     torch.testing.assert_close(sae.W_enc.detach(), platform_tensors()["encoder.weight"].t())
     assert (config["license"], config["model_name"]) == ("research-only", "gpt2-medium")
+    assert config["weights_path"] == str(folder / "sae_weights.safetensors")
     other = platform_bundle(1)["sae_weights.safetensors"]
     (folder / "sae_weights.safetensors").write_bytes(other)
     with pytest.raises(MechintError, match="sae_weights.safetensors of .* is not what bundle_metadata.json says"):

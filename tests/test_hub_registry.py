@@ -228,6 +228,10 @@ def test_a_local_sae_whose_settings_only_the_registry_knows(tmp_path: Path):
         codes("plain")
     with pytest.raises(MechintError, match="n_features"):
         codes("wider")
+    with pytest.raises(MechintError, match="revision v1 of which repository"):
+        load_pretrained_sae("linear", registry=tmp_path / "mine.json", revision="v1")
+    with pytest.raises(MechintError, match="try --device cpu"):
+        load_pretrained_sae("linear", registry=tmp_path / "mine.json", device="gpu9")
     sae, said = load_pretrained_sae("linear", registry=tmp_path / "mine.json")
     assert (said["hook_site"], said["license"], said["k"], said["revision"]) == (HOOK, "MIT", K, None)
     assert sae.cfg.hook_name == HOOK and sae.cfg.model_name == "tiny"

@@ -11,7 +11,7 @@ from typing import Any
 from mechint.errors import MechintError, nearest
 from mechint.hub.fetch import Fetched, Repo, check_hashes, fetch, local_bundle, open_repo, plain_values, split_id
 from mechint.hub.registry import SAEDescriptor, local_place, sae_registry
-from mechint.provenance import write_json
+from mechint.provenance import detect_device, write_json
 from mechint.saelens import SAE
 
 SOURCE = "pretrained_sae"
@@ -74,6 +74,7 @@ def load_pretrained_sae(
         MechintError: a name that nothing has, the Hub out of reach and nothing in the cache, files that are no SAE or
             not what the repository or the registry says of them.
     """
+    device = detect_device(device)  # before anything is downloaded
     opened = open_pretrained_sae(name_or_repo, revision=revision, cache_dir=cache_dir, registry=registry)
     return opened.sae.to(device), opened.config
 
@@ -93,9 +94,8 @@ def open_pretrained_sae(
         if place is not None and place.exists() and revision is None:
             return _from_disk(place, descriptor)
         if descriptor.hf_repo is None:
-            raise MechintError(
-                f"SAE {descriptor.name} is not at {place}, and its registry names no hf_repo to get it from"
-            )
+            where = f"nothing at {place}" if revision is None else f"revision {revision} of which repository?"
+            raise MechintError(f"SAE {descriptor.name}: {where}; its registry names no hf_repo")
         repo_id, file = descriptor.hf_repo, descriptor.weights_file
         return _from_hub(repo_id, file, descriptor, revision or descriptor.hf_revision, cache_dir)
     if (place := Path(name_or_repo).expanduser()).exists():
@@ -189,7 +189,7 @@ def _opened(
         "name": descriptor.name,
         "hf_repo": descriptor.hf_repo,
         "revision": None if found is None else found.folder.name,
-        "weights_path": str(place),
+        "weights_path": str(_weights_at(place) or place),
         "license": next(name for name in licenses if name),
         "source": SOURCE,
         "architecture": str(cfg.architecture),
@@ -209,11 +209,18 @@ def _said(bundle: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in named.items() if isinstance(value, str)}
 
 
+def _weights_at(place: Path) -> Path | None:
+    """The file itself, or the weights' file in a folder that has one at its top."""
+    if place.is_file():
+        return place
+    return next((place / name for name in WEIGHTS if (place / name).is_file()), None)
+
+
 @contextlib.contextmanager
 def _described(place: Path, descriptor: SAEDescriptor) -> Iterator[Path]:
     """`place`, or where its settings lie nowhere beside it but in a registry, a folder that has them as a file."""
     folder = place if place.is_dir() else place.parent
-    weights = place if place.is_file() else next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    weights = _weights_at(place)
     config = descriptor.config
     bare = weights is not None and weights.name.endswith(".safetensors") and "n_features" in config
     if weights is None or not bare or any((folder / name).is_file() for name in ("cfg.json", f"{weights.name}.json")):

@@ -11,6 +11,7 @@ from torch import Tensor
 from mechint.errors import MechintError, nearest
 from mechint.hub.fetch import check_hashes, fetch, local_bundle, open_repo, plain_values, split_id
 from mechint.hub.registry import SteeringVectorDescriptor, local_place, steering_registry
+from mechint.provenance import detect_device
 from mechint.steering.direction import FILE_NAME, Direction, direction_path, load_direction
 
 SIDECAR_NAME = f"{FILE_NAME}.json"
@@ -65,6 +66,7 @@ def load_steering_vector(
             direction (no key `direction`, norm not 1) or not what the repository says of them, a sidecar that names
             another hook than the registry.
     """
+    device = detect_device(device)  # before anything is downloaded
     opened = open_steering_vector(
         name_or_repo, base_dir=base_dir, revision=revision, cache_dir=cache_dir, registry=registry
     )
