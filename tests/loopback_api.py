@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qs, quote, unquote
 
+from loopback_card import card_errors
 from loopback_store import Blob, HubError, Repo, git_sha1, goes_to_lfs, pointer
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ Route = Callable[["LoopbackHub", Request, dict[str, str]], Reply]
 ROUTES: list[tuple[str, re.Pattern[str], Route]] = []
 
 
+REPO_NAME = re.compile(r"(?!.*(?:--|\.\.))(?![-.])[A-Za-z0-9._-]{1,96}(?<![-.])(?<!\.git)(?<!\.ipynb)")
 SEGMENTS = {
     "api_repo": r"(?P<kind>models|datasets|spaces)/(?P<repo>[^/]+(?:/[^/]+)??)",
     "repo": r"(?:(?P<kind>datasets|spaces)/)?(?P<repo>[^/]+(?:/[^/]+)??)",
@@ -79,11 +81,30 @@ def answer(hub: "LoopbackHub", request: Request, raw_path: str) -> Reply:
 
 @route("GET", "/api/whoami-v2")
 def whoami(hub: "LoopbackHub", request: Request, found: dict[str, str]) -> Reply:
-    if not hub.signed_in(request):
+    caller = hub.caller(request)
+    if caller is None:
         raise HubError(401, None, "Invalid username or password.")
-    orgs = [{"type": "org", "name": name, "fullname": name, "roleInOrg": "write"} for name in hub.orgs]
-    auth = {"type": "access_token", "accessToken": {"displayName": "loopback", "role": "write"}}
-    return Reply({"type": "user", "id": "1", "name": hub.user, "fullname": hub.user, "orgs": orgs, "auth": auth})
+    orgs = [{"type": "org", "name": name, "fullname": name, "roleInOrg": role} for name, role in caller.orgs.items()]
+    access: dict[str, Any] = {"displayName": "loopback", "role": caller.role}
+    if caller.role == "fineGrained":
+        scoped = [
+            {
+                "entity": {"_id": name, "type": "user" if name == caller.user else "org", "name": name},
+                "permissions": rights,
+            }
+            for name, rights in caller.scopes.items()
+        ]
+        access["fineGrained"] = {"canReadGatedRepos": False, "global": [], "scoped": scoped}
+    auth = {"type": "access_token", "accessToken": access}
+    reply = {
+        "type": "user",
+        "id": caller.user,
+        "name": caller.user,
+        "fullname": caller.user,
+        "orgs": orgs,
+        "auth": auth,
+    }
+    return Reply(reply)
 
 
 @route("GET", "/api/<api_repo>(?:/revision/<rev>)?")
@@ -183,12 +204,15 @@ def content(hub: "LoopbackHub", request: Request, sha256: str, headers: dict[str
 @route("POST", "/api/repos/create")
 def create_repo(hub: "LoopbackHub", request: Request, found: dict[str, str]) -> Reply:
     asked = request.json()
-    type, owner = asked.get("type") or "model", asked.get("organization") or hub.user
-    if not hub.signed_in(request):
+    caller = hub.caller(request)
+    if caller is None:
         raise HubError(401, None, "Invalid username or password.")
-    if owner not in (hub.user, *hub.orgs):
+    type, owner = asked.get("type") or "model", asked.get("organization") or caller.user
+    if not caller.may_write(owner):
         raise HubError(403, None, f'You don\'t have the rights to create a {type} under the namespace "{owner}"')
     repo_id = f"{owner}/{asked['name']}"
+    if not REPO_NAME.fullmatch(asked["name"]) or repo_id in hub.refused_names:
+        raise HubError(400, None, f'Repository name "{asked["name"]}" is not allowed')
     prefix = "" if type == "model" else f"{type}s/"
     reply = {"url": f"{hub.endpoint}/{prefix}{repo_id}", "name": repo_id, "id": repo_id}
     if (type, repo_id) in hub.repos:
@@ -201,7 +225,9 @@ def create_repo(hub: "LoopbackHub", request: Request, found: dict[str, str]) -> 
 @route("DELETE", "/api/repos/delete")
 def delete_repo(hub: "LoopbackHub", request: Request, found: dict[str, str]) -> Reply:
     asked = request.json()
-    type, repo_id = asked.get("type") or "model", f"{asked.get('organization') or hub.user}/{asked['name']}"
+    caller = hub.caller(request)
+    owner = asked.get("organization") or (caller.user if caller else hub.user)
+    type, repo_id = asked.get("type") or "model", f"{owner}/{asked['name']}"
     hub.repo(request, type, repo_id, write=True)
     del hub.repos[type, repo_id]
     return Reply()
@@ -209,16 +235,10 @@ def delete_repo(hub: "LoopbackHub", request: Request, found: dict[str, str]) -> 
 
 @route("POST", "/api/validate-yaml")
 def validate_yaml(hub: "LoopbackHub", request: Request, found: dict[str, str]) -> Reply:
-    """The real check of a card's metadata lives on the Hub; here they only have to parse."""
-    import yaml
-
-    front = re.match(r"---\r?\n(.*?)\r?\n---", request.json()["content"], re.DOTALL)
-    try:
-        metadata = yaml.safe_load(front.group(1)) if front else {}
-        errors = [] if isinstance(metadata, dict | None) else [{"message": "metadata must be a mapping"}]
-    except yaml.YAMLError as error:
-        errors = [{"message": str(error)}]
-    return Reply({"errors": errors, "warnings": []}, 400 if errors else 200)
+    asked = request.json()
+    errors, warnings = card_errors(asked["content"], asked.get("repoType") or "model")
+    reply = {"errors": [{"message": text} for text in errors], "warnings": [{"message": text} for text in warnings]}
+    return Reply(reply, 400 if errors else 200)
 
 
 @route("POST", "/api/<api_repo>/preupload/<rev>")
@@ -237,17 +257,20 @@ def preupload(hub: "LoopbackHub", request: Request, found: dict[str, str]) -> Re
 
 @route("POST", r"/<repo>\.git/info/lfs/objects/batch")
 def lfs_batch(hub: "LoopbackHub", request: Request, found: dict[str, str]) -> Reply:
-    hub.repo(request, found["type"], found["repo"], write=True)
+    repo = hub.repo(request, found["type"], found["repo"], write=True)
     objects = []
+    signed = f"?repo={quote(repo.type + ':' + repo.id)}&X-Amz-Signature=signed"  # as storage addresses are signed
     for file in request.json()["objects"]:
         oid, size = file["oid"], file["size"]
         reply: dict[str, Any] = {"oid": oid, "size": size}
-        if not hub.blobs.path(oid).exists():
-            upload: dict[str, Any] = {"href": f"{hub.storage}/storage/{oid}", "header": {}}
+        if oid not in repo.lfs:
+            upload: dict[str, Any] = {"href": f"{hub.storage}/storage/{oid}{signed}", "header": {}}
             if hub.multipart_chunk and size > hub.multipart_chunk:
                 n_parts = -(-size // hub.multipart_chunk)
                 upload["header"] = {"chunk_size": str(hub.multipart_chunk)}
-                upload["header"] |= {f"{i:05d}": f"{upload['href']}/part/{i}" for i in range(1, n_parts + 1)}
+                upload["header"] |= {
+                    f"{i:05d}": f"{hub.storage}/storage/{oid}/part/{i}{signed}" for i in range(1, n_parts + 1)
+                }
             verify = f"{hub.endpoint}/api/verify"
             reply["actions"] = {"upload": upload, "verify": {"href": verify, "header": {}}}
         objects.append(reply)
@@ -259,21 +282,28 @@ def store(hub: "LoopbackHub", request: Request, found: dict[str, str]) -> Reply:
     if "part" in found:
         hub.parts.setdefault(found["sha256"], {})[int(found["part"])] = request.body
     else:
-        put_checked(hub, found["sha256"], request.body)
+        put_checked(hub, request, found["sha256"], request.body)
     return Reply(headers={"ETag": f'"{hashlib.md5(request.body).hexdigest()}"'})
 
 
 @route("POST", "/storage/<sha256>")
 def finish_parts(hub: "LoopbackHub", request: Request, found: dict[str, str]) -> Reply:
-    parts = hub.parts.pop(found["sha256"], {})
-    put_checked(hub, found["sha256"], b"".join(parts[i["partNumber"]] for i in request.json()["parts"]))
+    parts = hub.parts.get(found["sha256"], {})
+    numbers = [part["partNumber"] for part in request.json()["parts"]]
+    if missing := set(numbers) - parts.keys():
+        raise HubError(400, None, f"parts {sorted(missing)} were not uploaded")
+    put_checked(hub, request, found["sha256"], b"".join(parts[number] for number in numbers))
     return Reply({})
 
 
-def put_checked(hub: "LoopbackHub", sha256: str, data: bytes) -> None:
+def put_checked(hub: "LoopbackHub", request: Request, sha256: str, data: bytes) -> None:
     if hashlib.sha256(data).hexdigest() != sha256:
         raise HubError(400, None, "the uploaded bytes do not have the announced sha256")
     hub.blobs.put(data)
+    type, _, repo_id = request.query.get("repo", "").partition(":")
+    if (type, repo_id) not in hub.repos:
+        raise HubError(403, None, "the signature of this address does not match")
+    hub.repos[type, repo_id].lfs.add(sha256)
 
 
 @route("POST", "/api/verify")
@@ -300,7 +330,7 @@ def commit(hub: "LoopbackHub", request: Request, found: dict[str, str]) -> Reply
             changes[value["path"]] = hub.blobs.blob(value["path"], base64.b64decode(value["content"]))
         elif key == "lfsFile":
             path = hub.blobs.path(value["oid"])
-            if not path.exists():
+            if value["oid"] not in repo.lfs:
                 raise HubError(400, None, f"LFS object {value['oid']} of {value['path']} was not uploaded")
             size = path.stat().st_size
             changes[value["path"]] = Blob(value["oid"], git_sha1(pointer(value["oid"], size)), size, True)

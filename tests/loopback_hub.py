@@ -20,13 +20,18 @@ import json
 import os
 import re
 import socket
+import struct
 import sys
 import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import loopback_collections  # noqa: F401  (registers its routes)
 from loopback_api import Reply, Request, answer
 from loopback_store import REPO_TYPES, BlobStore, Commit, Files, HubError, Repo
 
@@ -48,6 +53,49 @@ class Failure(NamedTuple):
     pattern: str
     after_bytes: int
     headers: dict[str, str]
+    reads: int | None = None
+    message: str | None = None
+
+
+@dataclass(frozen=True)
+class Account:
+    """Who a token belongs to and what it may do."""
+
+    user: str
+    orgs: Mapping[str, str] = field(default_factory=dict)  # name -> "admin", "write", "contributor" or "read"
+    role: str = "write"  # of the token: "write", "read" or "fineGrained"
+    scopes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of a fine-grained one: owner -> its rights
+    expired: bool = False
+
+    def may_read(self, owner: str) -> bool:
+        return owner == self.user or owner in self.orgs
+
+    def may_write(self, owner: str) -> bool:
+        if self.role == "fineGrained" and "repo.write" not in self.scopes.get(owner, ()):
+            return False
+        if self.role == "read":
+            return False
+        return owner == self.user or self.orgs.get(owner) in ("admin", "write", "contributor")
+
+
+class Gate:
+    """Requests that wait: `reached` counts up as they come, `open()` lets them go on."""
+
+    def __init__(self, pattern: str, skip: int) -> None:
+        self.pattern, self.skip = pattern, skip
+        self.reached, self._opened = threading.Semaphore(0), threading.Event()
+
+    def wait_for(self, n: int = 1, timeout: float = 60) -> None:
+        """Return when `n` more requests stand at the gate."""
+        for _ in range(n):
+            assert self.reached.acquire(timeout=timeout), f"no request {self.pattern} came"
+
+    def open(self) -> None:
+        self._opened.set()
+
+    def stand(self) -> None:
+        self.reached.release()
+        assert self._opened.wait(300), "a gate was never opened"
 
 
 def client_env(
@@ -93,8 +141,13 @@ class LoopbackHub:
         self.page_size = 1000  # entries of a tree listing before the client must ask for the next page
         self.multipart_chunk: int | None = None  # bytes; when set, larger LFS uploads must come in parts
         self.parts: dict[str, dict[int, bytes]] = {}  # sha256 -> the parts of an upload that is not finished
+        self.collections: dict[str, Any] = {}  # slug -> loopback_collections.Collection
+        self.accounts: dict[str, Account] = {}  # further tokens -> whose they are
+        self.refused_names: set[str] = set()  # owner/name that the Hub will not have, though its form is right
+        self.bytes_per_second: list[tuple[str, float]] = []  # (regex on "METHOD /path", speed of its body)
         self.lock = threading.RLock()
         self._failures: list[Failure] = []
+        self._gates: list[Gate] = []
         self._servers: list[_Server] = []
 
     def __enter__(self) -> "LoopbackHub":
@@ -109,6 +162,8 @@ class LoopbackHub:
 
     def stop(self) -> None:
         """Close the ports and every open connection, as an outage would."""
+        for gate in self._gates:
+            gate.open()
         for server in self._servers:
             server.shutdown()
             server.server_close()
@@ -157,11 +212,22 @@ class LoopbackHub:
         match: str = "",
         after_bytes: int = 0,
         headers: dict[str, str] | None = None,
+        reads: int | None = None,
+        message: str | None = None,
     ) -> None:
         """Answer the next `n` requests whose "METHOD /path" matches the regex `match` with `status`. With
-        `status=None` the connection is cut after `after_bytes` of the true body (0: before any answer)."""
+        `status=None` the connection is cut: after `reads` bytes of the request's body if that is given, else after
+        `after_bytes` of the true answer (0: before any answer). In `message` and `headers`, {token} becomes what the
+        client sent as its token, as by a server that tells too much."""
         with self.lock:
-            self._failures += [Failure(status, match, after_bytes, headers or {})] * n
+            self._failures += [Failure(status, match, after_bytes, headers or {}, reads, message)] * n
+
+    def hold(self, match: str, *, skip: int = 0) -> Gate:
+        """Let requests that match wait in the middle of their body until the gate is opened; the first `skip` pass."""
+        gate = Gate(match, skip)
+        with self.lock:
+            self._gates.append(gate)
+        return gate
 
     def seen(self, method: str = "", pattern: str = "") -> list[Request]:
         """The requests so far of one method ("OUTSIDE": refused ones) whose path matches a regex."""
@@ -174,28 +240,43 @@ class LoopbackHub:
                     return self._failures.pop(i)
         return None
 
-    def signed_in(self, request: Request) -> bool:
-        header = request.headers.get("authorization", "")
-        if header and header != f"Bearer {self.token}":
+    def gate_for(self, request: Request) -> Gate | None:
+        with self.lock:
+            for gate in self._gates:
+                if re.search(gate.pattern, f"{request.method} {request.path}"):
+                    gate.skip -= 1
+                    if gate.skip < 0:
+                        return gate
+        return None
+
+    def caller(self, request: Request) -> Account | None:
+        """Whose token came with the request; None without one. One that is unknown or expired is refused."""
+        token = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not token:
+            return None
+        mine = Account(self.user, dict.fromkeys(self.orgs, "write"))
+        account = mine if token == self.token else self.accounts.get(token)
+        if account is None or account.expired:
             raise HubError(401, None, "Invalid credentials in Authorization header")
-        return bool(header)
+        return account
 
     def repo(self, request: Request, type: str, repo_id: str, *, write: bool = False, files: bool = False) -> Repo:
         """The repository, if it exists and the request may read (or write) it. Like the Hub, a private one that may
         not be read looks missing, and a missing one answers 401 to strangers."""
-        signed_in = self.signed_in(request)
+        caller = self.caller(request)
+        owner = repo_id.split("/")[0]
         repo = self.repos.get((type, repo_id))
-        mine = signed_in and repo_id.split("/")[0] in (self.user, *self.orgs)
-        if repo is None or (repo.private and not mine):
-            if signed_in:
+        member = caller is not None and caller.may_read(owner)
+        if repo is None or (repo.private and not member):
+            if caller is not None:
                 raise HubError(404, "RepoNotFound", "Repository not found")
             raise HubError(401, "RepoNotFound", "Invalid username or password.")
-        if write and not signed_in:
+        if write and caller is None:
             raise HubError(401, None, "Invalid username or password.")
-        if write and not mine:
+        if write and not (caller is not None and caller.may_write(owner)):
             raise HubError(403, None, f"You don't have the rights to write to {repo_id}")
-        if files and repo.gated and not mine:
-            raise HubError(403 if signed_in else 401, "GatedRepo", f"Access to {type} {repo_id} is restricted.")
+        if files and repo.gated and not member:
+            raise HubError(403 if caller else 401, "GatedRepo", f"Access to {type} {repo_id} is restricted.")
         return repo
 
 
@@ -228,6 +309,15 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
+def injected(failure: Failure, request: Request) -> Reply:
+    """The answer of a failure on demand; {token} in its texts becomes the token of the request."""
+    assert failure.status is not None
+    token = request.headers.get("authorization", "").removeprefix("Bearer ")
+    message = (failure.message or f"injected {failure.status}").replace("{token}", token)
+    headers = {name: value.replace("{token}", token) for name, value in failure.headers.items()}
+    return Reply({"error": message}, failure.status, headers)
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else keep-alive replies wait 40 ms for a delayed acknowledgement
@@ -235,7 +325,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_any(self) -> None:
         hub = self.server.hub
-        body = self.read_body()
         url = urlsplit(self.path)
         outside = self.command == "CONNECT" or bool(url.netloc)
         request = Request(
@@ -243,13 +332,20 @@ class _Handler(BaseHTTPRequestHandler):
             self.path if outside else unquote(url.path),
             {name: values[-1] for name, values in parse_qs(url.query).items()},
             {name.lower(): value for name, value in self.headers.items()},
-            len(body),
-            body=body,
+            int(self.headers.get("Content-Length") or 0),
         )
         failure = hub.take_failure(request)
-        if failure is not None and failure.status is None and failure.after_bytes == 0:
+        cut = failure if failure is not None and failure.status is None else None
+        if cut is not None and cut.reads is not None:
+            self.rfile.read(min(cut.reads, request.size))
+            hub.requests.append(request)
+            self.hang_up()
+            return
+        body = self.read_body(request)
+        request = request._replace(size=len(body), body=body)
+        if cut is not None and cut.after_bytes == 0:
             hub.requests.append(request._replace(body=b""))
-            self.close_connection = True
+            self.hang_up()
             return
         try:
             if outside:
@@ -257,19 +353,29 @@ class _Handler(BaseHTTPRequestHandler):
                     {"error": "only the loopback hub can be reached"}, 502 if self.command == "CONNECT" else 404
                 )
             elif failure is not None and failure.status is not None:
-                reply = Reply({"error": f"injected {failure.status}"}, failure.status, failure.headers)
+                reply = injected(failure, request)
             else:
                 reply = answer(hub, request, url.path)
         except HubError as error:
-            reply = Reply({"error": error.message}, error.status, error.headers)
+            reply = Reply(error.body, error.status, error.headers)
         hub.requests.append(request._replace(status=reply.status, body=b""))
-        self.send(reply, cut=failure.after_bytes if failure is not None and failure.status is None else None)
+        self.send(reply, request, cut=None if cut is None else cut.after_bytes)
+
+    def hang_up(self) -> None:
+        """Close the connection at once; what the client still sends is answered with a reset."""
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_CONNECT = handle_any
 
-    def read_body(self) -> bytes:
+    def read_body(self, request: Request) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            gate = self.server.hub.gate_for(request)
+            body = self.slowly(request, self.rfile.read, request.size // 2)
+            if gate is not None:
+                gate.stand()
+            return body + self.slowly(request, self.rfile.read, request.size - len(body))
         chunks = []
         while size := int(self.rfile.readline().split(b";")[0], 16):
             chunks.append(self.rfile.read(size))
@@ -277,7 +383,21 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(chunks)
 
-    def send(self, reply: Reply, cut: int | None) -> None:
+    def slowly(self, request: Request, read: Callable[[int], bytes], size: int) -> bytes:
+        speed = self.speed(request)
+        if speed is None:
+            return read(size)
+        pieces = []
+        for start in range(0, size, 1 << 16):
+            pieces.append(read(min(1 << 16, size - start)))
+            time.sleep(len(pieces[-1]) / speed)
+        return b"".join(pieces)
+
+    def speed(self, request: Request) -> float | None:
+        line = f"{request.method} {request.path}"
+        return next((speed for pattern, speed in self.server.hub.bytes_per_second if re.search(pattern, line)), None)
+
+    def send(self, reply: Reply, request: Request, cut: int | None) -> None:
         is_json = not isinstance(reply.body, bytes)
         body = json.dumps(reply.body).encode() if not isinstance(reply.body, bytes) else reply.body
         self.send_response(reply.status)
@@ -287,7 +407,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body if cut is None else body[:cut])
+            shown = body if cut is None else body[:cut]
+            speed = self.speed(request)
+            for start in range(0, len(shown), 1 << 16 if speed else max(1, len(shown))):
+                piece = shown[start : start + (1 << 16)] if speed else shown
+                self.wfile.write(piece)
+                if speed:
+                    time.sleep(len(piece) / speed)
         if cut is not None:
             self.close_connection = True
 

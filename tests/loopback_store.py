@@ -21,9 +21,11 @@ LFS_SIZE = 10_000_000
 class HubError(Exception):
     """An answer other than 2xx: the status, the `X-Error-Code` the client turns into an exception type, the text."""
 
-    def __init__(self, status: int, code: str | None, message: str, **headers: str) -> None:
+    def __init__(
+        self, status: int, code: str | None, message: str, *, body: dict | None = None, **headers: str
+    ) -> None:
         super().__init__(message)
-        self.status, self.message = status, message
+        self.status, self.message, self.body = status, message, {"error": message} | (body or {})
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
         self.headers["X-Error-Message"] = message
         if code is not None:
@@ -75,6 +77,7 @@ class Repo:
     gated: bool = False
     commits: dict[str, Commit] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)  # "refs/heads/main" -> sha
+    lfs: set[str] = field(default_factory=set)  # sha256 of the large files that were sent for this repository
 
     def ref_name(self, revision: str) -> str | None:
         """The full name of a branch, a tag or a special ref (`refs/pr/1`); None when there is none."""
@@ -144,6 +147,7 @@ class Repo:
             for path in gone:
                 del files[path]
         files |= changes
+        self.lfs |= {blob.sha256 for blob in changes.values() if blob.lfs}
         listing = "".join(f"{path}\0{blob.sha256}\n" for path, blob in sorted(files.items()))
         number = parent.number + 1 if parent else 0
         sha = hashlib.sha1(f"{parent and parent.sha}\n{title}\n{number}\n{listing}".encode()).hexdigest()

@@ -6,12 +6,14 @@ import json
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from loopback_hub import LoopbackHub, client_env, closed_endpoint
+from loopback_card import card_errors
+from loopback_hub import Account, LoopbackHub, client_env, closed_endpoint
 
 PYTHIA, OPENWEBTEXT = "EleutherAI/pythia-70m", "Skylion007/openwebtext"
 WEIGHTS = bytes(range(256)) * 2000  # 512 kB that any lost, doubled or shifted byte changes
@@ -373,3 +375,149 @@ def test_models_load_from_the_hub(hub: LoopbackHub, tmp_path: Path) -> None:
     """
     assert run(bridge, hub.env(tmp_path / "bridge")) == {"bridge": 0.0}
     assert not hub.seen("OUTSIDE")
+
+
+def test_collections(hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.add_repo("lab/a", {"x": "1"})
+    hub.add_repo("tester/b", {"x": "1"})
+    script = """
+    from huggingface_hub import HfApi
+    api = HfApi()
+    made = api.create_collection("SAEs of DINOv3", namespace="lab", description="four repos", private=True)
+    out["slug"], out["url"] = made.slug, made.url.endswith(made.slug)
+    out["again"] = [outcome(lambda: api.create_collection("SAEs of DINOv3", namespace="lab"))[0],
+                    api.create_collection("SAEs of DINOv3", namespace="lab", exists_ok=True).slug == made.slug]
+    api.add_collection_item(made.slug, "lab/a", "model", note="the first")
+    api.add_collection_item(made.slug, "tester/b", "model")
+    out["twice"] = [outcome(lambda: api.add_collection_item(made.slug, "lab/a", "model"))[0],
+                    len(api.add_collection_item(made.slug, "lab/a", "model", exists_ok=True).items)]
+    found = api.get_collection(made.slug)
+    out["items"] = [[item.item_id, item.item_type, item.note] for item in found.items]
+    out["listed"] = [one.title for one in api.list_collections(owner="lab")]
+    out["missing"] = outcome(lambda: api.add_collection_item(made.slug, "lab/none", "model"))[0]
+    out["long"] = outcome(lambda: api.create_collection("x" * 61))[0]
+    out["foreign"] = outcome(lambda: api.create_collection("x", namespace="somebody"))[0]
+    api.delete_collection_item(made.slug, found.items[0].item_object_id)
+    out["left"] = [item.item_id for item in api.get_collection(made.slug).items]
+    out["stranger"] = outcome(lambda: HfApi(token=False).get_collection(made.slug))[0]
+    api.delete_collection(made.slug)
+    out["gone"] = outcome(lambda: api.get_collection(made.slug))[0]
+    """
+    out = run(script, hub.env(tmp_path / "hf", token=hub.token))
+    assert out.pop("slug").startswith("lab/saes-of-dinov3-") and out.pop("url")
+    assert out == {
+        "again": ["HfHubHTTPError", True],
+        "twice": ["HfHubHTTPError", 2],
+        "items": [["lab/a", "model", "the first"], ["tester/b", "model", None]],
+        "listed": ["SAEs of DINOv3"],
+        "missing": "RepositoryNotFoundError",
+        "long": "BadRequestError",
+        "foreign": "HfHubHTTPError",
+        "left": ["tester/b"],
+        "stranger": "HfHubHTTPError",
+        "gone": "HfHubHTTPError",
+    }
+
+
+def test_tokens_have_owners_and_rights(hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.add_repo("alice/secret", {"x": "1"}, private=True)
+    hub.accounts |= {
+        "hf_alice": Account("alice", {"lab": "read"}),
+        "hf_reader": Account("alice", role="read"),
+        "hf_fine": Account("alice", {"lab": "write"}, role="fineGrained", scopes={"lab": ("repo.write",)}),
+        "hf_old": Account("alice", expired=True),
+    }
+    script = """
+    from huggingface_hub import HfApi
+    for token in ("hf_alice", "hf_reader", "hf_fine", "hf_old", "hf_nobody", None):
+        api = HfApi(token=token or False)
+        out[str(token)] = [
+            outcome(api.whoami)[0],
+            outcome(lambda: api.model_info("alice/secret"))[0],
+            outcome(lambda: api.create_repo(f"alice/{token}"))[0],
+            outcome(lambda: api.create_repo(f"lab/{token}"))[0],
+        ]
+    out["whoami"] = HfApi(token="hf_fine").whoami()["auth"]["accessToken"]["fineGrained"]["scoped"][0]["permissions"]
+    """
+    no, ok = "HfHubHTTPError", "ok"
+    assert run(script, hub.env(tmp_path / "hf")) == {
+        "hf_alice": [ok, ok, ok, no],
+        "hf_reader": [ok, ok, no, no],
+        "hf_fine": [ok, ok, no, ok],
+        "hf_old": [no, no, no, no],
+        "hf_nobody": [no, no, no, no],
+        "None": ["ValueError", "RepositoryNotFoundError", no, no],
+        "whoami": ["repo.write"],
+    }
+
+
+def test_large_files_belong_to_one_repository(hub: LoopbackHub, tmp_path: Path) -> None:
+    """As on the Hub, where what one repository holds must be sent again for another one."""
+    script = """
+    from huggingface_hub import CommitOperationAdd, HfApi
+    api = HfApi()
+    for name in ("a", "a", "b"):
+        api.create_repo(f"tester/{name}", exist_ok=True)
+        api.create_commit(f"tester/{name}", [CommitOperationAdd(f"x{len(out)}.bin", bytes(1000))], commit_message="x")
+        out[str(len(out))] = "ok"
+    """
+    run(script, hub.env(tmp_path / "hf", token=hub.token))
+    assert len(hub.seen("PUT", "/storage/")) == 2
+
+
+RESULT = "model-index: [{name: x, results: [{task: {type: t}, dataset: {type: d, name: n}, metrics: [%s]}]}]"
+CARDS = {
+    "license: mit": True,
+    "license: other\nlicense_name: research-only": True,
+    "license: research-only": False,
+    "license: other\nlicense_name: Research Only": False,
+    "tags: [a, b]\ndatasets: [user/data]\nbase_model: EleutherAI/pythia-70m": True,
+    "tags: one": False,
+    "base_model: /home/x/model": False,
+    "license: [mit": False,
+    "- a": False,
+    RESULT % "{type: l0, value: 1.5}": True,
+    "model-index: [{name: x, results: [{task: {type: t}, metrics: [{type: l0, value: 1.5}]}]}]": False,
+    RESULT % "{type: l0, value: .nan}": False,
+    RESULT % "": False,
+}
+
+
+@pytest.mark.parametrize("front", CARDS)
+def test_the_check_of_cards(front: str) -> None:
+    errors, warnings = card_errors(f"---\n{front}\n---\n# A card\n", "model")
+    assert (not errors) == CARDS[front], errors
+    assert not warnings
+    assert card_errors("# No front matter\n", "model") == ([], ["empty or missing yaml metadata in repo card"])
+
+
+def test_faults_on_demand(hub: LoopbackHub, tmp_path: Path) -> None:
+    """A cut in the middle of a body, a gate, a slow body, an answer that repeats the token."""
+    hub.add_repo("tester/a", {"x.bin": WEIGHTS})
+    hub.fail_next(1, None, match="PUT ", reads=100_000)
+    hub.fail_next(1, 500, match="whoami", message="{token}!")
+    hub.bytes_per_second = [("GET /storage/", 2_000_000)]
+    script = """
+    from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+    api = HfApi()
+    try:
+        api.whoami()
+    except Exception as error:
+        out["said"] = error.server_message
+    api.create_commit("tester/a", [CommitOperationAdd("y.bin", bytes(500_000))], commit_message="y")
+    start = time.monotonic()
+    out["slow"] = [len(Path(hf_hub_download("tester/a", "x.bin")).read_bytes()), time.monotonic() - start > 0.2]
+    """
+    out = run(script, hub.env(tmp_path / "hf", token=hub.token))
+    assert out == {"said": f"{hub.token}!", "slow": [len(WEIGHTS), True]}
+    assert [r.status for r in hub.seen("PUT")] == [0, 200] and hub.files("tester/a")["y.bin"] == bytes(500_000)
+
+    gate = hub.hold("GET /api/models/tester/a$")
+    answers: list[int] = []
+    asking = threading.Thread(target=lambda: answers.append(raw(hub, "GET", "/api/models/tester/a")[0]))
+    asking.start()
+    gate.wait_for()
+    assert answers == []
+    gate.open()
+    asking.join(10)
+    assert answers == [200]

@@ -1,0 +1,1 @@
+"""SAEs by name: see `mech_interp.sae.registry`."""

@@ -1,0 +1,1 @@
+"""Steering vectors by name: see `mech_interp.steering.registry`."""
