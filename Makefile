@@ -7,7 +7,7 @@ EXTRAS ?= dev,notebooks
 # The newest TransformerLens that is supported beside the pinned one; the model tests run on both.
 TL4 = 4.3.0
 
-.PHONY: help setup pipeline test test-fast check fix bench bench-train bench-quality test-tl4 test-peers readme clean
+.PHONY: help setup pipeline test test-fast check fix bench bench-train bench-quality test-tl4 test-peers demo-hub readme clean
 
 help:
 	@echo "make pipeline   collect, train, evaluate, ablate and compare on the built-in model (minutes, no network)"
@@ -15,7 +15,8 @@ help:
 	@echo "make check      format, lint, types, import layers"
 	@echo "make bench      measure speed and memory against the original's way"
 	@echo "make bench-train, bench-quality   speed and quality of training against the peers"
-	@echo "make readme     write the command reference in README.md anew from --help"
+	@echo "make demo-hub   publish a run to a Hub on this machine, and load it back in a fresh process"
+	@echo "make readme     write docs/commands.md and the list in README.md anew from --help"
 	@echo "make test-peers the peers in an environment of their own: their trainers, files, evaluation and API against ours"
 	@echo "make test-tl4   the model tests with TransformerLens $(TL4), in an environment of their own"
 
@@ -66,8 +67,12 @@ bench-quality: setup
 	$(BIN)/python benchmarks/quality.py ours --name preset --architecture topk -- --preset mechint
 	$(BIN)/python benchmarks/quality.py table
 
+# A Hub of its own on this machine: publishes the newest run there, or a small one made for it, and loads it back.
+demo-hub: setup
+	$(BIN)/python examples/demo_hub.py
+
 readme: setup
-	$(BIN)/python -m mechint.cli.reference README.md
+	$(BIN)/python -m mechint.cli.reference
 
 build/constraints-tl4.txt: constraints.txt
 	@mkdir -p build

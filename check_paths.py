@@ -24,6 +24,8 @@ REQUIRED_FILES = (
     "scripts/steer.py",
     "scripts/make_report.py",
     "scripts/export_sae.py",
+    "scripts/push_run.py",
+    "scripts/push_dinov3.py",
     "scripts/train_builtin.py",
     "mechint/config/__init__.py",
     "mechint/sae/__init__.py",
@@ -33,6 +35,7 @@ REQUIRED_FILES = (
     "mechint/analysis/__init__.py",
     "mechint/formats/__init__.py",
     "mechint/saelens/__init__.py",
+    "mechint/hub/__init__.py",
     "mechint/builtin/pythia-tiny/model.safetensors",
     "notebooks/inspect-features.ipynb",
     "notebooks/ablation.ipynb",
@@ -40,6 +43,8 @@ REQUIRED_FILES = (
     "notebooks/tour.ipynb",
     "notebooks/archive/README.md",
     "examples/saelens_api.py",
+    "examples/demo_hub.py",
+    "examples/dinov3.json",
 )
 EXPECTED_DIRS = ("activations", "runs", "saved_models", "scripts", "mechint", "tests", "docs", "benchmarks")
 DEFAULT_ACTIVATIONS = "activations/activations_50000.pt"

@@ -10,16 +10,17 @@ import pytest
 
 from mechint.cli import COMMANDS, main
 from mechint.cli.flags import command, flag_given, parse
-from mechint.cli.reference import command_help, with_reference
+from mechint.cli.reference import PAGE, README, command_help, reference, with_list
 from mechint.config import TRAIN_PRESETS, CollectConfig, Config, SAETrainConfig
 from mechint.errors import MechintError, nearest, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_readme_has_the_help_of_today():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert with_reference(text) == text, "run `make readme`"
+def test_the_command_reference_is_todays_help():
+    text = (ROOT / README).read_text(encoding="utf-8")
+    assert with_list(text) == text, "run `make readme`"
+    assert reference() == (ROOT / PAGE).read_text(encoding="utf-8"), "run `make readme`"
 
 
 def test_readme_tree_is_the_tree():

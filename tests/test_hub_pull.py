@@ -18,7 +18,6 @@ from hub_online import Online
 from loopback_hub import LoopbackHub
 from published import RUN51, platform_bundle, platform_tensors
 
-from mechint.cli import COMMANDS
 from mechint.errors import MechintError
 from mechint.hub.pull import pull
 from mechint.hub.sae_loading import load_pretrained_sae
@@ -182,7 +181,6 @@ def test_an_older_revision_into_an_empty_folder(online: Online, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("pull" not in COMMANDS, reason="the commands have no names yet")
 def test_the_demo_publishes_and_loads_back(tmp_path: Path):
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     env = kept | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}

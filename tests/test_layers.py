@@ -28,11 +28,20 @@ GROUPS = [
     ["report"],
     ["formats"],
     ["saelens"],
+    ["hub"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(GROUPS) for name in names}
 # config needs the error class only; builtin's recipe is a command and writes files as commands do.
-LIGHT = ("mechint", "mechint.errors", "mechint.config", "mechint.cli", "mechint.cli.train", "mechint.builtin.tales")
+LIGHT = (
+    "mechint",
+    "mechint.errors",
+    "mechint.config",
+    "mechint.cli",
+    "mechint.cli.train",
+    "mechint.builtin.tales",
+    "mechint.hub.registry",
+)
 
 
 def group_of(path: Path) -> str:

@@ -32,6 +32,16 @@ COMMANDS = {
     "export": ("mechint.cli.export", "write a run's SAE in another tool's format", "export_sae.py"),
     "convert": ("mechint.cli.convert", "an SAE of any format in any other, with a proof that nothing changed", None),
     "identify": ("mechint.cli.identify", "what an SAE's files are", None),
+    "publish-sae": ("mechint.cli.publish_sae", "a run's SAE to the Hugging Face Hub, with its card and hashes", None),
+    "publish-steering": ("mechint.cli.publish_steering", "a steering vector to the Hub", None),
+    "publish-investigation": ("mechint.cli.publish_investigation", "a writeup and its artefacts to the Hub", None),
+    "publish-all": ("mechint.cli.publish_all", "every run, vector and writeup, each to a repository of its own", None),
+    "publish-sweep": ("mechint.cli.publish_sweep", "the Pareto frontier of a sweep as one repository", None),
+    "list-saes": ("mechint.cli.list_saes", "the SAEs that registries name", None),
+    "list-steering": ("mechint.cli.list_steering", "the steering vectors that registries name", None),
+    "load-sae": ("mechint.cli.load_sae", "download an SAE by name or repository, check it, say what it is", None),
+    "apply-steering": ("mechint.cli.apply_steering", "continue a prompt with and without a published vector", None),
+    "pull": ("mechint.cli.pull", "a whole repository of the Hub as a folder, checked", None),
     "verify": ("mechint.cli.verify", "check a run's files against the hashes in its manifest", None),
 }
 

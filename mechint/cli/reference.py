@@ -1,6 +1,6 @@
-"""The command reference of README.md, made from each command's --help between two markers, so that it cannot drift.
+"""docs/commands.md, made from each command's --help, and the list of commands in README.md, so that neither drifts.
 
-`python -m mechint.cli.reference README.md` writes it anew; a test fails when it differs.
+`python -m mechint.cli.reference` writes both anew in the current checkout; a test fails when one differs.
 """
 
 import os
@@ -16,18 +16,19 @@ from mechint.provenance import write_text
 
 BEGIN = "<!-- commands: begin (written by `make readme`) -->"
 END = "<!-- commands: end -->"
+README, PAGE = Path("README.md"), Path("docs/commands.md")
 # Help is laid out for the width of the terminal; here it must come out the same everywhere.
 WIDTH = 110
 
 
 def reference() -> str:
-    """Markdown: the table of commands, then the help of each, folded away."""
-    parts = [f"```\n{help_text()}\n```"]
+    """The page docs/commands.md: the list of commands, then the help of each, folded away."""
+    parts = ["# Commands", "<!-- written by `make readme` -->", f"```\n{help_text()}\n```"]
     for name, (_, _, script) in COMMANDS.items():
         same = f" = `python scripts/{script}`" if script else ""
         title = f"<summary><code>mechint {name}</code>{same}</summary>"
         parts.append(f"<details>{title}\n\n```\n{command_help(name)}\n```\n\n</details>")
-    return "\n\n".join(parts)
+    return "\n\n".join(parts) + "\n"
 
 
 def command_help(name: str) -> str:
@@ -41,19 +42,20 @@ def command_help(name: str) -> str:
     return "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
 
 
-def with_reference(text: str) -> str:
-    """`text` with what stands between the markers replaced. Raises `MechintError` if there are no markers."""
+def with_list(text: str) -> str:
+    """`text` with the list of commands between its markers. Raises `MechintError` if there are no markers."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise MechintError(f"the file needs the markers {BEGIN!r} and {END!r}, once each")
     head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n\n{reference()}\n\n{END}{rest.split(END)[1]}"
+    return f"{head}{BEGIN}\n\n```\n{help_text()}\n```\n\n{END}{rest.split(END)[1]}"
 
 
 @command
 def main(argv: Sequence[str]) -> int:
-    path = Path(argv[0] if argv else "README.md")
-    write_text(path, with_reference(path.read_text(encoding="utf-8")))
-    print(f"wrote the command reference into {path}")
+    root = Path(argv[0] if argv else ".")
+    write_text(root / README, with_list((root / README).read_text(encoding="utf-8")))
+    write_text(root / PAGE, reference())
+    print(f"wrote {root / README} and {root / PAGE}")
     return 0
 
 
