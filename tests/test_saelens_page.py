@@ -1,5 +1,5 @@
-"""What a reference page on SAELens 3 to 5 calls, name by name and in its order; only the package's name, the device and
-the sizes are changed. GPT-2's architecture, the release of its SAEs and the data sets come from a Hub on this machine."""
+"""What a reference page on SAELens 3 to 5 calls, name by name and in its order; only the package, the device and the
+sizes are changed. GPT-2, the release of its SAEs and the data sets come from a Hub on this machine."""
 
 import importlib.util
 import io
