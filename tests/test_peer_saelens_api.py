@@ -121,7 +121,7 @@ def their_hooked(tiny_neox_dir: Path) -> Any:
     """Their class of the same name, which is TransformerLens's older HookedTransformer, with the same weights."""
     from sae_lens import HookedSAETransformer as Theirs  # pyright: ignore[reportMissingImports]
     from transformer_lens import HookedTransformerConfig
-    from transformer_lens.pretrained.weight_conversions import convert_neox_weights
+    from transformer_lens.pretrained.weight_conversions.neox import convert_neox_weights
 
     loaded = load_model(str(tiny_neox_dir), device="cpu")
     hf, heads = loaded.hf_model.config, loaded.hf_model.config.num_attention_heads

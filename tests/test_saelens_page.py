@@ -1,5 +1,5 @@
-"""The code of a reference page on SAELens as people have it, block by block, with only the package's name, the device
-and the sizes changed: GPT-2's architecture, the release of its SAEs, and data sets come from a Hub on this machine."""
+"""What a reference page on SAELens 3 to 5 calls, name by name and in its order; only the package, the device and the
+sizes are changed. GPT-2, the release of its SAEs and the data sets come from a Hub on this machine."""
 
 import importlib.util
 import io
@@ -102,7 +102,6 @@ def parquet(texts: list[str]) -> bytes:
 LOADING = """
 from mechint import SAE
 
-# From official releases
 sae, cfg_dict, sparsity = SAE.from_pretrained(
     release="gpt2-small-res-jb",
     sae_id="blocks.8.hook_resid_pre",
@@ -110,7 +109,6 @@ sae, cfg_dict, sparsity = SAE.from_pretrained(
 )
 official, official_cfg, official_sparsity = sae, cfg_dict, sparsity
 
-# From HuggingFace
 sae, cfg_dict, sparsity = SAE.from_pretrained(
     release="username/repo-name",
     sae_id="path/to/sae",
@@ -119,65 +117,54 @@ sae, cfg_dict, sparsity = SAE.from_pretrained(
 from_hub = sae
 official.save_model("path/to/sae")
 
-# From local disk
 sae = SAE.load_from_disk("path/to/sae", device="DEVICE")
 
-print(sae.cfg.d_in)      # 768 for GPT-2 small
-print(sae.cfg.d_sae)     # e.g., 24576 (32x expansion)
-print(sae.cfg.hook_name) # e.g., "blocks.8.hook_resid_pre"
+print(sae.cfg.d_in)
+print(sae.cfg.d_sae)
+print(sae.cfg.hook_name)
 """
 CONFIG = """
 from mechint import LanguageModelSAERunnerConfig
 
 cfg = LanguageModelSAERunnerConfig(
-    # Model and hook
     model_name="gpt2-small",
     hook_name="blocks.8.hook_resid_pre",
     hook_layer=8,
     d_in=768,
 
-    # SAE architecture
-    architecture="standard",  # "standard", "gated", "jumprelu", "topk"
-    d_sae=768 * 8,           # Expansion factor
+    architecture="standard",
+    d_sae=768 * 8,
     activation_fn="relu",
 
-    # Training hyperparameters
     lr=4e-4,
     l1_coefficient=8e-5,
     lp_norm=1.0,
     lr_scheduler_name="constant",
     lr_warm_up_steps=500,
 
-    # Sparsity control
     l1_warm_up_steps=1000,
     use_ghost_grads=True,
     feature_sampling_window=1000,
     dead_feature_window=5000,
     dead_feature_threshold=1e-8,
 
-    # Data
     dataset_path="monology/pile-uncopyrighted",
     streaming=True,
     context_size=128,
 
-    # Batch sizes
     train_batch_size_tokens=4096,
     store_batch_size_prompts=16,
     n_batches_in_buffer=64,
 
-    # Training duration
     training_tokens=100_000_000,
 
-    # Logging
     log_to_wandb=True,
     wandb_project="sae-training",
     wandb_log_frequency=100,
 
-    # Checkpointing
     checkpoint_path="checkpoints",
     n_checkpoints=5,
 
-    # Hardware
     device="cuda",
     dtype="float32",
 )
@@ -188,7 +175,7 @@ LanguageModelSAERunnerConfig(architecture="gated")
 LanguageModelSAERunnerConfig(
     architecture="topk",
     activation_fn="topk",
-    activation_fn_kwargs={"k": 50},  # Exactly 50 active features
+    activation_fn_kwargs={"k": 50},
 )
 LanguageModelSAERunnerConfig(architecture="jumprelu")
 """
@@ -221,32 +208,24 @@ store = ActivationsStore.from_sae(
     device="DEVICE",
 )
 
-# Get batch of activations
 activations = store.get_batch_tokens()
 tokens = activations
 """
 METHODS = """
 activations = store.get_activations(tokens)
 features = sae.encode(activations)
-# Input: [batch, pos, d_in]
-# Output: [batch, pos, d_sae]
 reconstructed = sae.decode(features)
-# Input: [batch, pos, d_sae]
-# Output: [batch, pos, d_in]
 called = sae(activations)
 sae.save_model("path/to/save")
 """
 HOOKED = """
 from mechint import HookedSAETransformer
 
-# Load model with SAE
 model = HookedSAETransformer.from_pretrained("gpt2-small")
 model.add_sae(sae)
 
-# Run with SAE in the loop
 output = model.run_with_saes(tokens, saes=[sae])
 
-# Cache with SAE activations
 output, cache = model.run_with_cache_with_saes(tokens, saes=[sae])
 """
 UPLOAD = """

@@ -166,7 +166,7 @@ class ActivationsStore:
     def get_batch_tokens(
         self, batch_size: int | None = None, raise_at_epoch_end: bool = False, move_to_model_device: bool = True
     ) -> Int[Tensor, "batch context"]:
-        """The next windows' token ids. (Seed documents call the result activations: it is tokens, as in SAELens.)
+        """The next windows' token ids. (Documents name the result `activations`: it is tokens, as in SAELens.)
 
         At the end of the source it begins again, or raises StopIteration once if asked to.
 
