@@ -87,7 +87,7 @@ test-tl4: build/constraints-tl4.txt
 test-peers: setup
 	$(BIN)/python benchmarks/peers.py
 	build/peers-venv/bin/python -m pip install --quiet --disable-pip-version-check pytest beartype -c $(CONSTRAINTS)
-	OMP_NUM_THREADS=1 build/peers-venv/bin/python -m pytest -q -m "slow or not slow" tests/test_benchmarks.py tests/test_peer_*.py -k "peer"
+	OMP_NUM_THREADS=1 build/peers-venv/bin/python -m pytest -q -m "slow or not slow" tests/test_benchmarks.py tests/test_peer_*.py tests/test_saelens_hub.py -k "peer or dashboards"
 
 clean:
 	rm -rf .venv .venv-tl4 build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "peers-venv"
 TORCH = "torch==2.13.0"  # first and by its exact version, as in the Makefile
 PEERS = ("sae-lens==6.54.12", "eai-sparsify==1.3.3", "transformer-lens==3.9.0")
-WITHOUT_DEPENDENCIES = ("dictionary-learning==0.1.0",)
+# sae-dashboard: only the classes that its files are read with.
+WITHOUT_DEPENDENCIES = ("dictionary-learning==0.1.0", "sae-dashboard==0.8.0")
 # What the peers need beyond constraints.txt.
 PINS = """\
 babe==0.0.7
