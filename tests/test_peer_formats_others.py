@@ -85,7 +85,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.SimpleNamespace]:
     import datasets  # noqa: F401  # looks for zstandard itself, before there is a stand-in
 
     for name in ("nnsight", "zstandard"):
-        if importlib.util.find_spec(name) is None:
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
             stand_in = types.ModuleType(name)
             stand_in.LanguageModel = object  # type: ignore[attr-defined]
             monkeypatch.setitem(sys.modules, name, stand_in)
