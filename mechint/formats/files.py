@@ -25,6 +25,28 @@ from torch import Tensor
 from mechint.errors import MechintError, one_line
 from mechint.provenance import atomic_path
 
+# The files that hold an SAE's weights, whatever its format; of several in one folder the first of these is taken.
+WEIGHTS = (
+    "sae_weights.safetensors",
+    "sae.safetensors",
+    "params.safetensors",
+    "params.npz",
+    "checkpoint.safetensors",
+    "ae.pt",
+    "sae.pt",
+    "autoencoder.pt",
+    "checkpoint.pt",
+)
+# What can lie beside them and says what they compute. Nothing else of a repository is downloaded to open an SAE.
+BESIDE = (
+    "cfg.json",
+    "config.json",
+    "metadata.json",
+    "spec.json",
+    "sae_weights.safetensors.json",
+    "thresholds.safetensors",
+    "sparsity.safetensors",
+)
 # What an archive may unpack to, as a multiple of its own size: float weights do not compress, archives of zeros do.
 MAX_UNPACKED = 20
 # Longest JSON of a safetensors header, and of saev's first line, that is looked at.

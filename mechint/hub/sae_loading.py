@@ -9,25 +9,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mechint.errors import MechintError, nearest
+from mechint.formats.files import BESIDE, WEIGHTS
 from mechint.hub.fetch import Fetched, Repo, check_hashes, fetch, local_bundle, open_repo, plain_values, split_id
 from mechint.hub.registry import SAEDescriptor, local_place, sae_registry
 from mechint.provenance import detect_device, write_json
 from mechint.saelens import SAE
 
 SOURCE = "pretrained_sae"
-# Files that hold an SAE's weights; of several in one folder the first of these is taken.
-WEIGHTS = (
-    "sae_weights.safetensors",
-    "sae.safetensors",
-    "ae.pt",
-    "sae.pt",
-    "params.npz",
-    "autoencoder.pt",
-    "checkpoint.safetensors",
-    "checkpoint.pt",
-)
-# What can lie beside them and says what they compute. WEIGHTS + ".json" too.
-BESIDE = ("cfg.json", "config.json", "metadata.json", "spec.json", "sparsity.safetensors")
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".npz")
 
 

@@ -22,30 +22,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mechint.errors import MechintError, nearest, one_line
+from mechint.formats.files import BESIDE, WEIGHTS
 from mechint.provenance import read_json, write_json
 
 VARIABLE = "MECHINT_SAE_REGISTRY"
-# The files of an SAE in one folder, whatever format it is in; nothing else is downloaded.
-WEIGHTS = (
-    "sae_weights.safetensors",
-    "sae.safetensors",
-    "params.safetensors",
-    "params.npz",
-    "checkpoint.safetensors",
-    "ae.pt",
-    "sae.pt",
-    "autoencoder.pt",
-    "checkpoint.pt",
-)
-FILES = (
-    *WEIGHTS,
-    "cfg.json",
-    "config.json",
-    "metadata.json",
-    "sae_weights.safetensors.json",
-    "thresholds.safetensors",
-    "sparsity.safetensors",
-)
 _RESID = "blocks.{layer}.hook_resid_pre"
 
 
@@ -227,9 +207,9 @@ def fetch(where: Where, *, force_download: bool = False) -> Path:
     names = _names(where.repo_id, state.sha)
     if (file := prefix.rstrip("/")) in names:  # one file, such as a .pt; what it needs lies beside it
         beside = PurePosixPath(file).parent
-        wanted = [file, *(str(beside / name) for name in FILES if str(beside / name) in names - {file})]
+        wanted = [file, *(str(beside / name) for name in (*WEIGHTS, *BESIDE) if str(beside / name) in names - {file})]
     else:
-        wanted = [f"{prefix}{name}" for name in FILES if f"{prefix}{name}" in names]
+        wanted = [f"{prefix}{name}" for name in (*WEIGHTS, *BESIDE) if f"{prefix}{name}" in names]
     if file not in names and not any(PurePosixPath(name).name in WEIGHTS for name in wanted):
         folders = sorted({str(PurePosixPath(name).parent) for name in names if PurePosixPath(name).name in WEIGHTS})
         what = f"holds no SAE at {prefix.rstrip('/')!r}" if prefix else "holds no SAE at its root: give sae_id"
@@ -270,7 +250,7 @@ def with_norm_factor(folder: Path, factor: float | None) -> Iterator[Path]:
         yield folder
         return
     with tempfile.TemporaryDirectory() as temporary:
-        for name in FILES:
+        for name in (*WEIGHTS, *BESIDE):
             if (folder / name).is_file():
                 os.symlink((folder / name).resolve(), Path(temporary) / name)
         (Path(temporary) / "cfg.json").unlink()
