@@ -37,7 +37,17 @@ from mechint.sae import load_sae, save_sae_folder
 ARTIFACT_FILES = (WEIGHTS, SIDECAR, ENVIRONMENT, FEATURES)
 SAELENS_FILES = (WEIGHTS, CFG, "sparsity.safetensors", "runner_cfg.json")
 # Of a run directory, as they are there, where they are there.
-RECORDS = ("config.json", "summary.json", "eval.json", "manifest.json", "metrics.csv", "report.html")
+RECORDS = (
+    "config.json",
+    "summary.json",
+    "eval.json",
+    "manifest.json",
+    "metrics.csv",
+    "ablation.csv",
+    "ranking.csv",
+    "concepts.csv",
+    "report.html",
+)
 _ARTIFACT = re.compile(r"run-(\d{6,})")
 
 
