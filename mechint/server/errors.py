@@ -158,7 +158,7 @@ def from_hub(error: BaseException, repo_id: str, *, revision: str | None = None,
     if isinstance(error, hub.GatedRepoError):
         return forbidden(
             f"Repository is gated: {repo_id}",
-            "accept its terms on the Hub and provide the access_token of that account",
+            "accept its terms on the Hub, then provide that account's access_token",
         )
     if isinstance(error, hub.RepositoryNotFoundError):
         return repository_not_found(repo_id)
