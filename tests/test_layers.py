@@ -28,6 +28,7 @@ GROUPS = [
     ["report"],
     ["formats"],
     ["saelens"],
+    ["server"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(GROUPS) for name in names}
