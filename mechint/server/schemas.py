@@ -17,15 +17,13 @@ SAE_ID_PATTERN = r"^sae_[0-9a-f]{12}$"
 
 
 class Status(StrEnum):
-    """Of an SAE. `uploading` is its state while a ready SAE goes up; it can be read all the while."""
+    """Of an SAE. While it is uploaded it stays ready; `uploading` is a status of the upload's events."""
 
     pending = "pending"
     downloading = "downloading"
     converting = "converting"
     ready = "ready"
     error = "error"
-    uploading = "uploading"
-    deleted = "deleted"
 
 
 class Source(StrEnum):
@@ -37,6 +35,7 @@ class Source(StrEnum):
 class SortBy(StrEnum):
     created_at = "created_at"
     updated_at = "updated_at"
+    downloaded_at = "downloaded_at"
     name = "name"
     status = "status"
     source = "source"
@@ -45,6 +44,13 @@ class SortBy(StrEnum):
     n_features = "n_features"
     d_model = "d_model"
     file_size_bytes = "file_size_bytes"
+
+
+class FeatureSort(StrEnum):
+    feature_idx = "feature_idx"
+    density = "density"
+    mean_activation = "mean_activation"
+    max_activation = "max_activation"
 
 
 class Order(StrEnum):
@@ -245,8 +251,23 @@ class CompareRequest(_Request):
     limit: int = Field(20, ge=0, le=1000, description="Pairs listed, of the highest and of the lowest cosine.")
 
 
+class RetryRequest(_Request):
+    access_token: OptionalToken = None
+
+
 class SessionRequest(_Request):
     api_key: SecretStr = Field(min_length=1, max_length=500, description="The server's API key.")
+
+
+def plain(asked: BaseModel) -> dict[str, Any]:
+    """The fields of a request as the library takes them, secrets in clear: for immediate use, never for a log."""
+    found = {}
+    for name in type(asked).model_fields:
+        value = getattr(asked, name)
+        if isinstance(value, SecretStr):
+            value = value.get_secret_value()
+        found[name] = value.value if isinstance(value, StrEnum) else value
+    return found
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -387,25 +408,25 @@ class DeletedOut(BaseModel):
 class JobOut(BaseModel):
     """Work on an SAE. Its token, if it has one, is not part of it."""
 
+    model_config = ConfigDict(from_attributes=True)
+
     id: str
     kind: str
-    sae_id: str | None
-    state: str
-    stage: str | None
+    sae_id: str
+    state: str = Field(examples=["running"], description="queued, running, done, error or cancelled.")
+    stage: str = Field(examples=["download"], description="queued, download, convert, upload or complete.")
     progress: float
-    bytes_done: int | None
+    bytes_done: int
     bytes_total: int | None
-    message: str | None
+    message: str
     error: str | None
+    error_code: str | None
     attempts: int
     result: dict[str, Any] | None
     created_at: datetime
-    updated_at: datetime | None
-
-
-class JobList(BaseModel):
-    data: list[JobOut]
-    pagination: Pagination
+    started_at: datetime | None
+    finished_at: datetime | None
+    updated_at: datetime
 
 
 class ModelHintOut(BaseModel):
@@ -445,6 +466,11 @@ class TokenEffect(BaseModel):
     effect: float
 
 
+class NearFeature(BaseModel):
+    feature_idx: int
+    cosine: float
+
+
 class ContextOut(BaseModel):
     """A stretch of text on which the feature fires; `values[i]` is what it is on `tokens[i]`."""
 
@@ -463,7 +489,7 @@ class FeatureDetail(FeatureOut):
     histogram: list[int]
     histogram_edges: list[float]
     decoder_norm: float
-    nearest: list[dict[str, float]] = Field(description="Features with the most similar decoder direction.")
+    nearest: list[NearFeature] = Field(description="Features with the most similar decoder direction.")
     notes: list[str]
 
 
@@ -525,7 +551,7 @@ class FieldProblem(BaseModel):
 
 
 class InvalidOut(BaseModel):
-    """A request whose fields are wrong (what was sent is not repeated), or a file whose content is (`detail` is text)."""
+    """Fields of a request that are wrong (what was sent is not repeated), or a file that is (`detail` is text)."""
 
     detail: list[FieldProblem] | str
     code: str

@@ -129,7 +129,7 @@ class Guard:
 
     def __init__(self, app: App, *, settings: Settings, keys: Keys):
         self.app, self.keys = app, keys
-        self.hosts = host_names(settings)
+        self.hosts, self.max_bytes = host_names(settings), settings.max_upload_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -159,6 +159,11 @@ class Guard:
                 "use its address, or start it with the name in MECHINT_ALLOWED_HOSTS",
                 status=421,
             )
+        length = headers.get("content-length", "0")
+        if (
+            length.isascii() and length.isdigit() and int(length[:20]) > self.max_bytes
+        ):  # the rest is counted as it comes
+            raise ServiceError("too_large", f"The request has more than {self.max_bytes} bytes", status=413)
         changes = scope["type"] == "websocket" or scope["method"] not in SAFE_METHODS
         cookie = session_cookie(headers)
         if changes:
@@ -265,7 +270,7 @@ _SECRETS = re.compile(
               ["']? \s* [=:] \s* ["']?
             | \bbearer\s+ )
     (?P<value> [^\s"'&,;)}\]]+ )
-    | \b(?P<hub> (?:hf|api_org)_[A-Za-z0-9_]{4,} )
+    | \b(?P<hub> (?:hf|api_org)_(?!hub|xet|home|endpoint|token|file|api)[A-Za-z0-9]{4,} )
     """
 )
 
