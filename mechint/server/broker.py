@@ -1,0 +1,76 @@
+"""The broker that needs no server: a message is a small file in a folder that the processes of one machine share.
+
+kombu's file transport, less three of its habits: it writes a message where a reader may find half of it, it moves what
+it reads through the system's temporary folder, and it keeps its routing table in a file that a kill can leave empty.
+Messages carry a job's id and nothing else; the database says what is to be done, so losing all of them loses nothing.
+"""
+
+import contextlib
+import json
+import os
+import time
+import uuid
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+from kombu.transport import TRANSPORT_ALIASES, filesystem
+
+QUEUE = "sae"
+POLL_SECONDS = 0.05
+
+
+class Channel(filesystem.Channel):
+    """Messages appear whole, by a rename, and are taken by one reader, by a rename."""
+
+    def get_table(self, exchange: Any) -> list[Any]:
+        return [filesystem.exchange_queue_t(QUEUE, "", QUEUE)]
+
+    def _queue_bind(self, exchange: Any, routing_key: Any, pattern: Any, queue: Any) -> None:
+        pass
+
+    def _put(self, queue: str, payload: Any, **kwargs: Any) -> None:
+        # the wall clock, unlike kombu's monotonic one, keeps the order over a restart of the machine
+        name = f"{time.time_ns():020d}-{uuid.uuid4().hex}.{queue}.msg"
+        folder = Path(self.data_folder_out)
+        hidden = folder / f".{name}"
+        hidden.write_text(json.dumps(payload), encoding="utf-8")
+        os.rename(hidden, folder / name)
+
+    def _get(self, queue: str) -> Any:
+        folder = Path(self.data_folder_in)
+        for name in sorted(os.listdir(folder)):
+            if name.startswith(".") or name.partition(".")[2] != f"{queue}.msg":
+                continue
+            taken = folder / f".taken-{name}"
+            try:
+                os.rename(folder / name, taken)
+            except FileNotFoundError:
+                continue  # another worker was faster
+            try:
+                return json.loads(taken.read_text(encoding="utf-8"))
+            except ValueError:
+                continue  # not ours
+            finally:
+                taken.unlink(missing_ok=True)
+        raise Empty
+
+
+class Transport(filesystem.Transport):
+    """What the address `mechint-files://` stands for."""
+
+    Channel = Channel
+
+
+SCHEME = "mechint-files"
+TRANSPORT_ALIASES[SCHEME] = f"{__name__}:Transport"
+
+
+def clean(folder: Path, seconds: float = 300.0) -> None:
+    """Remove what a process left that was killed while it wrote or took a message."""
+    before = time.time() - seconds
+    with contextlib.suppress(FileNotFoundError):
+        for entry in os.scandir(folder):
+            with contextlib.suppress(FileNotFoundError):
+                if entry.name.startswith(".") and entry.stat().st_mtime < before:
+                    os.unlink(entry.path)

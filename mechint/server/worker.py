@@ -1,0 +1,59 @@
+"""`python -m mechint.server.worker`: the embedded worker, which `mechint serve` starts beside itself.
+
+It takes one job at a time, and ends when the server that started it ends, however that happens: it holds the reading
+end of a pipe whose other end only the server has. Ending means putting its job back; what has no time for that is put
+back by the next reaper.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+
+from mechint.server.broker import QUEUE
+
+# For a job to reach its next report, and for the database to take it back.
+GRACE_SECONDS = 8.0
+PIPE = "MECHINT_PARENT_PIPE"
+
+
+def follow_parent(handle: int) -> None:
+    """End this process when the other end of the pipe is closed."""
+    from mechint.server.tasks import STOPPING
+
+    while True:
+        try:
+            if not os.read(handle, 1):
+                break
+        except OSError:
+            break
+    STOPPING.set()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE_SECONDS)
+    os._exit(1)
+
+
+def main() -> int:
+    """One embedded worker, until it is told to end."""
+    logging.basicConfig(level=logging.INFO, format="worker: %(message)s", stream=sys.stderr)
+    for name in ("httpx", "httpx2", "httpcore", "huggingface_hub", "alembic", "celery", "kombu"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="You're running the worker with superuser privileges")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from mechint.server.celery_app import app
+    from mechint.server.tasks import opened
+
+    if handle := os.environ.get(PIPE):
+        threading.Thread(target=follow_parent, args=(int(handle),), daemon=True).start()
+    opened()
+    arguments = ["-q", "worker", "-Q", QUEUE, "-P", "solo", "-c", "1", "--loglevel=ERROR"]
+    arguments += ["--without-gossip", "--without-mingle", "--without-heartbeat", "-n", f"sae{os.getpid()}@%h"]
+    app.worker_main(arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
