@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
 from mechint import __version__
 from mechint.errors import MechintError, one_line
@@ -57,7 +58,6 @@ def create_app(settings: Settings, *, service: library.Service | None = None) ->
         docs_url=None,  # those pages load scripts of other sites
         redoc_url=None,
         lifespan=_lifespan,
-        max_body_size=settings.max_upload_bytes,
     )
     app.state.settings = settings
     app.state.service = service
@@ -75,6 +75,7 @@ def create_app(settings: Settings, *, service: library.Service | None = None) ->
         app.include_router(part.router, prefix=f"{PREFIX}/saes")
     app.add_api_websocket_route("/ws", ws.channel)
     app.add_api_route("/healthz", _alive, include_in_schema=False, methods=["GET"])
+    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=settings.max_upload_bytes)
     app.add_middleware(Guard, settings=settings, keys=app.state.keys)
     return app
 

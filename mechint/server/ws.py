@@ -10,11 +10,12 @@
 Answers come in the order of the requests, and an event never before its `subscribed`.
 """
 
-import asyncio
 import contextlib
 import json
+from collections.abc import Coroutine
 from typing import Any
 
+import anyio
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from mechint.server.events import Events, Subscriber, parse_channel
@@ -38,21 +39,19 @@ async def channel(socket: WebSocket) -> None:
     subscriber = Subscriber()
     try:
         await socket.accept()
-        sending = asyncio.create_task(_send(socket, subscriber))
-        receiving = asyncio.create_task(_receive(socket, subscriber, events))
-        try:
+        async with anyio.create_task_group() as group:
             # whichever ends first ends the other: a client that is gone is noticed by either
-            await asyncio.wait((sending, receiving), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (sending, receiving):
-                task.cancel()
-            results = await asyncio.gather(sending, receiving, return_exceptions=True)
-        for error in results:
-            if isinstance(error, Exception) and not isinstance(error, (WebSocketDisconnect, RuntimeError, OSError)):
-                raise error
+            group.start_soon(_until_gone, group, _send(socket, subscriber))
+            group.start_soon(_until_gone, group, _receive(socket, subscriber, events))
     finally:
         _open -= 1
         events.leave(subscriber)
+
+
+async def _until_gone(group: Any, work: Coroutine[Any, Any, None]) -> None:
+    with contextlib.suppress(WebSocketDisconnect, RuntimeError, OSError):  # what sending to a closed connection raises
+        await work
+    group.cancel_scope.cancel()
 
 
 async def _send(socket: WebSocket, subscriber: Subscriber) -> None:
