@@ -23,8 +23,9 @@ from mechint.server.errors import (
     not_ready,
     sae_not_found,
 )
+from mechint.server.importing import Trained, trained
 from mechint.server.jobs import Wake, cancelled, locked, reap, touch, wake
-from mechint.server.models import LIVE, SAE, SOURCES, STATUSES, Job
+from mechint.server.models import FORMATS, LIVE, SAE, SOURCES, STATUSES, Job
 from mechint.server.settings import Settings
 from mechint.server.storage import relative_name
 
@@ -202,6 +203,122 @@ def create_upload(
     return add(service, sae, "upload", params, access_token)
 
 
+def available_training(service: Service, training_id: str) -> dict[str, Any]:
+    """GET /training/{id}/available: training_id, available_saes, imported_saes, total_count. 404 for no such run."""
+    found = trained(service.settings, training_id)
+    with service.db.read() as session:
+        imported = _imported(session, [sae.path for sae in found])
+    columns = ("layer", "hook_type", "path", "size_bytes")
+    return {
+        "training_id": training_id,
+        "available_saes": [{name: getattr(sae, name) for name in columns} for sae in found],
+        "imported_saes": [
+            {
+                "layer": sae.layer,
+                "hook_type": sae.hook_type,
+                "sae_id": sae.id,
+                "sae_name": sae.name,
+                "imported_at": sae.created_at,
+            }
+            for sae in imported.values()
+        ],
+        "total_count": len(found),
+    }
+
+
+def _imported(session: Session, paths: Sequence[str]) -> dict[str, SAE]:
+    """The SAEs of the library that came, or are coming, from these runs."""
+    there = select(SAE).where(SAE.source == "trained", SAE.status.not_in(("deleted", "error")))
+    rows = session.scalars(there.order_by(SAE.created_at))
+    return {str(run): sae for sae in rows if (run := sae.sae_metadata.get("run")) in paths}
+
+
+def create_import_training(
+    service: Service,
+    *,
+    training_id: str,
+    name: str | None = None,
+    description: str | None = None,
+    import_all: bool = True,
+    layers: Sequence[int] | None = None,
+    hook_types: Sequence[str] | None = None,
+) -> Imported:
+    """A pending SAE and a queued job for each SAE of the run or sweep that is chosen and not imported yet. 404; 409
+    where it is not finished, or all of it is here; 400 where nothing fits what was asked."""
+    found = trained(service.settings, training_id)
+    if not found:
+        raise conflict(f"The training is not finished: {training_id}", "import it when it has a manifest.json")
+    chosen = [
+        sae
+        for sae in found
+        if (layers is None or sae.layer in layers) and (hook_types is None or sae.hook_type in hook_types)
+    ]
+    if not chosen or (not import_all and layers is None and hook_types is None):
+        have = sorted({f"layer {sae.layer} {sae.hook_type}" for sae in found})
+        raise bad_request(f"No SAE of {training_id} is chosen", f"it has {', '.join(have[:8])}; or set import_all")
+    rows, jobs = [], []
+    with service.db.write() as session:
+        imported = _imported(session, [sae.path for sae in chosen])
+        for sae in chosen:
+            if sae.path in imported:
+                continue
+            row = SAE(
+                name=_name_of_trained(name, sae, alone=len(chosen) == 1),
+                description=description,
+                source="trained",
+                status="pending",
+                training_id=training_id,
+                layer=sae.layer,
+                hook_type=sae.hook_type,
+                hook_name=sae.hook_name,
+                sae_metadata={"run": sae.path},
+            )
+            session.add(row)
+            session.flush()
+            jobs.append(Job(kind="import_training", sae_id=row.id, params={"path": sae.path}, seq=next_seq(session)))
+            session.add(jobs[-1])
+            rows.append(row)
+    if not rows:
+        raise conflict(f"Imported already: {training_id} is {', '.join(sae.id for sae in imported.values())}")
+    for job in jobs:
+        wake(service.db, service.send, job.kind, job.id)
+    return Imported(training_id, rows)
+
+
+def _name_of_trained(name: str | None, sae: Trained, *, alone: bool) -> str:
+    own = sae.path.rsplit("/", 1)[-1]
+    return (own if name is None else name if alone else f"{name} {own}")[:255]
+
+
+def create_import_file(
+    service: Service,
+    *,
+    file_path: str,
+    name: str,
+    description: str | None = None,
+    format: str = "community_standard",
+    model_name: str | None = None,
+    layer: int | None = None,
+) -> tuple[SAE, Job]:
+    """A pending SAE and its queued job. `format` may be `saelens`. 400 `file_not_found` outside the import roots."""
+    shown = "community_standard" if format == "saelens" else format
+    if shown not in FORMATS:
+        raise bad_request(f"unknown format {format[:60]!r}", f"use one of {', '.join(FORMATS)}, saelens")
+    storage.inside(file_path, service.settings.import_roots)
+    sae = SAE(
+        name=name,
+        description=description,
+        source="local",
+        status="pending",
+        model_name=model_name or None,
+        layer=layer,
+        format=shown,
+        sae_metadata={},
+    )
+    params = {"file_path": file_path, "format": shown, "model_name": model_name or None}
+    return sae, add(service, sae, "import_file", params, None)
+
+
 def check_repo(repo_id: str) -> str:
     """A repository's name, as `user/name`. 400 for anything else."""
     from huggingface_hub.errors import HFValidationError
@@ -316,36 +433,3 @@ def wait_for(service: Service, job_id: str, seconds: float) -> Job:
         if job.state not in LIVE or time.monotonic() >= until:
             return job
         time.sleep(0.1)
-
-
-def available_training(service: Service, training_id: str) -> dict[str, Any]:
-    """GET /training/{id}/available: training_id, available_saes, imported_saes, total_count."""
-    raise NotImplementedError
-
-
-def create_import_training(
-    service: Service,
-    *,
-    training_id: str,
-    name: str | None = None,
-    description: str | None = None,
-    import_all: bool = True,
-    layers: Sequence[int] | None = None,
-    hook_types: Sequence[str] | None = None,
-) -> Imported:
-    """A pending SAE and a queued job for each SAE of the run or sweep that is chosen and not imported yet."""
-    raise NotImplementedError
-
-
-def create_import_file(
-    service: Service,
-    *,
-    file_path: str,
-    name: str,
-    description: str | None = None,
-    format: str = "community_standard",
-    model_name: str | None = None,
-    layer: int | None = None,
-) -> tuple[SAE, Job]:
-    """A pending SAE and its queued job. `format` may be `saelens`. 400 `file_not_found` outside the import roots."""
-    raise NotImplementedError

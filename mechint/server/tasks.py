@@ -34,6 +34,8 @@ NAMES = {
     "import_training": "sae.import_training",
     "import_file": "sae.import_file",
 }
+# Held while a job runs.
+BUSY = threading.Lock()
 # Set when this worker process is asked to end; a running job is then put back for another one.
 STOPPING = threading.Event()
 
@@ -127,7 +129,8 @@ def sender(app: Celery) -> Wake:
 
 
 def _run(job_id: str) -> str:
-    return execute(*opened(), job_id)
+    with BUSY:
+        return "not claimed" if STOPPING.is_set() else execute(*opened(), job_id)
 
 
 @shared_task(name=NAMES["download"])

@@ -32,6 +32,13 @@ def reveal(settings: Settings, cipher: str | None) -> str | None:
         return None
 
 
+def secret_bytes(settings: Settings) -> bytes:
+    """The server's secret, from which other keys can be derived. Raises `MechintError` for one that is none."""
+    key = settings.secret_key or _key_of(settings.data_dir / KEY_FILE)
+    _fernet(settings)
+    return key.encode()
+
+
 def _fernet(settings: Settings) -> Fernet:
     key = settings.secret_key or _key_of(settings.data_dir / KEY_FILE)
     try:

@@ -5,13 +5,16 @@ end of a pipe whose other end only the server has. Ending means putting its job 
 back by the next reaper.
 """
 
+import importlib
 import logging
 import os
 import signal
 import sys
 import threading
-import time
 import warnings
+from typing import Any
+
+from celery.signals import worker_shutting_down
 
 from mechint.server.broker import QUEUE
 
@@ -22,18 +25,25 @@ PIPE = "MECHINT_PARENT_PIPE"
 
 def follow_parent(handle: int) -> None:
     """End this process when the other end of the pipe is closed."""
-    from mechint.server.tasks import STOPPING
-
     while True:
         try:
             if not os.read(handle, 1):
                 break
         except OSError:
             break
-    STOPPING.set()
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(GRACE_SECONDS)
-    os._exit(1)
+
+
+def leave() -> None:
+    """End the process once its job is put back. Celery would first wait for messages that do not come."""
+    from mechint.server.tasks import BUSY
+
+    BUSY.acquire(timeout=GRACE_SECONDS)
+    os._exit(0)
+
+
+def on_shutdown(**_: Any) -> None:
+    threading.Thread(target=leave, daemon=True).start()
 
 
 def main() -> int:
@@ -48,7 +58,10 @@ def main() -> int:
 
     if handle := os.environ.get(PIPE):
         threading.Thread(target=follow_parent, args=(int(handle),), daemon=True).start()
+    worker_shutting_down.connect(on_shutdown)
     opened()
+    # torch takes seconds to import: not when the first job waits for it
+    threading.Thread(target=importlib.import_module, args=("mechint.server.upload",), daemon=True).start()
     arguments = ["-q", "worker", "-Q", QUEUE, "-P", "solo", "-c", "1", "--loglevel=ERROR"]
     arguments += ["--without-gossip", "--without-mingle", "--without-heartbeat", "-n", f"sae{os.getpid()}@%h"]
     app.worker_main(arguments)
