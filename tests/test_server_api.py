@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from live_server import SAES, Server
 from loopback_hub import LoopbackHub
 from safetensors.torch import load_file, save_file
-from serving import SAES, Server
 
 from mechint.sae import load_sae
 
