@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 SAES = "/api/v1/saes"
 _SERVE = """
-import socket, sys
+import os, socket
 import uvicorn
 from mechint.server.app import create_app
 from mechint.server.settings import settings_from
@@ -29,6 +29,7 @@ listening = socket.socket()
 listening.bind(("127.0.0.1", 0))
 app = create_app(settings_from())
 print(listening.getsockname()[1], flush=True)
+os.dup2(2, 1)  # from here on, what is written there belongs into the log
 config = uvicorn.Config(app, log_level="debug", ws_max_size=65536, server_header=False, timeout_graceful_shutdown=2)
 uvicorn.Server(config).run(sockets=[listening])
 """
