@@ -1,190 +1,191 @@
-"""A real server on a loopback port, with real workers, for tests.
-
-    with Server(tmp_path, env=hub.env(tmp_path / "hf"), workers=1) as server:
-        reply = server.post("/api/v1/saes/hf/preview", {"repo_id": "user/repo"})
-        assert reply.status == 200, reply.text
-
-Requests are made by the standard library alone, so that a test decides on every header. What server and workers write
-is in `server.log()`.
-"""
+"""A service for tests: settings in a temporary folder, worker and server processes, a Hub that can be slow."""
 
 import contextlib
-import http.client
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-SAES = "/api/v1/saes"
-_SERVE = """
-import socket, sys
-import uvicorn
-from mechint.server.app import create_app
-from mechint.server.settings import settings_from
+import torch
+from loopback_hub import LoopbackHub, _Handler
+from safetensors.torch import save
 
-listening = socket.socket()
-listening.bind(("127.0.0.1", 0))
-app = create_app(settings_from())
-print(listening.getsockname()[1], flush=True)
-config = uvicorn.Config(app, log_level="debug", ws_max_size=65536, server_header=False, timeout_graceful_shutdown=2)
-uvicorn.Server(config).run(sockets=[listening])
-"""
+ROOT = Path(__file__).resolve().parent.parent
+SERVE = "import sys; from mechint.cli.serve import main; sys.exit(main(sys.argv[1:]))"
 
 
-class Reply(NamedTuple):
-    status: int
-    headers: dict[str, str]  # names in lower case
-    body: bytes
+def sae_files(d_in: int = 64, d_sae: int = 256, *, seed: int = 0, **changes: Any) -> dict[str, bytes]:
+    """cfg.json and sae_weights.safetensors of a random SAE in SAELens's layout; `changes` go into its metadata."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        "W_enc": torch.randn(d_in, d_sae, generator=generator) / d_in**0.5,
+        "W_dec": torch.randn(d_sae, d_in, generator=generator) / d_in**0.5,
+        "b_enc": -torch.rand(d_sae, generator=generator),
+        "b_dec": torch.randn(d_in, generator=generator),
+    }
+    metadata = {"sae_lens_version": "6.0.0", "hook_name": "blocks.6.hook_resid_pre", "prepend_bos": True, **changes}
+    cfg = {
+        "architecture": "standard",
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "metadata": metadata,
+    }
+    return {"cfg.json": json.dumps(cfg).encode(), "sae_weights.safetensors": save(tensors)}
 
-    @property
-    def text(self) -> str:
-        return self.body.decode("utf-8", "replace")
 
-    def json(self) -> Any:
-        return json.loads(self.body)
+def below(folder: str, files: dict[str, bytes]) -> dict[str, bytes]:
+    return {f"{folder}/{name}": content for name, content in files.items()}
+
+
+class SlowHub(LoopbackHub):
+    """A loopback Hub that sends and takes bodies at `bytes_per_second` (None: as fast as it can).
+
+    While `gate` is not set, large bodies stop after their first `CHUNK`: a test decides when they go on.
+    """
+
+    CHUNK = 1 << 18
+    bytes_per_second: float | None = None
+
+    def __enter__(self) -> "SlowHub":
+        self.gate = threading.Event()
+        self.gate.set()
+        super().__enter__()
+        for server in self._servers:
+            server.RequestHandlerClass = _SlowHandler
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.gate.set()
+        super().__exit__(*error)
+
+    def pause(self, n_bytes: int) -> None:
+        if self.bytes_per_second:
+            time.sleep(n_bytes / self.bytes_per_second)
+        self.gate.wait(60)
+
+
+class _Trickle:
+    """A file that is read or written in chunks, with pauses."""
+
+    def __init__(self, file: Any, hub: SlowHub):
+        self._file, self._hub = file, hub
+
+    def write(self, data: bytes) -> int:
+        view = memoryview(data)
+        for start in range(0, len(view), SlowHub.CHUNK):
+            self._file.write(view[start : start + SlowHub.CHUNK])
+            if len(view) > SlowHub.CHUNK:
+                self._hub.pause(SlowHub.CHUNK)
+        return len(data)
+
+    def read(self, size: int = -1) -> bytes:
+        if size <= SlowHub.CHUNK:
+            return self._file.read(size)
+        parts = []
+        while size > 0 and (part := self._file.read(min(size, SlowHub.CHUNK))):
+            parts.append(part)
+            size -= len(part)
+            self._hub.pause(len(part))
+        return b"".join(parts)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+class _SlowHandler(_Handler):
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = _Trickle(self.rfile, self.server.hub)  # type: ignore[assignment]
+        self.wfile = _Trickle(self.wfile, self.server.hub)  # type: ignore[assignment]
+
+
+def environment(hub: LoopbackHub, settings: Any, hf_home: Path, **more: str) -> dict[str, str]:
+    """Of a worker or server process: this checkout, the loopback Hub, these settings."""
+    ours = {name: value for name, value in hub.env(hf_home).items() if not name.startswith("MECHINT_")}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**ours, **settings.environment(), "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
+
+
+@contextlib.contextmanager
+def worker(env: dict[str, str]) -> Iterator[subprocess.Popen]:
+    """A worker process that takes jobs while the block runs."""
+    process = subprocess.Popen([sys.executable, "-m", "mechint.server.worker"], env=env)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 class Server:
-    """The server; start and stop it with `with`.
+    """`mechint serve` in a process of its own, on a port that stays the same when it is started again."""
 
-    Args:
-        env: of server and workers, such as a loopback Hub's `env(...)`; MECHINT_* settings are added.
-        settings: `{"API_KEY": ...}` becomes MECHINT_API_KEY.
-        workers: how many to start with it.
-        headers: of each request, where it does not say otherwise.
-    """
+    def __init__(self, env: dict[str, str]):
+        self.env, self.port = env, 0
+        self.process: subprocess.Popen | None = None
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        env: dict[str, str] | None = None,
-        settings: dict[str, str] | None = None,
-        workers: int = 0,
-        headers: dict[str, str] | None = None,
-    ):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.data_dir, self.runs_root = folder / "data", folder / "runs"
-        self.runs_root.mkdir(exist_ok=True)
-        self.env = {k: v for k, v in (os.environ if env is None else env).items() if not k.startswith("MECHINT_")}
-        self.env |= {"MECHINT_DATA_DIR": str(self.data_dir), "MECHINT_RUNS_ROOT": str(self.runs_root)}
-        self.env |= {f"MECHINT_{name}": value for name, value in (settings or {}).items()}
-        self.env |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        self.workers, self.headers = workers, headers or {}
-        self.log_path = folder / "server.log"
-        self.port = 0
-        self._processes: list[subprocess.Popen[str]] = []
+    def start(self) -> None:
+        command = [sys.executable, "-c", SERVE, "--port", str(self.port)]
+        self.process = subprocess.Popen(command, env=self.env, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert " at http://" in line, (line, self.process.poll())
+        self.address = line.split(" at ")[1].split()[0]
+        self.port = int(self.address.rsplit(":", 1)[1])
 
-    def __enter__(self) -> "Server":
-        log = self._log_file()
-        process = subprocess.Popen(
-            [sys.executable, "-c", _SERVE], env=self.env, stdout=subprocess.PIPE, stderr=log, text=True
-        )
-        self._processes.append(process)
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line.strip().isdigit():
-            self.stop()
-            raise AssertionError(f"the server did not start:\n{self.log()}")
-        self.port = int(line)
+    def stop(self, *, kill: bool = False) -> int:
+        assert self.process is not None
+        self.process.kill() if kill else self.process.terminate()
+        code = self.process.wait(timeout=30)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return code
+
+    def ask(self, path: str, body: dict[str, Any] | None = None, *, method: str | None = None) -> Any:
+        """The JSON of an answer; an error's too."""
+        data = json.dumps(body).encode() if body is not None else None
+        headers = {"Content-Type": "application/json"} if data else {}
+        request = urllib.request.Request(self.address + path, data, headers, method=method)
         try:
-            wait_until(lambda: self.is_alive(), "the server to answer", self)
-            for _ in range(self.workers):
-                self.start_worker()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def _log_file(self) -> Any:
-        return open(self.log_path, "a", encoding="utf-8")  # noqa: SIM115
-
-    def start_worker(self) -> "subprocess.Popen[str]":
-        with self._log_file() as log:
-            command = [sys.executable, "-m", "mechint.server.worker"]
-            process = subprocess.Popen(command, env=self.env, stdout=log, stderr=log, text=True)
-        self._processes.append(process)
-        return process
-
-    def stop(self) -> None:
-        for process in self._processes:
-            process.terminate()
-        for process in self._processes:
-            try:
-                process.wait(15)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            if process.stdout is not None:
-                process.stdout.close()
-        self._processes = []
-
-    def log(self) -> str:
-        return self.log_path.read_text(encoding="utf-8")
-
-    def is_alive(self) -> bool:
-        with contextlib.suppress(OSError):
-            return self.get("/healthz").status == 200
-        return False
-
-    def request(
-        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, timeout: float = 60
-    ) -> Reply:
-        """One request on a connection of its own. A body that is not bytes is sent as JSON."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
-        sent = {**self.headers, **(headers or {})}
-        if body is not None and not isinstance(body, bytes):
-            body, sent = json.dumps(body).encode(), {"Content-Type": "application/json", **sent}
-        try:
-            connection.request(method, path, body=body, headers=sent)
-            answer = connection.getresponse()
-            found = {name.lower(): value for name, value in answer.getheaders()}
-            return Reply(answer.status, found, answer.read())
-        finally:
-            connection.close()
-
-    def get(self, path: str, **arguments: Any) -> Reply:
-        return self.request("GET", path, **arguments)
-
-    def post(self, path: str, body: Any = None, **arguments: Any) -> Reply:
-        return self.request("POST", path, {} if body is None else body, **arguments)
-
-    def delete(self, path: str, **arguments: Any) -> Reply:
-        return self.request("DELETE", path, **arguments)
-
-    def sae(self, sae_id: str) -> dict[str, Any]:
-        reply = self.get(f"{SAES}/{sae_id}")
-        assert reply.status == 200, reply.text
-        return reply.json()
-
-    def wait_sae(self, sae_id: str, *, status: str = "ready", seconds: float = 90) -> dict[str, Any]:
-        """The SAE once it is ready or in error; fails if that is not what was expected."""
-        wait_until(lambda: self.sae(sae_id)["status"] in ("ready", "error"), f"{sae_id} to end", self, seconds)
-        found = self.sae(sae_id)
-        assert found["status"] == status, f"{found}\n{self.log()[-4000:]}"
-        return found
-
-    def wait_job(self, job_id: str, *, state: str = "done", seconds: float = 90) -> dict[str, Any]:
-        def job() -> dict[str, Any]:
-            return self.get(f"{SAES}/jobs/{job_id}").json()
-
-        wait_until(lambda: job()["state"] in ("done", "error", "cancelled"), f"{job_id} to end", self, seconds)
-        found = job()
-        assert found["state"] == state, f"{found}\n{self.log()[-4000:]}"
-        return found
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            return {"http_status": error.code, **json.load(error)}
 
 
-def wait_until(true: Any, what: str, server: Server | None = None, seconds: float = 60) -> None:
-    """Return once `true()` is; fail after `seconds`, which are far more than it takes."""
-    until = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > until:
-            log = server.log()[-4000:] if server is not None else ""
-            raise AssertionError(f"waited {seconds} s for {what}\n{log}")
-        time.sleep(0.05)
+def until(condition: Callable[[], Any], *, seconds: float = 90.0, what: str = "it") -> Any:
+    """What `condition` returns once that is true."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, f"waited {seconds:.0f} s for {what}"
+        time.sleep(0.02)
+    return found
+
+
+def ended(service: Any, job_id: str, *, seconds: float = 90.0) -> Any:
+    """The job, once it is over."""
+    from mechint.server.library import wait_for
+    from mechint.server.models import LIVE
+
+    job = wait_for(service, job_id, seconds)
+    assert job.state not in LIVE, f"{job.kind} {job.state} {job.stage} after {seconds:.0f} s: {job.message}"
+    return job
+
+
+def files_under(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}

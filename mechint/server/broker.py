@@ -14,7 +14,11 @@ from pathlib import Path
 from queue import Empty
 from typing import Any
 
+from celery import Celery
 from kombu.transport import TRANSPORT_ALIASES, filesystem
+
+from mechint.provenance import make_dir
+from mechint.server.settings import Settings
 
 QUEUE = "sae"
 POLL_SECONDS = 0.05
@@ -64,6 +68,47 @@ class Transport(filesystem.Transport):
 
 SCHEME = "mechint-files"
 TRANSPORT_ALIASES[SCHEME] = f"{__name__}:Transport"
+
+
+def make_app(settings: Settings) -> Celery:
+    """The application for these settings. Makes the embedded broker's folder; connects to nothing."""
+    # what `celery worker` imports: the tasks, and the reaper that starts with it
+    made = Celery("mechint", include=["mechint.server.tasks", "mechint.server.watch"])
+    made.conf.update(
+        task_default_queue=QUEUE,
+        task_serializer="json",
+        accept_content=["json"],
+        task_ignore_result=True,
+        # a message is acknowledged when its job has ended; a job that is taken twice is claimed once
+        task_acks_late=True,
+        task_reject_on_worker_lost=True,
+        worker_prefetch_multiplier=1,
+        worker_hijack_root_logger=False,
+        broker_connection_retry_on_startup=True,
+        # no second channel into workers: nobody but the database tells them what to do
+        worker_enable_remote_control=False,
+        worker_send_task_events=False,
+    )
+    if settings.embedded:
+        queue = settings.broker_dir / "queue"
+        make_dir(queue)
+        made.conf.update(
+            broker_url=f"{SCHEME}://",
+            broker_transport_options={
+                "data_folder_in": str(queue),
+                "data_folder_out": str(queue),
+                "control_folder": str(settings.broker_dir / "control"),
+                "polling_interval": POLL_SECONDS,
+            },
+        )
+    else:
+        made.conf.update(
+            broker_url=settings.broker,
+            # longer than a job's lease: what a killed worker held is woken by the database, not by Redis
+            broker_transport_options={"visibility_timeout": 6 * 3600, "socket_connect_timeout": 5},
+            broker_connection_timeout=5,
+        )
+    return made
 
 
 def clean(folder: Path, seconds: float = 300.0) -> None:

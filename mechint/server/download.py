@@ -1,20 +1,18 @@
 """A download from the Hub: exactly one SAE's files, with true byte progress, verified, then ingested.
 
-The Hub's own client moves the bytes (it resumes, and knows the Hub's storage); what arrives is compared with the
-hashes that the repository lists before anything reads it.
+A folder's own files are taken, settings before weights, so that what is wrong with them is known before gigabytes are
+moved. `fetch` moves the bytes.
 """
 
 import contextlib
-import hashlib
-import os
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from pathlib import PurePosixPath
+from typing import Any
 
-from mechint.errors import one_line
 from mechint.server import storage
-from mechint.server.errors import ServiceError, config_not_found, from_hub, hub_failed, path_not_found
-from mechint.server.ingest import DOWNLOADED, early_check, ingest
-from mechint.server.jobs import Running, Stop, is_gone
+from mechint.server.errors import ServiceError, config_not_found, from_hub, path_not_found
+from mechint.server.fetch import Wanted, fetch
+from mechint.server.ingest import ingest
+from mechint.server.jobs import OUR_MISTAKES, Running, Stop, is_gone
 from mechint.server.storage import relative_name
 
 WEIGHTS = (".safetensors", ".npz", ".pt", ".pth")
@@ -25,21 +23,6 @@ OTHERS = ("model.", "model-", "pytorch_model", "adapter_", "optimizer", "schedul
 OTHERS += ("special_tokens", "vocab", "generation_config", "rng_state", "added_tokens")
 # Weights that say nothing without a cfg.json; mech's own have a file of their name with .json instead.
 BARE = {"sae_weights.safetensors": "sae_weights.safetensors.json", "sae.safetensors": "sae.safetensors.json"}
-# Smaller steps than the Hub client's own: progress is seen, and a cancel is heard, this often.
-CHUNK_BYTES = 1 << 20
-
-
-class Wanted(NamedTuple):
-    """One file of the repository; `sha256` for large files, git's `blob_id` for the others."""
-
-    path: str
-    size: int
-    sha256: str | None
-    blob_id: str | None
-
-    @property
-    def name(self) -> str:
-        return PurePosixPath(self.path).name
 
 
 def run_download(running: Running) -> None:
@@ -55,7 +38,7 @@ def run_download(running: Running) -> None:
         commit = str(api.model_info(repo_id, revision=revision).sha)
         running.check()
         wanted, is_directory = files_of(api, repo_id, filepath, commit)
-    except (Stop, ServiceError):
+    except (Stop, ServiceError, *OUR_MISTAKES):
         raise
     except Exception as error:  # the HTTP library's classes differ between versions of huggingface_hub
         raise from_hub(error, repo_id, revision=revision, what="reading") from None
@@ -158,85 +141,3 @@ def belongs(file: Wanted) -> bool:
 
 def has_weights(files: list[Wanted]) -> bool:
     return any(file.name.lower().endswith(WEIGHTS) for file in files)
-
-
-def fetch(running: Running, repo_id: str, commit: str, wanted: list[Wanted], repo: Path, token: str | bool) -> None:
-    """Download files to `repo`, keeping those that are there already and right.
-
-    Raises:
-        ServiceError: the Hub's failures, or a file that does not have the listed hash.
-    """
-    from huggingface_hub import constants, hf_hub_download
-    from tqdm import tqdm
-
-    constants.DOWNLOAD_CHUNK_SIZE = min(constants.DOWNLOAD_CHUNK_SIZE, CHUNK_BYTES)
-    total = sum(file.size for file in wanted)
-    before = 0
-
-    def report(n_bytes: int, *, always: bool = False) -> None:
-        progress = DOWNLOADED * n_bytes / max(total, 1)
-        text = f"Downloading: {progress:.1f}%"
-        running.report("download", progress, text, bytes_done=n_bytes, bytes_total=total, always=always)
-
-    class Bar(tqdm):
-        """Counts the bytes of one file; what a resumed file had already counts too."""
-
-        def __init__(self, *args: Any, **kwargs: Any):
-            self.bytes = int(kwargs.get("initial") or 0)
-            kwargs.pop("name", None)
-            super().__init__(*args, **{**kwargs, "disable": True})
-
-        def update(self, n: float | None = 1) -> None:
-            self.bytes += int(n or 0)
-            report(before + min(self.bytes, current.size))
-
-    report(0, always=True)
-    for current in wanted:
-        running.check()
-        try:
-            # typed for tqdm's notebook class too, which a worker has no use for
-            hf_hub_download(
-                repo_id, current.path, revision=commit, local_dir=repo, token=token, tqdm_class=Bar,  # type: ignore
-            )  # fmt: skip
-        except Stop:
-            raise
-        except OSError as error:
-            if is_disk_full(error):
-                raise ServiceError("disk_full", "No room for the download", "make room and retry", status=507) from None
-            raise hub_error(running, error, repo_id) from None
-        except Exception as error:  # as above
-            raise hub_error(running, error, repo_id) from None
-        verify(repo / current.path, current)
-        before += current.size
-        report(before, always=current is wanted[-1])
-        if current.name == "cfg.json":
-            early_check(repo / current.path, running.params.get("model_name"))
-
-
-def hub_error(running: Running, error: Exception, repo_id: str) -> Exception:
-    """The failure as clients are told it; a `Stop` that the client library wrapped comes out again."""
-    running.check()
-    return from_hub(error, repo_id, what="downloading from")
-
-
-def is_disk_full(error: OSError) -> bool:
-    from mechint.errors import DISK_FULL_ERRNOS
-
-    return error.errno in DISK_FULL_ERRNOS
-
-
-def verify(path: Path, file: Wanted) -> None:
-    """Compare a file with what the repository lists; a wrong one is removed, so that a retry fetches it anew."""
-    found = None
-    if path.stat().st_size == file.size:
-        with open(path, "rb") as handle:
-            if file.sha256 is not None:
-                found = hashlib.file_digest(handle, "sha256").hexdigest() == file.sha256
-            else:
-                digest = hashlib.sha1(b"blob %d\0" % file.size)
-                while chunk := handle.read(storage.CHUNK):
-                    digest.update(chunk)
-                found = digest.hexdigest() == file.blob_id
-    if not found:
-        os.unlink(path)
-        raise hub_failed(f"{one_line(file.path, 100)} arrived damaged: it does not have the hash that the Hub lists")

@@ -36,6 +36,8 @@ REPORT_SECONDS = 0.2
 # A queued job that no worker has taken for so long gets another message.
 WAKE_SECONDS = 20.0
 RETRY_SECONDS = (2.0, 10.0, 60.0, 300.0)
+# Not to be told as a failure of the Hub, and not to be tried again.
+OUR_MISTAKES = (ImportError, AttributeError, NameError, TypeError, LookupError, AssertionError)
 DOWNLOADS = ("download", "import_training", "import_file")
 
 
@@ -78,11 +80,12 @@ def is_gone(worker_id: str | None) -> bool:
         return False
     try:
         os.kill(int(pid), 0)
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[:1] == ["Z"]  # ended, but its parent has not looked yet
     except ProcessLookupError:
         return True
-    except PermissionError:
+    except OSError:
         return False
-    return False
 
 
 # --- one change of a row ----------------------------------------------------------------------------------------------

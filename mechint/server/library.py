@@ -66,7 +66,7 @@ def open_service(settings: Settings) -> Service:
     Raises:
         MechintError: settings that cannot be used.
     """
-    from mechint.server.celery_app import make_app
+    from mechint.server.broker import make_app
     from mechint.server.tasks import sender
 
     service = Service(settings, open_database(settings), sender(make_app(settings)))

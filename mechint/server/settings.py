@@ -117,7 +117,7 @@ def settings_from(environment: Mapping[str, str] | None = None) -> Settings:
     def text(name: str) -> str:
         return env.get(f"MECHINT_{name}", "").strip()
 
-    def number(name: str, default: float) -> float:
+    def number(name: str, default: int | float) -> float:
         try:
             return float(text(name) or default)
         except ValueError:

@@ -14,7 +14,7 @@ from mechint.server import storage
 from mechint.server.download import hub_token
 from mechint.server.errors import ServiceError, from_hub, repository_not_found
 from mechint.server.ingest import without_path
-from mechint.server.jobs import Running, Stop, end
+from mechint.server.jobs import OUR_MISTAKES, Running, Stop, end
 from mechint.server.storage import relative_name, sae_folder
 
 CONVERTED = 50.0
@@ -100,7 +100,7 @@ def push(running: Running, folder: Path, token: str | bool) -> tuple[str, str]:
             operations.append(CommitOperationAdd("README.md", text))
         sent.reset()  # the hashes are read too; from here on every byte read is a byte sent
         done = api.create_commit(repo_id, operations, commit_message=asked.get("commit_message") or "Upload SAE")
-    except (Stop, ServiceError):
+    except (Stop, ServiceError, *OUR_MISTAKES):
         raise
     except Exception as error:  # the HTTP library's classes differ between versions of huggingface_hub
         running.check()  # a stop that the client library wrapped comes out again
