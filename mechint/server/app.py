@@ -1,6 +1,7 @@
 """`create_app`: the API, its documents and its errors as one ASGI application."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
@@ -75,9 +76,21 @@ def create_app(settings: Settings, *, service: library.Service | None = None) ->
         app.include_router(part.router, prefix=f"{PREFIX}/saes")
     app.add_api_websocket_route("/ws", ws.channel)
     app.add_api_route("/healthz", _alive, include_in_schema=False, methods=["GET"])
+    app.openapi = functools.cache(functools.partial(_document, app, settings.api_key is not None))
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=settings.max_upload_bytes)
     app.add_middleware(Guard, settings=settings, keys=app.state.keys)
     return app
+
+
+def _document(app: FastAPI, api_key_needed: bool) -> dict[str, Any]:
+    """The OpenAPI document, with the API key where the server has one."""
+    found = FastAPI.openapi(app)
+    if api_key_needed:
+        schemes = {"bearer": {"type": "http", "scheme": "bearer"}}
+        schemes["header"] = {"type": "apiKey", "in": "header", "name": "X-API-Key"}
+        found["components"]["securitySchemes"] = schemes
+        found["security"] = [{"bearer": []}, {"header": []}]
+    return found
 
 
 @contextlib.asynccontextmanager

@@ -75,15 +75,18 @@ def _relative(path: str) -> str:
     return "/".join(parts) or "."
 
 
-def _token(secret: SecretStr) -> SecretStr:
-    """Characters that an HTTP header can carry; the message does not repeat the token."""
+def _token(secret: SecretStr) -> SecretStr | None:
+    """Characters that an HTTP header can carry; the message does not repeat the token. An empty one is none."""
+    if not secret.get_secret_value():
+        return None
     if not re.fullmatch(r"[\x21-\x7e]+", secret.get_secret_value()):
         raise ValueError("should be a token of the Hub: printable characters without blanks")
     return secret
 
 
-def _blank_is_none(value: Any) -> Any:
-    return None if isinstance(value, str) and not value.strip() else value
+def _blank_is_none(value: str) -> str | None:
+    """What forms send for a field that was left empty."""
+    return value.strip() or None
 
 
 RepoId = Annotated[
@@ -100,20 +103,21 @@ FilePath = Annotated[
 Token = Annotated[
     SecretStr,
     Field(
-        min_length=1,
         max_length=500,
         description="Token of the Hub, used for this request only: encrypted while its job is waiting, never logged or"
         " sent back. Without one, the server's own login (if it has one) is used.",
     ),
     AfterValidator(_token),
 ]
-OptionalToken = Annotated[Token | None, BeforeValidator(_blank_is_none)]
+OptionalToken = Token | None
 Name = Annotated[str, StringConstraints(pattern=_LINE, min_length=1, max_length=255, strip_whitespace=True)]
-OptionalName = Annotated[Name | None, BeforeValidator(_blank_is_none)]
+OptionalName = Annotated[str, StringConstraints(pattern=_LINE, max_length=255), AfterValidator(_blank_is_none)] | None
 Description = Annotated[str, StringConstraints(pattern=_TEXT, max_length=2000)]
-ModelName = Annotated[str, StringConstraints(pattern=_LINE, min_length=1, max_length=255, strip_whitespace=True)]
-OptionalModelName = Annotated[ModelName | None, BeforeValidator(_blank_is_none)]
-Revision = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9](?:[A-Za-z0-9._/-]*[A-Za-z0-9_-])?$", max_length=255)]
+Revision = Annotated[
+    str,
+    StringConstraints(pattern=r"^([A-Za-z0-9](?:[A-Za-z0-9._/-]*[A-Za-z0-9_-])?)?$", max_length=255),
+    AfterValidator(_blank_is_none),
+]
 SaeId = Annotated[
     str, StringConstraints(pattern=SAE_ID_PATTERN), Field(description="Id of an SAE.", examples=["sae_0123456789ab"])
 ]
@@ -157,10 +161,10 @@ class DownloadRequest(_Request):
     filepath: FilePath
     name: OptionalName = None
     description: Description | None = None
-    revision: Annotated[Revision | None, BeforeValidator(_blank_is_none)] = None
+    revision: Revision | None = None
     access_token: OptionalToken = None
-    model_name: OptionalModelName = None
-    model_id: OptionalModelName = None
+    model_name: OptionalName = None
+    model_id: OptionalName = None
 
 
 class UploadRequest(_Request):
@@ -232,7 +236,7 @@ class ImportFileRequest(_Request):
         description="`saelens` is another name of `community_standard`.",
         validate_default=True,
     )
-    model_name: OptionalModelName = None
+    model_name: OptionalName = None
     layer: int | None = Field(None, ge=0, le=10_000)
 
 

@@ -52,7 +52,7 @@ _TELLS = {
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """`responses` of a route: these, those that every route has, and 422."""
     found: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorOut, "description": _TELLS[status]} for status in sorted({401, 403, *statuses})
+        status: {"model": ErrorOut, "description": _TELLS[status]} for status in sorted({400, 401, 403, *statuses})
     }
     found[422] = {"model": InvalidOut, "description": "A field of the request, or a file, is not as it should be"}
     if 429 in found:
