@@ -223,6 +223,7 @@ def test_progress_counts_bytes_and_never_goes_back(world: World):
     assert order[0] in ("pending", "downloading") and order[-1] == "ready" and "downloading" in order
 
 
+@pytest.mark.slow
 def test_worker_that_is_told_to_end_puts_its_job_back_and_the_next_goes_on_where_it_was(world: World, tmp_path: Path):
     """The job of this test is in a service of its own: the world's worker must not take it."""
     settings = Settings(data_dir=tmp_path / "data")
@@ -413,6 +414,7 @@ def test_delete_with_and_without_the_files(world: World):
     shutil.rmtree(world.folder / "saes" / second.id)
 
 
+@pytest.mark.slow
 def test_worker_killed_in_the_middle_is_followed_by_another(world: World, tmp_path: Path):
     settings = Settings(data_dir=tmp_path / "data")
     service = library.open_service(settings)

@@ -75,7 +75,7 @@ def execute(settings: Settings, db: Database, job_id: str, *, stop: threading.Ev
         state = ended(running, None)
     except ServiceError as error:
         if error.retryable and running.attempt < settings.max_attempts:
-            seconds = error.retry_after or RETRY_SECONDS[min(running.attempt, len(RETRY_SECONDS)) - 1]
+            seconds = float(error.retry_after or RETRY_SECONDS[min(running.attempt, len(RETRY_SECONDS)) - 1])
             release(running, seconds=seconds, message=f"{error.message}; next try in {seconds:.0f} s", counts=True)
             return "queued"
         state = ended(running, error)
