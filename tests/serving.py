@@ -1,6 +1,7 @@
 """A service for tests: settings in a temporary folder, worker and server processes, a Hub that can be slow."""
 
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -19,6 +20,32 @@ from safetensors.torch import save
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVE = "import sys; from mechint.cli.serve import main; sys.exit(main(sys.argv[1:]))"
+
+
+# Where these are set, the tests run on PostgreSQL and Redis: an address of a database server without a database's name
+# (postgresql://user@host:port), and of a Redis server (redis://host:port), both for tests alone.
+DATABASE, BROKER = "MECHINT_TEST_DATABASE_URL", "MECHINT_TEST_BROKER_URL"
+_number = itertools.count(int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) * 5)
+
+
+def settings_for(folder: Path, **more: Any) -> Any:
+    """Settings of a service of its own: a data folder in `folder`, and a fresh database."""
+    from mechint.server.settings import Settings
+
+    if server := os.environ.get(DATABASE):
+        from sqlalchemy import create_engine, text
+
+        name = f"mechint_{os.getpid()}_{next(_number)}"
+        engine = create_engine(
+            f"{server.replace('postgresql:', 'postgresql+psycopg:')}/postgres", isolation_level="AUTOCOMMIT"
+        )
+        with engine.connect() as connection:
+            connection.execute(text(f"CREATE DATABASE {name}"))
+        engine.dispose()
+        more["database_url"] = f"{server}/{name}"
+    if server := os.environ.get(BROKER):
+        more["broker_url"] = f"{server}/{next(_number) % 16}"
+    return Settings(data_dir=folder / "data", **more)
 
 
 def sae_files(d_in: int = 64, d_sae: int = 256, *, seed: int = 0, **changes: Any) -> dict[str, bytes]:
@@ -140,7 +167,7 @@ class Server:
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
-        command = [sys.executable, "-c", SERVE, "--port", str(self.port)]
+        command = [sys.executable, "-c", SERVE, "--port", str(self.port), "--workers", "1"]
         self.process = subprocess.Popen(command, env=self.env, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()

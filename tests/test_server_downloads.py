@@ -14,13 +14,12 @@ import pytest
 pytest.importorskip("celery")
 pytest.importorskip("sqlalchemy")
 
-from serving import SlowHub, below, ended, environment, files_under, sae_files, until, worker  # noqa: E402
+from serving import SlowHub, below, ended, environment, files_under, sae_files, settings_for, until, worker  # noqa: E402
 
 from mechint.formats.convert import load  # noqa: E402
 from mechint.server import library  # noqa: E402
 from mechint.server.errors import ServiceError  # noqa: E402
 from mechint.server.models import SAE, Job  # noqa: E402
-from mechint.server.settings import Settings  # noqa: E402
 
 REPO = "jbloom/GPT2-Small-SAEs"
 
@@ -40,9 +39,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     root = tmp_path_factory.mktemp("service")
     (root / "allowed").mkdir()
     (root / "runs").mkdir()
-    settings = Settings(
-        data_dir=root / "data", runs_root=root / "runs", import_roots=(root / "allowed",), share_hub_token=False
-    )
+    settings = settings_for(root, runs_root=root / "runs", import_roots=(root / "allowed",), share_hub_token=False)
     with SlowHub(root) as hub:
         files = {"README.md": "# SAEs", "pytorch_model.bin": b"\1" * 3000, "model.safetensors": b"\2" * 3000}
         for layer in (1, 6, 10):
@@ -226,7 +223,7 @@ def test_progress_counts_bytes_and_never_goes_back(world: World):
 @pytest.mark.slow
 def test_worker_that_is_told_to_end_puts_its_job_back_and_the_next_goes_on_where_it_was(world: World, tmp_path: Path):
     """The job of this test is in a service of its own: the world's worker must not take it."""
-    settings = Settings(data_dir=tmp_path / "data")
+    settings = settings_for(tmp_path)
     service = library.open_service(settings)
     env = environment(world.hub, settings, tmp_path / "hf")
     world.hub.add_repo("tester/resumed", below("a", sae_files(768, 2500, seed=12)))
@@ -416,7 +413,7 @@ def test_delete_with_and_without_the_files(world: World):
 
 @pytest.mark.slow
 def test_worker_killed_in_the_middle_is_followed_by_another(world: World, tmp_path: Path):
-    settings = Settings(data_dir=tmp_path / "data")
+    settings = settings_for(tmp_path)
     service = library.open_service(settings)
     env = environment(world.hub, settings, tmp_path / "hf")
     world.hub.add_repo("tester/killed", below("a", sae_files(768, 1500, seed=15)))

@@ -1,10 +1,10 @@
 """kill -9 of the server and of its worker at random moments in the middle of downloads and uploads, over the API."""
 
+import contextlib
 import hashlib
 import os
 import random
 import signal
-import sqlite3
 import subprocess
 import time
 import urllib.error
@@ -16,9 +16,12 @@ import pytest
 pytest.importorskip("celery")
 pytest.importorskip("fastapi")
 
-from serving import Server, SlowHub, below, environment, files_under, sae_files, until  # noqa: E402
+from serving import Server, SlowHub, below, environment, files_under, sae_files, settings_for, until  # noqa: E402
+from sqlalchemy import select, text  # noqa: E402
 
-from mechint.server.settings import Settings  # noqa: E402
+from mechint.server.db import Database  # noqa: E402
+from mechint.server.jobs import is_gone  # noqa: E402
+from mechint.server.models import Job  # noqa: E402
 
 SAES = "/api/v1/saes"
 WIDTHS = (1200, 1600, 2000)  # 7 to 12 MB
@@ -50,7 +53,7 @@ def insist(server: Server, path: str, body: dict[str, Any] | None = None) -> Any
     raise AssertionError(f"{path} is not answered")
 
 
-def check_library(server: Server, data: Path, expected: dict[str, dict[str, bytes]]) -> None:
+def check_library(server: Server, db: Database, data: Path, expected: dict[str, dict[str, bytes]]) -> None:
     """Everything that is listed is whole, everything on disk is listed, and nothing is left over."""
     listed = insist(server, f"{SAES}?limit=100")["data"]
     assert {sae["id"] for sae in listed} == expected.keys(), "nothing is lost"
@@ -61,69 +64,71 @@ def check_library(server: Server, data: Path, expected: dict[str, dict[str, byte
         assert (data / "saes" / sae["id"] / "sae" / "certificate.json").is_file()
     assert {path.name for path in (data / "saes").iterdir()} == expected.keys(), "no orphan in the library"
     until(lambda: not files_under(data / "staging") and not files_under(data / "trash"), what="staging to be empty")
-    with sqlite3.connect(data / "mechint.db") as connection:
-        left = connection.execute(
-            "SELECT count(*) FROM jobs WHERE coalesce(token_cipher, lease_until, worker_id) IS NOT NULL"
-        )
-        assert left.fetchone() == (0,), "no token, lease or worker of a job that is over"
-        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    with db.read() as session:
+        for job in session.scalars(select(Job)):
+            held = (job.token_cipher, job.token_until, job.lease_until, job.worker_id)
+            assert held == (None,) * 4, f"{job.id} is over and holds {held}"
+        if db.is_sqlite:
+            assert session.execute(text("PRAGMA integrity_check")).scalar_one() == "ok"
 
 
-def run_rounds(root: Path, kills: int, *, seed: int, seconds: float = 400.0) -> dict[str, Any]:
-    """Downloads and uploads while `kills` random processes are killed at random moments; returns what happened."""
+def run_rounds(root: Path, kills: int, *, seed: int, seconds: float = 500.0) -> dict[str, Any]:
+    """Downloads and uploads while `kills` random processes are killed in the middle of them; returns what happened."""
     rng = random.Random(seed)
-    settings = Settings(data_dir=root / "data", max_attempts=10 * kills + 5)
-    data = settings.data_dir
+    settings = settings_for(root, max_attempts=kills + 5)
+    data, db = settings.data_dir, Database(settings.database)
     sources = {f"layer_{i}": sae_files(768, width, seed=i) for i, width in enumerate(WIDTHS)}
-    killed = {"server": 0, "worker": 0}
-    busy_kills = 0
+    killed = {"server": 0, "worker": 0, "both": 0}
+    stages: dict[str, int] = {}
     with SlowHub(root) as hub:
         hub.add_repo("user/many", {k: v for name, files in sources.items() for k, v in below(name, files).items()})
-        hub.bytes_per_second = 6e6
         server = Server(environment(hub, settings, root / "hf"))
         server.start()
         began = time.monotonic()
+        expected: dict[str, dict[str, bytes]] = {}
+        uploads: dict[str, tuple[str, dict[str, bytes]]] = {}  # job -> (folder of the repository, the SAE's files)
+
+        def download() -> None:
+            name = rng.choice(sorted(sources))
+            sae = insist(server, f"{SAES}/download", {"repo_id": "user/many", "filepath": name})
+            expected[sae["id"]] = sources[name]
+
+        def upload() -> None:
+            chosen = rng.choice(insist(server, f"{SAES}?status=ready&limit=100")["data"])["id"]
+            folder = f"up_{len(uploads)}"
+            asked = {"sae_id": chosen, "repo_id": "tester/mine", "filepath": folder, "create_repo": True}
+            job = insist(server, f"{SAES}/upload", {**asked, "access_token": hub.token})
+            uploads[job["job_id"]] = (folder, expected[chosen])
+
+        def running() -> str | None:
+            """The stage of the job that is being done."""
+            with db.read() as session:
+                found = session.scalars(select(Job).where(Job.state == "running", Job.stage != "queued")).first()
+                return f"{found.kind}: {found.stage}" if found is not None and not is_gone(found.worker_id) else None
+
         try:
-            expected: dict[str, dict[str, bytes]] = {}
-            uploads: dict[str, tuple[str, dict[str, bytes]]] = {}  # job -> (folder of the repository, the SAE's files)
-
-            def more() -> None:
-                """Keep some downloads and uploads in the queue."""
-                name = rng.choice(sorted(sources))
-                sae = insist(server, f"{SAES}/download", {"repo_id": "user/many", "filepath": name})
-                expected[sae["id"]] = sources[name]
-                ready = [one for one in insist(server, f"{SAES}?status=ready&limit=100")["data"]]
-                if ready:
-                    chosen = rng.choice(ready)["id"]
-                    folder = f"up_{len(uploads)}"
-                    asked = {"sae_id": chosen, "repo_id": "tester/mine", "filepath": folder, "create_repo": True}
-                    job = insist(server, f"{SAES}/upload", {**asked, "access_token": hub.token})
-                    uploads[job["job_id"]] = (folder, expected[chosen])
-
-            more()
-            while sum(killed.values()) < kills:
-                assert time.monotonic() - began < seconds, killed
-                live = insist(server, f"{SAES}/jobs?live=true")
-                if len(live) < 2:
-                    more()
-                    continue
-                time.sleep(rng.uniform(0.1, 2.5))
-                with sqlite3.connect(data / "mechint.db") as connection:
-                    running = connection.execute("SELECT count(*) FROM jobs WHERE state = 'running'").fetchone()[0]
-                pids = workers_of(data)
-                if rng.random() < 0.5 and pids:
-                    killed["worker"] += 1
-                    os.kill(rng.choice(pids), signal.SIGKILL)
-                else:
-                    killed["server"] += 1
+            download()
+            until(lambda: not insist(server, f"{SAES}/jobs?live=true"), what="the first download")
+            hub.bytes_per_second = 5e6
+            for number in range(kills):
+                while len(insist(server, f"{SAES}/jobs?live=true")) < 3:
+                    (upload if len(uploads) < len(expected) else download)()
+                until(running, what=f"a job to run before kill {number}; {killed}")
+                time.sleep(rng.uniform(0.0, 2.0))
+                stage = running() or "between jobs"
+                stages[stage] = stages.get(stage, 0) + 1
+                which = rng.choice(sorted(killed))
+                killed[which] += 1
+                if which != "worker":
                     assert server.stop(kill=True) == -signal.SIGKILL
-                    if rng.random() < 0.5:
-                        for pid in workers_of(data):  # both at once, as when a machine goes
+                if which != "server":  # else it ends by itself: its server is gone
+                    for pid in workers_of(data):
+                        with contextlib.suppress(ProcessLookupError):
                             os.kill(pid, signal.SIGKILL)
-                busy_kills += bool(running)
+                assert time.monotonic() - began < seconds, killed
             hub.bytes_per_second = None
             until(lambda: not insist(server, f"{SAES}/jobs?live=true"), seconds=120.0, what="all jobs to end")
-            check_library(server, data, expected)
+            check_library(server, db, data, expected)
             up = hub.files("tester/mine") if uploads else {}
             for job_id, (folder, files) in uploads.items():
                 job = insist(server, f"{SAES}/jobs/{job_id}")
@@ -131,21 +136,23 @@ def run_rounds(root: Path, kills: int, *, seed: int, seconds: float = 400.0) -> 
                 assert up[f"{folder}/sae_weights.safetensors"] == files["sae_weights.safetensors"]
             titles = [commit.title for commit in hub.history("tester/mine")] if uploads else []
             assert titles.count("Upload SAE") == len(uploads), "each upload is one commit, however often it began"
-            with sqlite3.connect(data / "mechint.db") as connection:
-                begun = connection.execute("SELECT sum(attempts), count(*) FROM jobs").fetchone()
+            with db.read() as session:
+                attempts = sum(session.scalars(select(Job.attempts)))
         finally:
             if server.process is not None and server.process.poll() is None:
                 server.stop()
+            db.close()
         until(lambda: not workers_of(data), what="the workers to end")
         return {
-            "killed": killed, "while a job ran": busy_kills, "downloads": len(expected), "uploads": len(uploads),
-            "attempts": begun[0], "jobs": begun[1], "seconds": round(time.monotonic() - began, 1),
+            "killed": killed, "at": stages, "downloads": len(expected), "uploads": len(uploads), "attempts": attempts,
+            "seconds": round(time.monotonic() - began, 1),
         }  # fmt: skip
 
 
 @pytest.mark.slow
 def test_three_kills(tmp_path: Path):
     found = run_rounds(tmp_path, 3, seed=1)
+    print(found)
     assert sum(found["killed"].values()) == 3 and found["downloads"] >= 1
 
 
@@ -153,12 +160,14 @@ def test_three_kills(tmp_path: Path):
 def test_twenty_kills_at_random_moments(tmp_path: Path):
     found = run_rounds(tmp_path, 20, seed=20)
     print(found)
-    assert found["while a job ran"] >= 10 and found["uploads"] >= 1
+    in_the_middle = sum(count for stage, count in found["at"].items() if stage != "between jobs")
+    assert in_the_middle >= 10 and found["uploads"] >= 1
 
 
 @pytest.mark.slow
 def test_fifty_downloads_queued_at_once(tmp_path: Path):
-    settings = Settings(data_dir=tmp_path / "data")
+    settings = settings_for(tmp_path)
+    db = Database(settings.database)
     sources = [sae_files(64, 128, seed=seed) for seed in range(10)]
     with SlowHub(tmp_path) as hub:
         hub.add_repo("user/ten", {k: v for i, files in enumerate(sources) for k, v in below(f"l{i}", files).items()})
@@ -172,7 +181,7 @@ def test_fifty_downloads_queued_at_once(tmp_path: Path):
             queued = time.monotonic() - began
             until(lambda: not server.ask(f"{SAES}/jobs?live=true"), seconds=150.0, what="50 downloads")
             print(f"50 queued in {queued:.1f} s, done in {time.monotonic() - began:.1f} s")
-            check_library(server, settings.data_dir, {sae["id"]: sources[i % 10] for i, sae in enumerate(asked)})
+            check_library(server, db, settings.data_dir, {sae["id"]: sources[i % 10] for i, sae in enumerate(asked)})
             for i, sae in enumerate(asked):
                 metadata = server.ask(f"{SAES}/{sae['id']}")["sae_metadata"]
                 recorded = {file["path"]: file["sha256"] for file in metadata["files_downloaded"]}
@@ -184,7 +193,8 @@ def test_fifty_downloads_queued_at_once(tmp_path: Path):
 
 @pytest.mark.slow
 def test_ctrl_c_ends_the_server_and_its_worker_and_the_job_goes_on_at_the_next_start(tmp_path: Path):
-    settings = Settings(data_dir=tmp_path / "data")
+    settings = settings_for(tmp_path)
+    db = Database(settings.database)
     files = sae_files(768, 2000, seed=3)
     with SlowHub(tmp_path) as hub:
         hub.add_repo("user/one", below("a", files))
@@ -200,7 +210,7 @@ def test_ctrl_c_ends_the_server_and_its_worker_and_the_job_goes_on_at_the_next_s
         hub.bytes_per_second = None
         server.start()
         until(lambda: not server.ask(f"{SAES}/jobs?live=true"), what="the download")
-        check_library(server, settings.data_dir, {sae["id"]: files})
+        check_library(server, db, settings.data_dir, {sae["id"]: files})
         assert server.stop() == 0
 
 

@@ -1,5 +1,6 @@
 """Jobs as rows: who may take them, what survives, what ends. No worker process: `execute` with work of the tests."""
 
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -13,13 +14,14 @@ import pytest
 pytest.importorskip("celery")
 pytest.importorskip("sqlalchemy")
 
+from serving import settings_for  # noqa: E402
+
 from mechint.errors import MechintError  # noqa: E402
 from mechint.server import jobs, library, tasks, tokens  # noqa: E402
 from mechint.server.errors import ServiceError, hub_failed, rate_limited  # noqa: E402
 from mechint.server.jobs import Running, claim, reap, release  # noqa: E402
 from mechint.server.library import Service  # noqa: E402
 from mechint.server.models import SAE, Job, Revision  # noqa: E402
-from mechint.server.settings import Settings  # noqa: E402
 
 
 class Mail:
@@ -44,7 +46,7 @@ def mail() -> Mail:
 def service(tmp_path: Path, mail: Mail) -> Service:
     from mechint.server.db import open_database
 
-    settings = Settings(data_dir=tmp_path / "data", lease_seconds=30.0, max_attempts=3)
+    settings = settings_for(tmp_path, lease_seconds=30.0, max_attempts=3)
     return Service(settings, open_database(settings), mail)
 
 
@@ -145,7 +147,7 @@ def test_a_worker_that_lost_its_lease_changes_nothing(service: Service):
 
 
 def test_the_lease_is_kept_while_work_goes_on(service: Service, monkeypatch: pytest.MonkeyPatch):
-    short = Settings(data_dir=service.settings.data_dir, lease_seconds=0.4)
+    short = dataclasses.replace(service.settings, lease_seconds=0.4)
     _, job = add(service)
     running = claim(short, service.db, job.id)
     assert running is not None

@@ -1,5 +1,6 @@
 """Files of the service: paths that lead out, links, what a crash leaves, secrets on disk, the embedded broker."""
 
+import dataclasses
 import os
 import stat
 from pathlib import Path, PurePosixPath
@@ -8,6 +9,8 @@ import pytest
 
 pytest.importorskip("celery")
 pytest.importorskip("sqlalchemy")
+
+from serving import settings_for  # noqa: E402
 
 from mechint.errors import MechintError  # noqa: E402
 from mechint.server import storage, tokens  # noqa: E402
@@ -22,7 +25,7 @@ JOBS = [f"job_{i:012x}" for i in range(9)]
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return Settings(data_dir=tmp_path / "data")
+    return settings_for(tmp_path)
 
 
 @pytest.fixture
@@ -253,6 +256,7 @@ def test_messages_are_taken_once_in_order_and_rubbish_is_skipped(settings: Setti
 
     from mechint.server.broker import Channel, clean, make_app
 
+    settings = dataclasses.replace(settings, broker_url="")
     app = make_app(settings)
     queue = settings.broker_dir / "queue"
     for job_id in JOBS[:3]:

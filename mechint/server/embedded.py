@@ -132,7 +132,14 @@ def serve(settings: Settings, workers: int | None = None) -> int:
         check_binding(settings)
         service = library.open_service(settings)
         app = create_app(settings, service=service)
-        config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, ws="websockets-sansio")
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            ws="websockets-sansio",
+            ws_max_size=1 << 16,
+        )
         server = uvicorn.Server(config)
         # uvicorn raises the signal again when it has ended; what follows it here has to happen all the same
         signal.signal(signal.SIGTERM, lambda *_: None)

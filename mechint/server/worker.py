@@ -54,7 +54,10 @@ def main() -> int:
     warnings.filterwarnings("ignore", message="You're running the worker with superuser privileges")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from mechint.server.celery_app import app
+    from mechint.server.security import redact_logs
     from mechint.server.tasks import opened
+
+    redact_logs()
 
     if handle := os.environ.get(PIPE):
         threading.Thread(target=follow_parent, args=(int(handle),), daemon=True).start()
