@@ -28,6 +28,7 @@ GROUPS = [
     ["report"],
     ["formats"],
     ["saelens"],
+    ["hub"],
     ["server"],
     ["cli"],
 ]

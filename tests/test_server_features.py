@@ -9,9 +9,9 @@ pytest.importorskip("fastapi", reason="the extra `server` is not installed")
 
 import torch
 from live_server import SAES, Server
-from loopback_hub import closed_endpoint
+from loopback_hub import LoopbackHub
 from small_run import make_small_run
-from test_server_api import printed
+from test_server_api import TOKEN, USER, printed
 
 from mechint.analysis import load_latents, logit_effects
 from mechint.config import ReportConfig
@@ -24,16 +24,19 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Its runs folder has the run `train_abc123` with its report. No Hub can be reached."""
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
+    with LoopbackHub(tmp_path_factory.mktemp("hub"), user=USER, token=TOKEN) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def server(hub: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Its runs folder has the run `train_abc123` with its report."""
     folder = tmp_path_factory.mktemp("server")
     run = make_small_run(folder)
     run.path.rename(run.path.with_name("train_abc123"))
     make_report(ReportConfig(runs=(run.path.with_name("train_abc123"),), figures=False, device="cpu"))
-    import os
-
-    env = dict(os.environ) | {"HF_ENDPOINT": closed_endpoint(), "HF_HOME": str(folder / "hf")}
-    with Server(folder, env=env, workers=1) as found:
+    with Server(folder, env=hub.env(folder / "hf"), workers=1) as found:
         yield found
 
 
@@ -130,3 +133,25 @@ def test_without_the_runs_analysis_a_note_says_how_to_get_it(server: Server, imp
     assert not found["analysed"] and "mechint report train_abc123" in found["note"]
     assert found["features"][0]["activation_count"] is None
     assert server.get(f"{SAES}/{imported['id']}/features?limit=1").json()["analysed"]
+
+
+def test_published_as_a_bundle(server: Server, imported: dict[str, Any], hub: LoopbackHub):
+    pytest.importorskip("mechint.hub")
+    asked = {"repo_id": f"{USER}/bundle", "create_repo": True, "access_token": TOKEN, "license": "mit"}
+    assert server.post(f"{SAES}/sae_000000000000/publish", asked).status == 404
+    assert server.post(f"{SAES}/{imported['id']}/publish", {"repo_id": "no-slash"}).status == 422
+    reply = server.post(f"{SAES}/{imported['id']}/publish", asked)
+    assert reply.status == 202, reply.text
+    assert reply.json()["url"] == f"{hub.endpoint}/{USER}/bundle"
+    result = server.wait_job(reply.json()["job_id"])["result"]
+    assert result["commit_hash"] == hub.history(f"{USER}/bundle")[0].sha
+    files = hub.files(f"{USER}/bundle")
+    assert {"README.md", "bundle_metadata.json", "cfg.json", "sae_weights.safetensors", "manifest.json"} <= files.keys()
+    assert b"train_abc123" in files["README.md"] and b"license: mit" in files["README.md"]
+    assert not any(TOKEN.encode() in data or str(server.data_dir).encode() in data for data in files.values())
+    again = server.post(f"{SAES}/{imported['id']}/publish", asked).json()
+    done = server.wait_job(again["job_id"])
+    assert done["result"]["commit_hash"] == result["commit_hash"] and "same content" in done["message"]
+    refused = server.post(f"{SAES}/{imported['id']}/publish", asked | {"repo_id": "other/bundle"}).json()
+    error = server.wait_job(refused["job_id"], state="error")
+    assert "other" in error["error"] and TOKEN not in str(error)

@@ -24,7 +24,7 @@ from mechint.server.errors import (
     sae_not_found,
 )
 from mechint.server.importing import Trained, trained
-from mechint.server.jobs import Wake, cancelled, locked, reap, touch, wake
+from mechint.server.jobs import DOWNLOADS, Wake, cancelled, locked, reap, touch, wake
 from mechint.server.models import FORMATS, LIVE, SAE, SOURCES, STATUSES, Job
 from mechint.server.settings import Settings
 from mechint.server.storage import relative_name
@@ -337,7 +337,7 @@ def add(service: Service, sae: SAE, kind: str, params: dict[str, Any], token: st
     """Write a job, and its SAE if that is new, in one transaction; then wake a worker."""
     cipher, until = tokens.hide(service.settings, token)
     with service.db.write() as session:
-        if kind == "upload":
+        if kind not in DOWNLOADS:
             # deleted since it was looked at?
             sae_id = get_sae(session, sae.id).id
         else:
@@ -411,7 +411,7 @@ def retry(service: Service, sae_id: str, *, access_token: str | None = None) -> 
     with service.db.write() as session:
         sae = get_sae(session, sae_id)
         last = session.scalars(
-            select(Job).where(Job.sae_id == sae_id, Job.kind != "upload").order_by(Job.created_at.desc())
+            select(Job).where(Job.sae_id == sae_id, Job.kind.in_(DOWNLOADS)).order_by(Job.created_at.desc())
         ).first()
         if sae.status != "error" or last is None or last.state in LIVE:
             raise conflict(f"Nothing to retry: {sae_id} is {sae.status}")

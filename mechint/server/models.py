@@ -16,7 +16,7 @@ SOURCES = ("huggingface", "local", "trained")
 # uploading is the status of an upload's events; the SAE itself stays ready meanwhile.
 STATUSES = ("pending", "downloading", "converting", "ready", "error", "deleted")
 FORMATS = ("community_standard", "gemma_scope", "mistudio", "custom")
-KINDS = ("download", "upload", "import_training", "import_file")
+KINDS = ("download", "upload", "publish", "import_training", "import_file")
 STATES = ("queued", "running", "done", "error", "cancelled")
 LIVE = ("queued", "running")
 STAGES = ("queued", "download", "convert", "upload", "complete")

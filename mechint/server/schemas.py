@@ -197,7 +197,8 @@ class PublishRequest(_Request):
     access_token: OptionalToken = None
     create_repo: bool = False
     private: bool = False
-    commit_message: Annotated[str, StringConstraints(pattern=_TEXT, min_length=1, max_length=500)] = "Publish SAE"
+    commit_message: Annotated[str, StringConstraints(pattern=_TEXT, min_length=1, max_length=500)] | None = None
+    license: OptionalName = Field(None, description="Of the bundle; `research-only` if not given.", examples=["mit"])
 
 
 class ImportTrainingRequest(_Request):

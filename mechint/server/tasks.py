@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 NAMES = {
     "download": "sae.download",
     "upload": "sae.upload",
+    "publish": "sae.publish",
     "import_training": "sae.import_training",
     "import_file": "sae.import_file",
 }
@@ -50,6 +51,10 @@ def work_of(kind: str) -> Callable[[Running], None]:
         from mechint.server.upload import run_upload
 
         return run_upload
+    if kind == "publish":
+        from mechint.server.publishing import run_publish
+
+        return run_publish
     from mechint.server.importing import run_import_file, run_import_training
 
     return run_import_training if kind == "import_training" else run_import_file
@@ -142,6 +147,12 @@ def download(job_id: str) -> str:
 @shared_task(name=NAMES["upload"])
 def upload(job_id: str) -> str:
     """From the library to the Hub."""
+    return _run(job_id)
+
+
+@shared_task(name=NAMES["publish"])
+def publish(job_id: str) -> str:
+    """From the library to the Hub, as a bundle."""
     return _run(job_id)
 
 

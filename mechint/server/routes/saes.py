@@ -1,14 +1,12 @@
 """The library: list, show, download, upload, delete, cancel, retry."""
 
-import os
 from typing import Annotated, Any
-from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Response
 
 from mechint.server import library
 from mechint.server.model_table import hint
-from mechint.server.routes.shared import SaeIdOf, ServiceOf, errors
+from mechint.server.routes.shared import SaeIdOf, ServiceOf, errors, repo_url
 from mechint.server.schemas import (
     DeletedOut,
     DeleteRequest,
@@ -123,17 +121,11 @@ def upload(asked: UploadRequest, service: ServiceOf) -> dict[str, Any]:
         "sae_id": asked.sae_id,
         "repo_id": asked.repo_id,
         "filepath": asked.filepath,
-        "url": _repo_url(asked.repo_id, asked.filepath),
+        "url": repo_url(asked.repo_id, asked.filepath),
         "commit_hash": None,
         "job_id": job.id,
         "status": "pending",
     }
-
-
-def _repo_url(repo_id: str, filepath: str) -> str:
-    """Where people will find it on the Hub."""
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    return f"{endpoint}/{repo_id}/tree/main/{'' if filepath == '.' else quote(filepath)}".rstrip("/")
 
 
 @router.post("/delete", response_model=DeletedOut, responses=errors(), summary="Delete several SAEs with their files")

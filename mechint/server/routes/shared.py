@@ -1,7 +1,9 @@
 """What all routes use: the service of this process, ids that can be looked up, and the errors in the documents."""
 
+import os
 import re
 from typing import Annotated, Any
+from urllib.parse import quote
 
 from fastapi import Depends, Path, Request
 
@@ -36,6 +38,15 @@ ServiceOf = Annotated[Service, Depends(_service)]
 SettingsOf = Annotated[Settings, Depends(_settings)]
 SaeIdOf = Annotated[str, Depends(_sae_id)]
 JobIdOf = Annotated[str, Depends(_job_id)]
+
+
+def repo_url(repo_id: str, filepath: str | None = None) -> str:
+    """Where people will find it on the Hub."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    if filepath is None:
+        return f"{endpoint}/{repo_id}"
+    return f"{endpoint}/{repo_id}/tree/main/{'' if filepath == '.' else quote(filepath)}".rstrip("/")
+
 
 _TELLS = {
     400: "What was asked makes no sense here",
