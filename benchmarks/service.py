@@ -29,11 +29,23 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
 
 SAES = "/api/v1/saes"
 PATHS = (f"{SAES}", f"{SAES}?skip=500&limit=50", f"{SAES}?status=ready", f"{SAES}?search=layer%206", f"{SAES}?limit=20")
 CONNECTIONS = 16
+# The tests' loopback Hub with the folder of its first argument, until its standard input ends.
+HUB = """
+import json, sys
+from pathlib import Path
+from loopback_hub import LoopbackHub
+from test_server_api import saelens_folder
+folder = Path(sys.argv[1])
+saelens_folder(folder / "repo" / "layer_6", d_sae=8192)
+with LoopbackHub(folder) as hub:
+    hub.add_repo("lab/saes", folder / "repo")
+    print(json.dumps(hub.env(folder / "hf")), flush=True)
+    sys.stdin.read()
+"""
 SERVE = "import sys; from mechint.cli.serve import main; sys.exit(main(sys.argv[1:]))"
 
 
@@ -187,20 +199,32 @@ async def watch(port: int, sae_id: str, n_clients: int) -> list[tuple[float, dic
     return await asyncio.wait_for(asyncio.gather(*(one() for _ in range(n_clients))), 300)
 
 
-def watch_case(folder: Path, n_clients: int) -> None:
-    from loopback_hub import LoopbackHub
-    from test_server_api import saelens_folder
+@contextmanager
+def loopback_hub(folder: Path) -> Iterator[dict[str, str]]:
+    """A Hub with the SAE `layer_6` of `lab/saes`. Yields the environment of its clients."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HUB, str(folder)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), str(ROOT)))},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        yield json.loads(process.stdout.readline())
+    finally:
+        process.stdin.close()
+        process.wait(30)
 
+
+def watch_case(folder: Path, n_clients: int) -> None:
     folder.mkdir()
-    saelens_folder(folder / "repo" / "layer_6", d_sae=8192)
-    with LoopbackHub(folder) as hub:
-        hub.add_repo("lab/saes", folder / "repo")
-        with service(folder, hub.env(folder / "hf")) as port:
-            body = json.dumps({"repo_id": "lab/saes", "filepath": "layer_6"}).encode()
-            asked = Request(f"http://127.0.0.1:{port}{SAES}/download", body, {"Content-Type": "application/json"})
-            with urlopen(asked) as reply:
-                sae_id = json.load(reply)["id"]
-            ends = asyncio.run(watch(port, sae_id, n_clients))
+    with loopback_hub(folder) as env, service(folder, env) as port:
+        body = json.dumps({"repo_id": "lab/saes", "filepath": "layer_6"}).encode()
+        asked = Request(f"http://127.0.0.1:{port}{SAES}/download", body, {"Content-Type": "application/json"})
+        with urlopen(asked) as reply:
+            sae_id = json.load(reply)["id"]
+        ends = asyncio.run(watch(port, sae_id, n_clients))
     ready = [when for when, data in ends if data["status"] == "ready"]
     print(
         f"watch: {len(ready)} of {n_clients} clients saw the end, within {max(ready) - min(ready):.3f} s of each other"

@@ -52,10 +52,10 @@ class HubPreview(NamedTuple):
     total_size_bytes: int
 
 
-def preview(repo_id: str, *, token: str | None = None, endpoint: str | None = None) -> HubPreview:
+def preview(repo_id: str, *, token: str | bool | None = None, endpoint: str | None = None) -> HubPreview:
     """List a model repository. Nothing is written to this machine's disk, so nothing of a private one stays here.
 
-    `token` is used for this call only; without one, the environment's or the Hub login's is.
+    `token` is used for this call only. None: the environment's or the Hub login's; False: none at all.
 
     Raises:
         ServiceError: Repository not found (also for a private one without a token), Rate limit exceeded, the Hub's

@@ -32,20 +32,6 @@ class Source(StrEnum):
     trained = "trained"
 
 
-class SortBy(StrEnum):
-    created_at = "created_at"
-    updated_at = "updated_at"
-    downloaded_at = "downloaded_at"
-    name = "name"
-    status = "status"
-    source = "source"
-    model_name = "model_name"
-    layer = "layer"
-    n_features = "n_features"
-    d_model = "d_model"
-    file_size_bytes = "file_size_bytes"
-
-
 class FeatureSort(StrEnum):
     feature_idx = "feature_idx"
     density = "density"

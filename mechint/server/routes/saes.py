@@ -6,6 +6,7 @@ from fastapi import APIRouter, Query, Response
 
 from mechint.server import library
 from mechint.server.model_table import hint
+from mechint.server.models import SOURCES, STATUSES
 from mechint.server.routes.shared import SaeIdOf, ServiceOf, errors, repo_url
 from mechint.server.schemas import (
     DeletedOut,
@@ -14,13 +15,9 @@ from mechint.server.schemas import (
     JobOut,
     MessageOut,
     ModelHintOut,
-    Order,
     RetryRequest,
     SAEList,
     SAEOut,
-    SortBy,
-    Source,
-    Status,
     UploadOut,
     UploadRequest,
     plain,
@@ -29,9 +26,9 @@ from mechint.server.schemas import (
 router = APIRouter(tags=["saes"])
 
 
-def _one_of(kind: Any) -> dict[str, Any]:
+def _one_of(*values: str) -> dict[str, Any]:
     """The document names the values; what else comes is told by the library, as a 400."""
-    return {"json_schema_extra": {"enum": [member.value for member in kind]}}
+    return {"json_schema_extra": {"enum": list(values)}}
 
 
 Text = r"^[^\x00-\x1f\x7f]*$"
@@ -50,11 +47,13 @@ def list_saes(
     search: Annotated[
         str | None, Query(max_length=255, pattern=Text, description="Part of a name, description, model or repository.")
     ] = None,
-    source: Annotated[str | None, Query(max_length=32, **_one_of(Source))] = None,
-    status: Annotated[str | None, Query(max_length=32, **_one_of(Status))] = None,
+    source: Annotated[str | None, Query(max_length=32, **_one_of(*SOURCES))] = None,
+    status: Annotated[
+        str | None, Query(max_length=32, **_one_of(*(name for name in STATUSES if name != "deleted")))
+    ] = None,
     model_name: Annotated[str | None, Query(max_length=255, pattern=Text)] = None,
-    sort_by: Annotated[str, Query(max_length=32, **_one_of(SortBy))] = "created_at",
-    order: Annotated[str, Query(max_length=8, **_one_of(Order))] = "desc",
+    sort_by: Annotated[str, Query(max_length=32, **_one_of(*library.SORTS))] = "created_at",
+    order: Annotated[str, Query(max_length=8, **_one_of("asc", "desc"))] = "desc",
 ) -> Response:
     with service.db.read() as session:
         page = library.list_saes(
