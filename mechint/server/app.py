@@ -18,9 +18,11 @@ from mechint.server import library, tokens, ws
 from mechint.server.errors import ServiceError, body
 from mechint.server.events import Events
 from mechint.server.features import Analyses
+from mechint.server.panel import pages
 from mechint.server.routes import compare, features, hf, imports, jobs, publish, reports, saes, session
 from mechint.server.security import Guard, Keys, check_binding, redact_logs
 from mechint.server.settings import Settings
+from mechint.server.unchanged import Unchanged
 
 PREFIX = "/api/v1"
 log = logging.getLogger(__name__)
@@ -77,6 +79,7 @@ def create_app(settings: Settings, *, service: library.Service | None = None) ->
     app.add_api_websocket_route("/ws", ws.channel)
     app.add_api_route("/healthz", _alive, include_in_schema=False, methods=["GET"])
     app.openapi = functools.cache(functools.partial(_document, app, settings.api_key is not None))
+    pages.mount(app)
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=settings.max_upload_bytes)
     app.add_middleware(Guard, settings=settings, keys=app.state.keys)
     return app
@@ -99,10 +102,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     if app.state.service is None:
         app.state.service = library.open_service(app.state.settings)
     app.state.events = Events(app.state.service.db)
+    app.state.unchanged = Unchanged(app.state.service.db)
     try:
         yield
     finally:
         await app.state.events.stop()
+        app.state.unchanged.close()
         if app.state.owns_service:
             app.state.service.db.close()
             app.state.service = None
