@@ -5,22 +5,26 @@
 The service is `mechint serve` in a process of its own, with SQLite and an embedded worker, on the cores that the
 clients use too.
 
-list     the library holds `--saes` rows. Requests for pages of 50 (some with a filter or a search) are sent at fixed
-         times, `--rate` a second, over 16 connections that stay open; each latency is measured from the time at which
-         the request was due, so a server that falls behind cannot hide it. Printed: latencies, errors, and the most
-         requests a second that 16 clients get without a pause.
+list     the library holds `--saes` rows, of which one changes five times a second, as while a download tells its
+         progress (what the server keeps of its answers is of no use then for longer). Requests for pages of 50 (some
+         with a filter or a search) are sent at fixed times, `--rate` a second, over 16 connections that stay open; each
+         latency is measured from the time at which the request was due, so a server that falls behind cannot hide it.
+         Printed: latencies, errors, and the most requests a second that 16 clients get without a pause.
 watch    `--clients` WebSocket clients subscribe to one download from a loopback Hub. Printed: how many saw the end, and
          the seconds from the first client's end to the last one's.
 """
 
 import argparse
 import asyncio
+import contextlib
 import datetime
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SAES = "/api/v1/saes"
 PATHS = (f"{SAES}", f"{SAES}?skip=500&limit=50", f"{SAES}?status=ready", f"{SAES}?search=layer%206", f"{SAES}?limit=20")
-CONNECTIONS = 16
+CONNECTIONS, CHANGES = 16, 5
 # The tests' loopback Hub with the folder of its first argument, until its standard input ends.
 HUB = """
 import json, sys
@@ -110,6 +114,28 @@ def service(folder: Path, env: dict[str, str]) -> Iterator[int]:
             process.wait(30)
 
 
+@contextmanager
+def changes(data_dir: Path) -> Iterator[None]:
+    """One row's progress is written `CHANGES` times a second."""
+    over = threading.Event()
+
+    def write() -> None:
+        with contextlib.closing(sqlite3.connect(data_dir / "mechint.db", timeout=30)) as database:
+            while not over.wait(1 / CHANGES):
+                with database:
+                    database.execute(
+                        "UPDATE saes SET progress = (progress + 1) % 100 WHERE id = (SELECT max(id) FROM saes)"
+                    )
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        yield
+    finally:
+        over.set()
+        writer.join()
+
+
 class Client:
     """A connection that stays open."""
 
@@ -167,7 +193,7 @@ async def flat_out(port: int, seconds: float) -> float:
 def list_case(folder: Path, n_saes: int, rate: float, seconds: float) -> None:
     folder.mkdir()
     fill(folder / "data", n_saes)
-    with service(folder, dict(os.environ)) as port:
+    with service(folder, dict(os.environ)) as port, changes(folder / "data"):
         asyncio.run(at_rate(port, rate, 2.0))  # warm: first statements, first threads
         latencies, failed = asyncio.run(at_rate(port, rate, seconds))
         most = asyncio.run(flat_out(port, min(seconds, 10.0)))

@@ -287,6 +287,37 @@ def test_list_pages_filters_and_sorts(server: Server, downloaded: dict[str, Any]
         assert server.get(f"{SAES}?{wrong}").status == 422, wrong
 
 
+def test_pages_are_kept_until_the_database_changes_and_no_longer(tmp_path: Path):
+    """Whoever changes it: another connection here stands for another process."""
+    from mechint.server.db import Database
+    from mechint.server.models import SAE, Base
+    from mechint.server.unchanged import Unchanged
+
+    here, elsewhere = (Database(f"sqlite:///{tmp_path / 'x.db'}") for _ in range(2))
+    Base.metadata.create_all(here.engine)
+    pages = Unchanged(here)
+
+    def change(database: Database, name: str) -> None:
+        with database.write() as session:
+            session.add(SAE(name=name, source="local"))
+
+    mark = pages.mark()
+    assert mark is not None and pages.get("page", mark) is None
+    pages.keep("page", mark, b"old")
+    assert pages.get("page", pages.mark()) == b"old" and pages.get("other", pages.mark()) is None
+    for number, database in enumerate((here, elsewhere, here)):
+        change(database, f"{number}")
+        assert pages.get("page", pages.mark()) is None, "it has changed"
+        pages.keep("page", pages.mark(), b"new")
+        assert pages.get("page", pages.mark()) == b"new"
+    before = pages.mark()
+    change(elsewhere, "while an answer was made")
+    pages.keep("page", before, b"late")
+    assert pages.get("page", pages.mark()) is None
+    pages.close()
+    assert pages.mark() is None
+
+
 def test_unknown_ids(server: Server):
     for path in ("sae_000000000000", "nonsense", "sae_%00", "..%2f..%2fetc"):
         for reply in (server.get(f"{SAES}/{path}"), server.delete(f"{SAES}/{path}")):

@@ -2,9 +2,11 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query, Request, Response
+from starlette.concurrency import run_in_threadpool
 
 from mechint.server import library
+from mechint.server.library import Service
 from mechint.server.model_table import hint
 from mechint.server.models import SOURCES, STATUSES
 from mechint.server.routes.shared import SaeIdOf, ServiceOf, errors, repo_url
@@ -22,6 +24,7 @@ from mechint.server.schemas import (
     UploadRequest,
     plain,
 )
+from mechint.server.unchanged import Unchanged
 
 router = APIRouter(tags=["saes"])
 
@@ -40,7 +43,8 @@ Text = r"^[^\x00-\x1f\x7f]*$"
     responses=errors(400),
     summary="The SAEs of the library",
 )
-def list_saes(
+async def list_saes(
+    request: Request,
     service: ServiceOf,
     skip: Annotated[int, Query(ge=0, le=10**9)] = 0,
     limit: Annotated[int, Query(ge=1, le=100)] = 50,
@@ -55,32 +59,32 @@ def list_saes(
     sort_by: Annotated[str, Query(max_length=32, **_one_of(*library.SORTS))] = "created_at",
     order: Annotated[str, Query(max_length=8, **_one_of("asc", "desc"))] = "desc",
 ) -> Response:
+    asked = {
+        "skip": skip,
+        "limit": limit,
+        "search": search or None,
+        "source": source or None,
+        "status": status or None,
+        "model_name": model_name or None,
+        "sort_by": sort_by,
+        "order": order,
+    }
+    unchanged: Unchanged = request.app.state.unchanged
+    key, mark = tuple(asked.values()), unchanged.mark()
+    answer = unchanged.get(key, mark)
+    if answer is None:
+        answer = await run_in_threadpool(_listed, service, asked)
+        unchanged.keep(key, mark, answer)
+    return Response(answer, media_type="application/json")
+
+
+def _listed(service: Service, asked: dict[str, Any]) -> bytes:
     with service.db.read() as session:
-        page = library.list_saes(
-            session,
-            skip=skip,
-            limit=limit,
-            search=search or None,
-            source=source or None,
-            status=status or None,
-            model_name=model_name or None,
-            sort_by=sort_by,
-            order=order,
-        )
-    listed = SAEList.model_validate(
-        {
-            "data": page.items,
-            "pagination": {
-                "skip": skip,
-                "limit": limit,
-                "total": page.total,
-                "has_more": skip + len(page.items) < page.total,
-            },
-        },
-        from_attributes=True,
-    )
-    # written out here: a second check of what was checked already would take as long as the query
-    return Response(listed.model_dump_json(), media_type="application/json")
+        page = library.list_saes(session, **asked)
+    more = asked["skip"] + len(page.items) < page.total
+    pagination = {"skip": asked["skip"], "limit": asked["limit"], "total": page.total, "has_more": more}
+    listed = SAEList.model_validate({"data": page.items, "pagination": pagination}, from_attributes=True)
+    return listed.model_dump_json().encode()
 
 
 @router.get("/model-hint", response_model=ModelHintOut, responses=errors(), summary="Models of a width")

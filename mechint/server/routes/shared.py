@@ -13,22 +13,23 @@ from mechint.server.schemas import SAE_ID_PATTERN, ErrorOut, InvalidOut
 from mechint.server.settings import Settings
 
 
-def _service(request: Request) -> Service:
+# These wait for nothing; as plain functions each would be sent to a thread of its own.
+async def _service(request: Request) -> Service:
     return request.app.state.service
 
 
-def _settings(request: Request) -> Settings:
+async def _settings(request: Request) -> Settings:
     return request.app.state.settings
 
 
-def _sae_id(sae_id: Annotated[str, Path(description="Id of an SAE.", examples=["sae_0123456789ab"])]) -> str:
+async def _sae_id(sae_id: Annotated[str, Path(description="Id of an SAE.", examples=["sae_0123456789ab"])]) -> str:
     """What cannot be an id is not looked up: databases do not take every string."""
     if not re.fullmatch(SAE_ID_PATTERN, sae_id):
         raise sae_not_found(sae_id[:64])
     return sae_id
 
 
-def _job_id(job_id: Annotated[str, Path(description="Id of a job.", examples=["job_0123456789ab"])]) -> str:
+async def _job_id(job_id: Annotated[str, Path(description="Id of a job.", examples=["job_0123456789ab"])]) -> str:
     if not re.fullmatch(r"job_[0-9a-f]{12}", job_id):
         raise job_not_found(job_id[:64])
     return job_id
