@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from loopback_hub import LoopbackHub, _Handler
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVE = "import sys; from mechint.cli.serve import main; sys.exit(main(sys.argv[1:]))"
@@ -68,7 +68,14 @@ def sae_files(d_in: int = 64, d_sae: int = 256, *, seed: int = 0, **changes: Any
         "normalize_activations": "none",
         "metadata": metadata,
     }
-    return {"cfg.json": json.dumps(cfg).encode(), "sae_weights.safetensors": save(tensors)}
+    # with a note in its header: the same weights written by us are other bytes, so that an upload has to send them
+    return {"cfg.json": json.dumps(cfg).encode(), "sae_weights.safetensors": save(tensors, {"from": "a test"})}
+
+
+def same_weights(one: bytes, other: bytes) -> bool:
+    """Whether two safetensors files hold the same tensors."""
+    first, second = load(one), load(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def below(folder: str, files: dict[str, bytes]) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("celery")
 pytest.importorskip("fastapi")
 
-from serving import Server, SlowHub, below, environment, files_under, sae_files, settings_for, until  # noqa: E402
+from serving import Server, SlowHub, below, environment, files_under, sae_files, same_weights, settings_for, until  # noqa: E402
 from sqlalchemy import select, text  # noqa: E402
 
 from mechint.server.db import Database  # noqa: E402
@@ -77,7 +77,7 @@ def run_rounds(root: Path, kills: int, *, seed: int, seconds: float = 500.0) -> 
     rng = random.Random(seed)
     settings = settings_for(root, max_attempts=kills + 5)
     data, db = settings.data_dir, Database(settings.database)
-    sources = {f"layer_{i}": sae_files(768, width, seed=i) for i, width in enumerate(WIDTHS)}
+    sources = {f"layer_{i}": sae_files(768, WIDTHS[i % len(WIDTHS)], seed=i) for i in range(9)}
     killed = {"server": 0, "worker": 0, "both": 0}
     stages: dict[str, int] = {}
     with SlowHub(root) as hub:
@@ -89,7 +89,7 @@ def run_rounds(root: Path, kills: int, *, seed: int, seconds: float = 500.0) -> 
         uploads: dict[str, tuple[str, dict[str, bytes]]] = {}  # job -> (folder of the repository, the SAE's files)
 
         def download() -> None:
-            name = rng.choice(sorted(sources))
+            name = sorted(sources)[len(expected) % len(sources)]
             sae = insist(server, f"{SAES}/download", {"repo_id": "user/many", "filepath": name})
             expected[sae["id"]] = sources[name]
 
@@ -111,8 +111,10 @@ def run_rounds(root: Path, kills: int, *, seed: int, seconds: float = 500.0) -> 
             until(lambda: not insist(server, f"{SAES}/jobs?live=true"), what="the first download")
             hub.bytes_per_second = 5e6
             for number in range(kills):
-                while len(insist(server, f"{SAES}/jobs?live=true")) < 3:
-                    (upload if len(uploads) < len(expected) else download)()
+                # alternately, and never far ahead: what is killed is a download as often as an upload
+                if len(insist(server, f"{SAES}/jobs?live=true")) < 2:
+                    (upload if number % 2 else download)()
+                    (download if number % 2 else upload)()
                 until(running, what=f"a job to run before kill {number}; {killed}")
                 time.sleep(rng.uniform(0.0, 2.0))
                 stage = running() or "between jobs"
@@ -132,8 +134,8 @@ def run_rounds(root: Path, kills: int, *, seed: int, seconds: float = 500.0) -> 
             up = hub.files("tester/mine") if uploads else {}
             for job_id, (folder, files) in uploads.items():
                 job = insist(server, f"{SAES}/jobs/{job_id}")
-                assert job["state"] == "done", job
-                assert up[f"{folder}/sae_weights.safetensors"] == files["sae_weights.safetensors"]
+                assert job["state"] == "done", (job["error"], job["attempts"])
+                assert same_weights(up[f"{folder}/sae_weights.safetensors"], files["sae_weights.safetensors"])
             titles = [commit.title for commit in hub.history("tester/mine")] if uploads else []
             assert titles.count("Upload SAE") == len(uploads), "each upload is one commit, however often it began"
             with db.read() as session:
@@ -158,7 +160,7 @@ def test_three_kills(tmp_path: Path):
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments(tmp_path: Path):
-    found = run_rounds(tmp_path, 20, seed=20)
+    found = run_rounds(tmp_path, 20, seed=int(os.environ.get("SEED", "20")))
     print(found)
     in_the_middle = sum(count for stage, count in found["at"].items() if stage != "between jobs")
     assert in_the_middle >= 10 and found["uploads"] >= 1

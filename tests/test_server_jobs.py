@@ -433,3 +433,33 @@ def test_one_failed_try_at_the_hub_is_not_the_end(service: Service, monkeypatch:
     assert tasks.execute(service.settings, service.db, job.id) == "queued"
     change(service, job, not_before=0.0)
     assert tasks.execute(service.settings, service.db, job.id) == "done"
+
+
+def test_a_late_worker_leaves_the_files_of_the_one_that_took_over(service: Service, monkeypatch: pytest.MonkeyPatch):
+    from mechint.server.storage import stage
+
+    _, job = add(service)
+    theirs: list[Path] = []
+
+    def work(running: Running) -> None:
+        change(service, job, lease_until=time.time() - 1)
+        take(service, job)
+        theirs.append(stage(service.settings, job.id, 2, take_over=False))
+        raise ServiceError("failed", "my folder is gone")
+
+    does(monkeypatch, work)
+    assert tasks.execute(service.settings, service.db, job.id) == "lost"
+    assert theirs[0].is_dir() and row(service, job).state == "running"
+
+
+def test_a_database_that_fails_for_a_moment_ends_nothing(service: Service, monkeypatch: pytest.MonkeyPatch):
+    from sqlalchemy.exc import OperationalError
+
+    _, job = add(service)
+
+    def work(running: Running) -> None:
+        raise OperationalError("SELECT", {}, Exception("database is locked"))
+
+    does(monkeypatch, work)
+    assert tasks.execute(service.settings, service.db, job.id) == "queued"
+    assert row(service, job).state == "queued"

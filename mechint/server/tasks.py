@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from celery import Celery, shared_task
+from sqlalchemy.exc import OperationalError
 
 from mechint.errors import DISK_FULL_ERRNOS, MechintError, one_line
 from mechint.server.broker import QUEUE
@@ -96,10 +97,15 @@ def execute(settings: Settings, db: Database, job_id: str, *, stop: threading.Ev
             )
     except MemoryError:
         state = ended(running, ServiceError("memory_full", "Not enough memory for this SAE", "choose a smaller one"))
+    except OperationalError as error:  # the database was away or too busy; what it says may come through again
+        log.warning("job %s: the database failed (%s)", running.id, one_line(error.orig, 120))
+        release(running, seconds=RETRY_SECONDS[0], message="Queued again: the database failed", counts=True)
+        return "queued"
     except Exception as error:  # our own mistake: its text may hold anything, so only its name is told
         log.exception("job %s", running.id)
         state = ended(running, ServiceError("internal", f"Internal error: {type(error).__name__}"))
-    unstage(settings, running.id)
+    if state != "lost":
+        unstage(settings, running.id)
     log.info("job %s: %s", running.id, state)
     return state
 
@@ -111,6 +117,7 @@ def ended(running: Running, error: ServiceError | None) -> str:
             if error is None or job.cancel_requested:
                 cancelled(session, job)
             else:
+                log.info("job %s: %s", running.id, error)
                 fail(session, job, str(error), error.code)
             return job.state
     except LeaseLost:

@@ -8,7 +8,6 @@ back by the next reaper.
 import importlib
 import logging
 import os
-import signal
 import sys
 import threading
 import warnings
@@ -31,13 +30,15 @@ def follow_parent(handle: int) -> None:
                 break
         except OSError:
             break
-    os.kill(os.getpid(), signal.SIGTERM)
+    leave()
 
 
 def leave() -> None:
-    """End the process once its job is put back. Celery would first wait for messages that do not come."""
-    from mechint.server.tasks import BUSY
+    """End the process once its job is put back. Celery would first wait for messages that do not come, and say so on
+    a terminal that may be gone."""
+    from mechint.server.tasks import BUSY, STOPPING
 
+    STOPPING.set()
     BUSY.acquire(timeout=GRACE_SECONDS)
     os._exit(0)
 
