@@ -30,7 +30,8 @@ listening.bind(("127.0.0.1", 0))
 app = create_app(settings_from())
 print(listening.getsockname()[1], flush=True)
 os.dup2(2, 1)  # from here on, what is written there belongs into the log
-config = uvicorn.Config(app, log_level="debug", ws_max_size=65536, server_header=False, timeout_graceful_shutdown=2)
+options = dict(server_header=False, ws="websockets-sansio", ws_max_size=65536, timeout_graceful_shutdown=2)
+config = uvicorn.Config(app, log_level="debug", **options)  # as `mechint serve`, but with everything logged
 uvicorn.Server(config).run(sockets=[listening])
 """
 

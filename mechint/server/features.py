@@ -38,8 +38,8 @@ from mechint.server.models import SAE
 from mechint.server.settings import Settings
 from mechint.server.storage import sae_folder
 
-KEPT_OPEN = 4
-MAX_MODEL_BYTES = 4 << 30  # of weights: a larger model is not opened for the sake of a page
+KEPT_OPEN = 3
+MAX_MODEL_BYTES = 2 << 30  # of weights: a larger model is not opened for the sake of a page
 N_CONTEXTS, WINDOW, N_EFFECTS, N_NEAREST = 10, 12, 10, 8
 NEURONPEDIA = "https://www.neuronpedia.org"
 
