@@ -360,6 +360,11 @@ def test_tokens_of_jobs_that_wait_too_long_are_blanked(service: Service, mail: M
     change(service, job, token_until=time.time() - 1)
     reap(service.settings, service.db, mail)
     assert row(service, job).token_cipher is None
+    from mechint.server.download import hub_token
+
+    assert service.settings.uses_server_token
+    with pytest.raises(ServiceError, match="not kept any more"):
+        hub_token(take(service, job))  # and the server's own does not stand in for it
 
 
 def test_statuses_of_events(service: Service):
@@ -415,7 +420,7 @@ def test_retry_begins_anew_and_only_after_an_error(service: Service, monkeypatch
     does(monkeypatch, lambda running: (_ for _ in ()).throw(ServiceError("x", "y")))
     tasks.execute(service.settings, service.db, job.id)
     again = library.retry(service, sae.id, access_token="hf_new")
-    assert again.params == job.params and again.id != job.id
+    assert again.params == job.params | {"with_token": True} and again.id != job.id
     assert tokens.reveal(service.settings, again.token_cipher) == "hf_new"
     assert sae_of(service, again).status == "pending"
 
@@ -452,12 +457,15 @@ def test_a_late_worker_leaves_the_files_of_the_one_that_took_over(service: Servi
     assert theirs[0].is_dir() and row(service, job).state == "running"
 
 
-def test_a_database_that_fails_for_a_moment_ends_nothing(service: Service, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("what", ["database", "terminal"])
+def test_what_fails_for_a_moment_ends_nothing(service: Service, monkeypatch: pytest.MonkeyPatch, what: str):
     from sqlalchemy.exc import OperationalError
 
     _, job = add(service)
 
     def work(running: Running) -> None:
+        if what == "terminal":  # where Celery says that it ends, in its handler of the signal
+            raise BrokenPipeError
         raise OperationalError("SELECT", {}, Exception("database is locked"))
 
     does(monkeypatch, work)

@@ -57,9 +57,17 @@ def run_download(running: Running) -> None:
 
 
 def hub_token(running: Running) -> str | bool:
-    """The request's token; else the server's own where the settings allow it (True); else none at all (False)."""
+    """The request's token; for requests without one the server's own, where the settings allow it; else none (False).
+
+    Raises:
+        ServiceError: the request came with a token that is not kept any more; no other one stands in for it.
+    """
     if running.token:
         return running.token
+    if running.params.get("with_token"):
+        raise ServiceError(
+            "token_expired", "The access_token of this job is not kept any more", "retry with access_token", status=401
+        )
     if not running.settings.uses_server_token:
         return False
     from huggingface_hub import get_token

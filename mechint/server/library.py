@@ -344,6 +344,7 @@ def add(service: Service, sae: SAE, kind: str, params: dict[str, Any], token: st
             session.add(sae)
             session.flush()
             sae_id = sae.id
+        params = {**params, "with_token": bool(token)}
         job = Job(kind=kind, sae_id=sae_id, params=params, token_cipher=cipher, token_until=until)
         job.seq = next_seq(session)
         session.add(job)
@@ -417,7 +418,8 @@ def retry(service: Service, sae_id: str, *, access_token: str | None = None) -> 
             raise conflict(f"Nothing to retry: {sae_id} is {sae.status}")
         sae.status, sae.progress, sae.error_message = "pending", 0.0, None
         cipher, until = tokens.hide(service.settings, access_token)
-        job = Job(kind=last.kind, sae_id=sae_id, params=dict(last.params), token_cipher=cipher, token_until=until)
+        params = {**last.params, "with_token": bool(access_token)}
+        job = Job(kind=last.kind, sae_id=sae_id, params=params, token_cipher=cipher, token_until=until)
         job.seq = next_seq(session)
         session.add(job)
     wake(service.db, service.send, job.kind, job.id)

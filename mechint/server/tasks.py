@@ -87,6 +87,9 @@ def execute(settings: Settings, db: Database, job_id: str, *, stop: threading.Ev
         state = ended(running, error)
     except MechintError as error:
         state = ended(running, ServiceError("failed", one_line(error, 500)))
+    except BrokenPipeError:  # Celery's signal handler writes to a terminal that is gone, in the middle of our work
+        release(running, seconds=RETRY_SECONDS[0], message="Queued again: the worker was told to end", counts=True)
+        return "queued"
     except OSError as error:
         if error.errno not in DISK_FULL_ERRNOS:
             log.exception("job %s", running.id)

@@ -5,7 +5,7 @@ import threading
 import time
 from typing import Any
 
-from celery.signals import worker_process_init, worker_ready, worker_shutting_down
+from celery.signals import after_setup_logger, worker_process_init, worker_ready, worker_shutting_down
 
 from mechint.server import broker, storage
 from mechint.server.jobs import reap
@@ -36,6 +36,16 @@ def watch_jobs() -> None:
             log.exception("the reaper could not work")
             STOPPING.wait(5 * REAP_SECONDS)
         STOPPING.wait(REAP_SECONDS)
+
+
+@after_setup_logger.connect
+def quiet(**_: Any) -> None:
+    """No token in any log, and no signed address, which the HTTP library tells at level INFO."""
+    from mechint.server.security import redact_logs
+
+    for name in ("httpx", "httpx2", "httpcore", "huggingface_hub", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    redact_logs()
 
 
 @worker_ready.connect

@@ -50,15 +50,15 @@ def on_shutdown(**_: Any) -> None:
 def main() -> int:
     """One embedded worker, until it is told to end."""
     logging.basicConfig(level=logging.INFO, format="worker: %(message)s", stream=sys.stderr)
-    for name in ("httpx", "httpx2", "httpcore", "huggingface_hub", "alembic", "celery", "kombu"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="You're running the worker with superuser privileges")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from mechint.server.celery_app import app
-    from mechint.server.security import redact_logs
     from mechint.server.tasks import opened
+    from mechint.server.watch import quiet
 
-    redact_logs()
+    quiet()
+    for name in ("celery", "kombu"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
     if handle := os.environ.get(PIPE):
         threading.Thread(target=follow_parent, args=(int(handle),), daemon=True).start()
