@@ -34,17 +34,15 @@ N_SHADES = 9  # of a token's background; panel.css has .a1 to .a9
 
 
 def size(n_bytes: int | None) -> str:
-    """`12.3 MB`: decimal, as the Hub counts."""
+    """`12.3 MB`: decimal, as the Hub counts. The blank keeps the two together on a line."""
     if n_bytes is None:
         return "size unknown"
-    number = float(n_bytes)
-    for unit in ("bytes", "kB", "MB", "GB"):
+    number, unit = float(n_bytes), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
         if number < 999.5:
             break
-        number /= 1000
-    else:
-        unit = "TB"
-    return f"{number:.0f} {unit}" if unit == "bytes" or number >= 99.95 else f"{number:.1f} {unit}"
+        number, unit = number / 1000, larger
+    return f"{number:.{0 if unit == 'bytes' or number >= 99.95 else 1}f}\u00a0{unit}"
 
 
 def count(n: int, noun: str) -> str:
@@ -166,6 +164,8 @@ def page(function: Callable[..., HTMLResponse]) -> Callable[..., HTMLResponse]:
             return function(*args, **kwargs)
         except MechintError as error:
             told = error if isinstance(error, ServiceError) else ServiceError("bad_request", one_line(error))
+            if told.code == "sae_not_found":  # the page has a link where the API names a request
+                told.remedy = "it may have been deleted; the library lists what there is"
             return render(kwargs["request"], "error.html", status=told.status, error=told)
 
     assert "request" in inspect.signature(function).parameters

@@ -77,7 +77,7 @@ function size(bytes) {
     if (number < 999.5) break;
     number /= 1000; unit = next;
   }
-  return `${unit === "bytes" || number >= 99.95 ? number.toFixed(0) : number.toFixed(1)} ${unit}`;
+  return `${number.toFixed(unit === "bytes" || number >= 99.95 ? 0 : 1)}\u00a0${unit}`;
 }
 
 function progressText(data) {
