@@ -29,7 +29,7 @@ API_FORMATS = {
 DOWNLOADED, CONVERTED = 90.0, 99.0
 # Hooks as wide as the residual stream; others have widths of their own.
 _RESIDUAL_WIDTH = re.compile(r"resid|mlp_out|attn_out|hook_out|^$")
-MAX_TEXT = 2000
+MAX_TEXT, MAX_DEPTH = 2000, 20
 
 
 def ingest(running: Running, staged: Path, *, source: dict[str, Any], more: dict[str, Any]) -> None:
@@ -180,14 +180,20 @@ def without_path(text: str, folder: Path) -> str:
     return one_line(text.replace(f"{folder}/", "").replace(str(folder), "the folder"), 500)
 
 
-def plain(value: Any) -> Any:
-    """What a stranger's file says, as JSON that every database takes: no NaN, no NUL, no endless text."""
+def plain(value: Any, depth: int = 0) -> Any:
+    """What a stranger's file says, as JSON that every database takes: no NaN, no NUL, nothing endless or bottomless."""
+    if depth > MAX_DEPTH:
+        return "..."
     if isinstance(value, dict):
-        return {str(key)[:200].replace("\0", ""): plain(item) for key, item in list(value.items())[:500]}
+        return {_text(key)[:200]: plain(item, depth + 1) for key, item in list(value.items())[:500]}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value[:2000]]
+        return [plain(item, depth + 1) for item in value[:2000]]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if value is None or isinstance(value, (bool, int, float)):
         return value
+    return _text(value)
+
+
+def _text(value: Any) -> str:
     return str(value)[:MAX_TEXT].replace("\0", "").encode("utf-8", "replace").decode()
