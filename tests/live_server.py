@@ -18,6 +18,11 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from serving import settings_for
+from sqlalchemy import text
+
+from mechint.server.db import Database
+
 SAES = "/api/v1/saes"
 _SERVE = """
 import os, socket
@@ -72,7 +77,9 @@ class Server:
         self.data_dir, self.runs_root = folder / "data", folder / "runs"
         self.runs_root.mkdir(exist_ok=True)
         self.env = {k: v for k, v in (os.environ if env is None else env).items() if not k.startswith("MECHINT_")}
-        self.env |= {"MECHINT_DATA_DIR": str(self.data_dir), "MECHINT_RUNS_ROOT": str(self.runs_root)}
+        own = settings_for(folder, runs_root=self.runs_root)
+        self.database_url = own.database
+        self.env |= own.environment()
         self.env |= {f"MECHINT_{name}": value for name, value in (settings or {}).items()}
         self.env |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self.workers, self.headers = workers, headers or {}
@@ -129,6 +136,16 @@ class Server:
 
     def log(self) -> str:
         return self.log_path.read_text(encoding="utf-8")
+
+    def execute(self, statement: str, **values: Any) -> list[Any]:
+        """Run SQL on the server's database, behind its back. Returns the rows, if there are any."""
+        database = Database(self.database_url)
+        try:
+            with database.write() as session:
+                found = session.execute(text(statement), values)
+                return [tuple(row) for row in found] if found.returns_rows else []
+        finally:
+            database.close()
 
     def is_alive(self) -> bool:
         with contextlib.suppress(OSError):

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("fastapi", reason="the extra `server` is not installed")
+
 import torch
 from live_server import SAES, Server
 from loopback_hub import LoopbackHub
 from safetensors.torch import load_file, save_file
 
 from mechint.sae import load_sae
-
-pytest.importorskip("fastapi", reason="the extra `server` is not installed")
 
 # The documents' example token; the loopback Hub knows it as its user's.
 TOKEN, USER = "hf_xxxxx", "username"

@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra `server` is not installed")
 
+
 import torch
 from live_server import SAES, Server
 from loopback_hub import LoopbackHub

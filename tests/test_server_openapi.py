@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra `server` is not installed")
 
+
 from live_server import SAES, Server
 from loopback_hub import LoopbackHub
 from test_server_api import TOKEN, USER, saelens_folder

@@ -5,23 +5,22 @@ import logging
 import os
 import re
 import socket
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from live_server import SAES, Server
-from loopback_hub import LoopbackHub
 
 pytest.importorskip("fastapi", reason="the extra `server` is not installed")
 
-from test_server_api import saelens_folder  # noqa: E402
+from live_server import SAES, Server
+from loopback_hub import LoopbackHub
+from test_server_api import saelens_folder
 
-from mechint.errors import MechintError  # noqa: E402
-from mechint.server.app import create_app  # noqa: E402
-from mechint.server.security import COOKIE, Keys, check_binding, host_names, redact, redact_logs  # noqa: E402
-from mechint.server.settings import Settings  # noqa: E402
+from mechint.errors import MechintError
+from mechint.server.app import create_app
+from mechint.server.security import COOKIE, Keys, check_binding, host_names, redact, redact_logs
+from mechint.server.settings import Settings
 
 USER, TOKEN = "username", "hf_Zq7RtVwXyPlmKj3"
 API_KEY = "correct-horse-battery-staple"
@@ -330,8 +329,7 @@ def test_deleting_removes_the_files_of_that_sae_only(server: Server, tmp_path: P
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "file").write_text("mine")
-    with sqlite3.connect(server.data_dir / "mechint.db", timeout=30) as database:
-        database.execute("UPDATE saes SET local_path = ? WHERE id = ?", (str(precious), sae_id))
+    server.execute("UPDATE saes SET local_path = :path WHERE id = :id", path=str(precious), id=sae_id)
     assert server.delete(f"{SAES}/{sae_id}").status == 200
     assert (precious / "file").read_text() == "mine"
     assert not (server.data_dir / "saes" / sae_id).exists()
@@ -346,8 +344,7 @@ def test_reports_are_contained_and_can_do_nothing(server: Server, files: Path):
     sae_id = server.wait_sae(reply.json()["id"])["id"]
 
     def of_run(training_id: str) -> Any:
-        with sqlite3.connect(server.data_dir / "mechint.db", timeout=30) as database:
-            database.execute("UPDATE saes SET training_id = ? WHERE id = ?", (training_id, sae_id))
+        server.execute("UPDATE saes SET training_id = :run WHERE id = :id", run=training_id, id=sae_id)
         return server.get(f"{SAES}/{sae_id}/report")
 
     assert of_run("shown").status == 404
@@ -420,9 +417,7 @@ def test_tokens_are_not_kept_told_or_logged(server: Server, hub: LoopbackHub):
     assert "access_token=***" in server.log(), "the request line is there, though"
     for path, data in everything_in(server.data_dir):
         assert secret not in data, path
-    with sqlite3.connect(server.data_dir / "mechint.db", timeout=30) as database:
-        left = database.execute("SELECT count(*) FROM jobs WHERE token_cipher IS NOT NULL").fetchone()
-    assert left == (0,), "what is over has no token"
+    assert server.execute("SELECT count(*) FROM jobs WHERE token_cipher IS NOT NULL") == [(0,)], "it is over"
     for name, data in hub.files(f"{USER}/kept").items():
         assert secret not in data, name
 

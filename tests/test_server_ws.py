@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live_server import SAES, Server
-from loopback_hub import LoopbackHub
 
 pytest.importorskip("fastapi", reason="the extra `server` is not installed")
 websockets = pytest.importorskip("websockets", reason="the extra `server` is not installed")
 
-from test_server_api import TOKEN, USER, saelens_folder  # noqa: E402
+from live_server import SAES, Server
+from loopback_hub import LoopbackHub
+from test_server_api import TOKEN, USER, saelens_folder
 
 REPO = "lab/saes"
 SECONDS = 60
@@ -237,7 +237,7 @@ def test_two_servers_and_one_worker_share_nothing_but_the_database(hub: Loopback
     """A download asked of one server is seen through the other one."""
     with Server(tmp_path / "one", env=hub.env(tmp_path / "hf")) as one:
         second = Server(tmp_path / "two", env=one.env)
-        second.env |= {name: one.env[name] for name in ("MECHINT_DATA_DIR", "MECHINT_RUNS_ROOT")}
+        second.env = one.env
         with second as two:
 
             async def watch() -> None:
