@@ -5,7 +5,6 @@ import hashlib
 import os
 import random
 import signal
-import subprocess
 import time
 import urllib.error
 from pathlib import Path
@@ -214,32 +213,3 @@ def test_ctrl_c_ends_the_server_and_its_worker_and_the_job_goes_on_at_the_next_s
         until(lambda: not server.ask(f"{SAES}/jobs?live=true"), what="the download")
         check_library(server, db, settings.data_dir, {sae["id"]: files})
         assert server.stop() == 0
-
-
-def test_a_port_that_is_taken_is_one_line(tmp_path: Path):
-    import socket
-    import sys
-
-    from serving import ROOT, SERVE
-
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", SERVE, "--port", port, "--data-dir", str(tmp_path / "data")]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and done.stderr.startswith(f"error: port {port} of 127.0.0.1 cannot be used")
-    assert done.stderr.count("\n") == 1 and not (tmp_path / "data").exists()
-
-
-def test_an_address_for_others_needs_an_api_key(tmp_path: Path):
-    import sys
-
-    from serving import ROOT, SERVE
-
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    env.pop("MECHINT_API_KEY", None)
-    command = [sys.executable, "-c", SERVE, "--host", "0.0.0.0", "--port", "0", "--data-dir", str(tmp_path / "data")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "MECHINT_API_KEY" in done.stderr and done.stderr.count("\n") == 1

@@ -128,8 +128,8 @@ def serve(settings: Settings, workers: int | None = None) -> int:
         workers = 1 if settings.embedded else 0
     with listen(settings) as sock:
         settings = dataclasses.replace(settings, port=sock.getsockname()[1])
-        make_dir(settings.data_dir)
         check_binding(settings)
+        make_dir(settings.data_dir)
         service = library.open_service(settings)
         app = create_app(settings, service=service)
         config = uvicorn.Config(
