@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("fastapi", reason="the extra `server` is not installed")
-websockets = pytest.importorskip("websockets", reason="the extra `server` is not installed")
 
+import websockets
 from live_server import SAES, Server
 from loopback_hub import LoopbackHub
 from test_server_api import TOKEN, USER, saelens_folder
