@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import importlib.util
 import inspect
 import json
 from collections.abc import Callable
@@ -130,6 +131,7 @@ def _environment() -> Environment:
         "work": work,
         "with_query": with_query,
         "neuronpedia_page": neuronpedia_page,
+        "bundles": importlib.util.find_spec("mechint.hub") is not None,
         "SOURCES": SOURCES,
         "KINDS": KINDS,
         "version": __version__,

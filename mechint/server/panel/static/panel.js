@@ -38,6 +38,7 @@ function taken(form) {
   const found = {};
   for (const field of $$("[data-field]", form)) {
     const name = field.dataset.field;
+    if (field.disabled) continue;
     if (field.type === "checkbox") found[name] = field.checked;
     else if (field.type === "number") { if (field.value !== "") found[name] = Number(field.value); }
     else if (field.value.trim() !== "") found[name] = field.value.trim();
@@ -242,6 +243,7 @@ function openDialog(kind, { saeId, name, ...more }) {
     const slug = name.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-+|-+$/g, "") || "sae";
     $('[data-field="filepath"]', form).value = `saes/${slug}`;
     showPart(form, "ask");
+    chooseUpload(form, "upload");
   } else if (kind === "delete") {
     $('[data-show="size"]', form).textContent = more.size ? ` (${more.size})` : "";
     $('[data-part="files"]', form).hidden = !more.ready; // what is not whole keeps no files
@@ -299,8 +301,9 @@ const forms = {
   },
 
   async upload(form, dialog) {
-    const { sae_id, ...asked } = taken(form);
-    const job = await (await ask("POST", `${API}/upload`, { sae_id, ...asked })).json();
+    const { sae_id, filepath, ...asked } = taken(form), alone = $('[name="upload-as"]:checked', form)?.value !== "publish";
+    const address = alone ? `${API}/upload` : `${API}/${sae_id}/publish`;
+    const job = await (await ask("POST", address, alone ? { sae_id, filepath, ...asked } : asked)).json();
     const channel = `sae/${sae_id}/upload`, last = lastEvents.get(channel);
     uploads.set(job.job_id, dialog);
     showPart(form, "work");
@@ -425,12 +428,18 @@ document.addEventListener("input", (event) => {
   typing = setTimeout(showFiltered, event.target.tagName === "SELECT" ? 0 : 300, form);
 });
 
-// One name for several SAEs would be none.
-document.addEventListener("change", (event) => {
-  if (event.target.name !== "path") return;
-  const form = event.target.form;
-  $("#name", form).disabled = $$('[name="path"]:checked', form).length > 1;
+document.addEventListener("change", ({ target }) => {
+  // one name for several SAEs would be none
+  if (target.name === "path") $("#name").disabled = $$('[name="path"]:checked', target.form).length > 1;
+  if (target.name === "upload-as") chooseUpload(target.form, target.value);
 });
+
+function chooseUpload(form, kind) {
+  for (const part of $$("[data-only]", form)) {
+    part.hidden = part.dataset.only !== kind;
+    for (const field of $$("input", part)) field.disabled = part.hidden;
+  }
+}
 
 document.addEventListener("visibilitychange", () => {
   if (document.visibilityState === "visible" && $("[data-swap]")) refresh();
