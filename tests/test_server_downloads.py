@@ -444,3 +444,46 @@ def test_worker_killed_in_the_middle_is_followed_by_another(world: World, tmp_pa
         job = ended(service, job.id)
     assert (job.state, job.attempts) == ("done", 2)
     service.db.close()
+
+
+@pytest.mark.slow
+def test_worker_that_was_away_too_long_finds_its_job_taken_and_changes_nothing(world: World, tmp_path: Path):
+    """Stopped, not killed: it comes back in the middle of its download, when another has done the job."""
+    settings = settings_for(tmp_path, lease_seconds=3.0)
+    service = library.open_service(settings)
+    env = environment(world.hub, settings, tmp_path / "hf")
+    files = sae_files(768, 1500, seed=16)
+    world.hub.add_repo("tester/away", below("a", files))
+    world.hub.bytes_per_second = 2e6
+    sae, job = library.create_download(service, repo_id="tester/away", filepath="a")
+
+    def now() -> Job:
+        with service.db.read() as session:
+            return library.get_job(session, job.id)
+
+    with worker(env) as first:
+        try:
+            until(lambda: now().bytes_done > 0, what="bytes to arrive")
+            os.kill(first.pid, signal.SIGSTOP)
+            world.hub.bytes_per_second = None
+            with worker(env) as second:
+                done = ended(service, job.id)
+                assert (done.state, done.attempts) == ("done", 2) and first.poll() is None
+                filed = settings.data_dir / "saes" / sae.id
+                before = {name: (filed / name).stat().st_mtime_ns for name in files_under(filed)}
+                seq = done.seq
+                os.kill(first.pid, signal.SIGCONT)
+                # it is of use again
+                other = library.create_download(service, repo_id="tester/away", filepath="a")[1]
+                second.terminate()
+                assert ended(service, other.id).state == "done"
+        finally:
+            world.hub.bytes_per_second = None
+            os.kill(first.pid, signal.SIGCONT)
+    assert now().seq == seq and {name: (filed / name).stat().st_mtime_ns for name in files_under(filed)} == before
+    assert (filed / "original" / "sae_weights.safetensors").read_bytes() == files["sae_weights.safetensors"]
+    from mechint.server.storage import sweep
+
+    sweep(settings, service.db)
+    assert files_under(settings.staging_dir) == set()
+    service.db.close()

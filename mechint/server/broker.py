@@ -44,7 +44,7 @@ class Channel(filesystem.Channel):
     def _get(self, queue: str) -> Any:
         folder = Path(self.data_folder_in)
         for name in sorted(os.listdir(folder)):
-            if name.startswith(".") or name.partition(".")[2] != f"{queue}.msg":
+            if name.partition(".")[2] != f"{queue}.msg":  # which hidden names never are
                 continue
             taken = folder / f".taken-{name}"
             try:
