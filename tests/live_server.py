@@ -30,7 +30,7 @@ import uvicorn
 from mechint.server.app import create_app
 from mechint.server.settings import settings_from
 
-listening = socket.socket()
+listening = socket.socket(proto=socket.IPPROTO_TCP)
 listening.bind(("127.0.0.1", 0))
 app = create_app(settings_from())
 print(listening.getsockname()[1], flush=True)

@@ -104,7 +104,8 @@ def listen(settings: Settings) -> socket.socket:
         )[0]
     except OSError as error:
         raise MechintError(f"--host {settings.host} is no address of this machine ({error.strerror})") from None
-    made = socket.socket(family, kind)
+    # the protocol is named because asyncio turns Nagle's algorithm off only then: the end of an answer would wait 40 ms
+    made = socket.socket(family, kind, socket.IPPROTO_TCP)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind(address)
