@@ -7,6 +7,7 @@ failure, which is what CI sets.
 import json
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,51 @@ def test_a_download_is_cancelled_and_tried_again(visitor: Visitor, server: Serve
     page.get_by_role("dialog", name="Try Six again").get_by_role("button", name="Try again").click()
     expect(row.locator(".badge")).to_have_text("Ready")
     assert row.get_by_role("button", name="Retry").count() == 0
+    visitor.check()
+
+
+def test_an_upload_is_seen_on_its_row_to_its_end(visitor: Visitor, server: Server, hub: SlowHub):
+    reply = server.post(f"{SAES}/import/training", {"training_id": "small", "name": "Tales"}).json()
+    sae_id = reply["sae_ids"][0]
+    server.wait_sae(sae_id)
+    page = visitor.open("/")
+    row = page.locator("li.sae")
+    asked = {"sae_id": sae_id, "repo_id": f"{USER}/missing", "filepath": "tales", "access_token": TOKEN}
+    server.post(f"{SAES}/upload", asked)
+    expect(row.locator(".why")).to_contain_text(f"The last upload failed. Repository not found: {USER}/missing")
+    expect(row.locator(".badge")).to_have_text("Ready")
+    hub.gate.clear()
+    server.post(f"{SAES}/upload", asked | {"create_repo": True})
+    expect(row.locator(".badge")).to_have_text("Uploading")
+    expect(row.locator(".worktext")).to_contain_text("Uploading")
+    assert row.get_by_role("progressbar").evaluate("bar => bar.value") >= 50
+    expect(row.locator(".work")).to_have_attribute("data-channel", "upload")
+    page.reload()  # who comes late sees it too
+    expect(row.locator(".badge")).to_have_text("Uploading")
+    expect(row.get_by_role("button", name="Upload Tales")).to_be_disabled()
+    hub.gate.set()
+    expect(row.locator(".badge")).to_have_text("Ready")
+    expect(page.locator("#said")).to_have_text("Tales: uploaded")
+    expect(row.get_by_role("button", name="Upload Tales")).to_be_enabled()
+    assert row.locator(".why").count() == 0
+    visitor.check()
+
+
+@pytest.mark.skipif(find_spec("mechint.hub") is None, reason="without mechint.hub no bundles are made")
+def test_an_sae_is_published_as_a_repository_of_its_own(visitor: Visitor, server: Server, hub: SlowHub):
+    reply = server.post(f"{SAES}/import/training", {"training_id": "small", "name": "Tales"}).json()
+    server.wait_sae(reply["sae_ids"][0])
+    page = visitor.open("/")
+    page.get_by_role("button", name="Upload Tales").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_label("A repository of its own").check()
+    expect(dialog.get_by_label("Folder in it")).to_be_hidden()
+    dialog.get_by_role("textbox", name="Repository").fill(f"{USER}/tales")
+    dialog.get_by_label("Access token").fill(TOKEN)
+    dialog.get_by_label("Create the repository").check()
+    dialog.get_by_role("button", name="Upload", exact=True).click()
+    expect(dialog.get_by_role("link")).to_have_attribute("href", re.compile(f"/{USER}/tales"))
+    assert {"README.md", "cfg.json", "sae_weights.safetensors"} <= hub.files(f"{USER}/tales").keys()
     visitor.check()
 
 

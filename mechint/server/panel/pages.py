@@ -17,14 +17,17 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import FileResponse, HTMLResponse, Response
 from fastapi.staticfiles import StaticFiles
+from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 import mechint.report
 from mechint.errors import MechintError
 from mechint.provenance import read_json
 from mechint.server import features, library
 from mechint.server.errors import ServiceError, sae_not_found
+from mechint.server.events import UPLOADS
 from mechint.server.features import run_folder
-from mechint.server.models import FORMATS, LIVE, SAE, SOURCES, STATUSES, Job
+from mechint.server.models import FORMATS, SAE, SOURCES, STATUSES, Job
 from mechint.server.panel import runs
 from mechint.server.panel.render import neuronpedia_page, number, page, render
 from mechint.server.routes.compare import compare as compare_api
@@ -96,6 +99,7 @@ def library_page(request: Request, service: ServiceOf) -> HTMLResponse:
             found = library.list_saes(session, skip=(at - 1) * PAGE_SIZE, **given)
         total = library.list_saes(session, limit=1).total
         live = live_jobs(library.list_jobs(session, live=True, limit=MAX_LIVE))
+        failed = failed_uploads(session, [sae.id for sae in found.items])
     return render(
         request,
         "library.html",
@@ -103,6 +107,7 @@ def library_page(request: Request, service: ServiceOf) -> HTMLResponse:
         found=found.total,
         total=total,
         live=live,
+        failed=failed,
         query=query,
         source=source,
         wanted_status=status,
@@ -119,6 +124,13 @@ def library_page(request: Request, service: ServiceOf) -> HTMLResponse:
 def live_jobs(jobs: list[Job]) -> dict[str, Job]:
     """The newest live job of each SAE, of a list that has the newest first."""
     return {job.sae_id: job for job in reversed(jobs)}
+
+
+def failed_uploads(session: Session, sae_ids: list[str]) -> dict[str, str]:
+    """Why the last upload of an SAE failed, of those whose last one did: the SAE itself is ready all the same."""
+    wanted = select(Job).where(Job.sae_id.in_(sae_ids), Job.kind.in_(UPLOADS)).order_by(Job.created_at)
+    last = {job.sae_id: job for job in session.scalars(wanted)}
+    return {sae_id: job.error or job.message for sae_id, job in last.items() if job.state == "error"}
 
 
 # --- adding -----------------------------------------------------------------------------------------------------------
@@ -195,6 +207,7 @@ def sae_page(sae_id: str, request: Request, service: ServiceOf) -> HTMLResponse:
     row, live = _row(service, sae_id)
     with service.db.read() as session:
         jobs = library.list_jobs(session, sae_id=row.id, limit=20)
+        failed = failed_uploads(session, [row.id])
     run = run_folder(service.settings, row)
     certificate = None
     try:
@@ -208,7 +221,7 @@ def sae_page(sae_id: str, request: Request, service: ServiceOf) -> HTMLResponse:
         sae=row,
         live=live,
         jobs=jobs,
-        live_states=LIVE,
+        failed=failed,
         run=run,
         has_report=run is not None and contained_file(run, "report.html") is not None,
         certificate=certificate,

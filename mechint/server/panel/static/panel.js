@@ -134,6 +134,7 @@ function swap(old, made) {
 
 const wanted = new Set();
 const lastEvents = new Map();
+const known = new Map(); // channel -> the job that its last event was of
 const uploads = new Map(); // job -> the dialog that waits for it
 let socket = null, failures = 0, polling = 0;
 
@@ -195,23 +196,28 @@ async function poll() {
     const data = { sae_id, progress, status, message, bytes_done, bytes_total, job_id: job.id, repo_url: result?.url };
     receive({ channel, data });
   }
+  for (const channel of wanted) if (!known.has(channel)) known.set(channel, "none");
 }
 
 function receive(event) {
+  const job = event.data.job_id ?? "none";
+  // the first event is the state that the page was made with; another job's is not, even if it is over already
+  event.news = known.has(event.channel) && known.get(event.channel) !== job;
+  known.set(event.channel, job);
   event.at = performance.now();
   lastEvents.set(event.channel, event);
   apply(event);
 }
 
 // Show an event on the row of its SAE, and in the dialog that waits for it.
-function apply({ channel, data }) {
+function apply({ channel, data, news }) {
   const waiting = data.job_id && uploads.get(data.job_id);
   if (waiting) showUpload(waiting, data);
   const row = $$("[data-sae]").find((one) => one.dataset.sae === data.sae_id);
   if (!row) return;
   const what = channel.split("/")[2], line = $(".work", row), shown = !line.hidden && line.dataset.channel === what;
   if (!LIVE.includes(data.status)) {
-    if (!shown) return; // it had ended before this page was made
+    if (!shown && !news) return;
     say(`${row.dataset.name}: ${data.status === "ready" ? (what === "upload" ? "uploaded" : "ready") : data.message}`);
     line.hidden = true;
     refresh();
