@@ -274,14 +274,16 @@ def test_nobody_watches_nothing_is_asked(server: Server, tmp_path: Path):
         assert await events.subscribe(subscriber, channel)
         assert (await subscriber.take())[0]["data"]["status"] == "pending"
         assert not await events.subscribe(Subscriber(), channel._replace(sae_id="sae_000000000000"))
-        await asyncio.sleep(0.5)
-        assert asked and all(ids == {channel.sae_id} for ids in asked)
+        task = events._task
+        assert task is not None
+        while not asked:
+            await asyncio.sleep(0.01)
+        assert all(ids == {channel.sae_id} for ids in asked) and not task.done()
         events.leave(subscriber)
         assert events.watching == 0
-        await asyncio.sleep(0.3)
-        count = len(asked)
-        await asyncio.sleep(0.5)
-        assert len(asked) == count
+        await asyncio.wait_for(task, SECONDS)  # it ends by itself
+        assert await events.subscribe(subscriber, channel), "and begins again"
+        assert events._task is not task
         await events.stop()
 
     asyncio.run(run())
