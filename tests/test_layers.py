@@ -29,6 +29,7 @@ GROUPS = [
     ["formats"],
     ["saelens"],
     ["hub"],
+    ["server"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(GROUPS) for name in names}

@@ -1,0 +1,1 @@
+"""The sharing service: SAEs over HTTP and WebSocket, jobs in worker processes. Needs the extra `server`."""

@@ -1,0 +1,1 @@
+"""Alembic migrations; `mechint.server.db.upgrade` runs them."""

@@ -1,0 +1,1 @@
+"""The panel: server-rendered pages, one style sheet and one script."""
