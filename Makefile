@@ -6,8 +6,10 @@ CONSTRAINTS ?= constraints.txt
 EXTRAS ?= dev,notebooks
 # The newest TransformerLens that is supported beside the pinned one; the model tests run on both.
 TL4 = 4.3.0
+# Those that depend on which database and broker there are.
+SERVICE_TESTS = $(addprefix tests/test_server_,api.py downloads.py faults.py features.py ingest.py jobs.py storage.py ws.py)
 
-.PHONY: help setup pipeline test test-fast check fix bench bench-train bench-quality test-tl4 test-peers demo-hub readme clean
+.PHONY: help setup pipeline test test-fast check fix bench bench-train bench-quality test-tl4 test-peers test-services demo-hub readme clean
 
 help:
 	@echo "make pipeline   collect, train, evaluate, ablate and compare on the built-in model (minutes, no network)"
@@ -18,6 +20,7 @@ help:
 	@echo "make demo-hub   publish a run to a Hub on this machine, and load it back in a fresh process"
 	@echo "make readme     write docs/commands.md and the list in README.md anew from --help"
 	@echo "make test-peers the peers in an environment of their own: their trainers, files, evaluation and API against ours"
+	@echo "make test-services   the service's tests on PostgreSQL and Redis"
 	@echo "make test-tl4   the model tests with TransformerLens $(TL4), in an environment of their own"
 
 setup: $(VENV)/.ready
@@ -66,6 +69,11 @@ bench-quality: setup
 	$(BIN)/python benchmarks/quality.py ours --name preset --first 0.56 0.95 0.31 -- --preset mechint
 	$(BIN)/python benchmarks/quality.py ours --name preset --architecture topk -- --preset mechint
 	$(BIN)/python benchmarks/quality.py table
+
+# The service's tests once more on PostgreSQL and Redis (Debian: postgresql, redis-server), which are started for them.
+test-services: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/with_services.py $(BIN)/python -m pytest -q -n 2 --dist loadfile \
+	  -m "slow or not slow" $(SERVICE_TESTS)
 
 # A Hub of its own on this machine: publishes the newest run there, or a small one made for it, and loads it back.
 demo-hub: setup

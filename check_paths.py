@@ -36,6 +36,7 @@ REQUIRED_FILES = (
     "mechint/formats/__init__.py",
     "mechint/saelens/__init__.py",
     "mechint/hub/__init__.py",
+    "mechint/server/__init__.py",
     "mechint/builtin/pythia-tiny/model.safetensors",
     "notebooks/inspect-features.ipynb",
     "notebooks/ablation.ipynb",

@@ -42,6 +42,7 @@ COMMANDS = {
     "load-sae": ("mechint.cli.load_sae", "download an SAE by name or repository, check it, say what it is", None),
     "apply-steering": ("mechint.cli.apply_steering", "continue a prompt with and without a published vector", None),
     "pull": ("mechint.cli.pull", "a whole repository of the Hub as a folder, checked", None),
+    "serve": ("mechint.cli.serve", "share SAEs: an HTTP API, a panel in the browser, and workers", None),
     "verify": ("mechint.cli.verify", "check a run's files against the hashes in its manifest", None),
 }
 
