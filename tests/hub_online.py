@@ -31,7 +31,7 @@ def online(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Logged in to the loopback Hub as its user, by the environment."""
     from huggingface_hub import constants
 
-    from mechint.hub import client
+    from mechint.huggingface import client
 
     home = tmp_path / "hf_home"
     client._whoami.cache_clear()

@@ -11,7 +11,7 @@ from hub_online import Online
 from loopback_hub import Account, LoopbackHub, closed_endpoint
 
 from mechint.errors import MechintError
-from mechint.hub import client
+from mechint.huggingface import client
 
 pytest_plugins = ["hub_online"]
 REPO = "alice/sae"
@@ -165,7 +165,7 @@ def test_who_is_logged_in_is_asked_once(online: Online) -> None:
 
 def test_importing_is_light(hub: LoopbackHub, tmp_path: Path) -> None:
     code = (
-        "import sys, json; import mechint.hub.client, mechint.hub.publish, mechint.hub.bundle;"
+        "import sys, json; import mechint.huggingface.client, mechint.hub.publish, mechint.hub.bundle;"
         "print(json.dumps(sorted({'torch', 'huggingface_hub', 'transformers', 'datasets', 'rich'} & set(sys.modules))))"
     )
     root = Path(__file__).resolve().parent.parent

@@ -24,8 +24,8 @@ from loopback_store import Commit
 from test_hub_publish import REPO, WEIGHTS, bundle, card
 
 from mechint.errors import MechintError
-from mechint.hub import client
 from mechint.hub.publish import publish
+from mechint.huggingface import client
 
 pytest_plugins = ["hub_online"]
 ROOT = Path(__file__).resolve().parent.parent

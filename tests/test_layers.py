@@ -15,6 +15,7 @@ GROUPS = [
     ["errors"],
     ["config"],
     ["provenance"],
+    ["huggingface"],
     ["builtin"],
     ["models"],
     ["sae"],

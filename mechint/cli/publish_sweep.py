@@ -124,7 +124,7 @@ def _from_file(config: PublishSweepConfig, described: "Repositories", progress: 
 def _check_login(config: PublishSweepConfig, repos: Sequence[str]) -> None:
     """Who may not write there should know before anything is read."""
     if not config.dry_run:
-        from mechint.hub.client import check_may_write
+        from mechint.huggingface.client import check_may_write
 
         for repo in repos:
             check_may_write(repo)

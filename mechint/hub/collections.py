@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from mechint.config.publish_sweep import CollectionSpec
 from mechint.errors import MechintError, nearest, one_line
-from mechint.hub.client import hub_api, hub_errors, patiently, status_of, without_tokens
+from mechint.huggingface.client import hub_api, hub_errors, patiently, status_of, without_tokens
 
 # What the Hub appends to the name of a collection.
 SLUG_ID = re.compile(r"-[0-9a-f]{24}$")

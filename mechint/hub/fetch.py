@@ -9,8 +9,8 @@ from typing import Any
 
 from mechint.errors import MechintError
 from mechint.hub.bundle import METADATA
-from mechint.hub.client import REACH_TIMEOUT, check_repo_id, download, hub_api
-from mechint.hub.failures import hub_errors, is_ours, patiently, status_of
+from mechint.huggingface.client import REACH_TIMEOUT, check_repo_id, download, hub_api
+from mechint.huggingface.failures import hub_errors, is_ours, patiently, status_of
 from mechint.provenance import read_json, sha256_file, write_text
 from mechint.saelens.releases import is_inside
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mechint.hub.bundle import Bundle, stage_dry
-from mechint.hub.client import check_repo_id, hub_url
+from mechint.huggingface.client import check_repo_id, hub_url
 
 
 class Row(NamedTuple):

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from mechint.errors import MechintError, one_line
 from mechint.hub.bundle import METADATA, Bundle, Staged, check_names, read_metadata, staged
-from mechint.hub.client import (
+from mechint.hub.preview import Row, dry_run, format_size, plan
+from mechint.huggingface.client import (
     check_may_write,
     clean_client_log,
     download,
@@ -27,7 +28,6 @@ from mechint.hub.client import (
     status_of,
     tree,
 )
-from mechint.hub.preview import Row, dry_run, format_size, plan
 from mechint.provenance import sha256_file
 
 __all__ = ["Published", "Row", "dry_run", "format_size", "plan", "publish"]

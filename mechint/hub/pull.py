@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 from mechint.errors import MechintError, one_line
 from mechint.hub.bundle import METADATA
-from mechint.hub.client import (
+from mechint.hub.fetch import stated_hashes
+from mechint.huggingface.client import (
     check_repo_id,
     clean_client_log,
     hub_api,
@@ -22,7 +23,6 @@ from mechint.hub.client import (
     resolve_revision,
     tree,
 )
-from mechint.hub.fetch import stated_hashes
 from mechint.provenance import check_output_path, disk_full, fsync_dir, make_dir, read_json, sha256_file
 from mechint.saelens.releases import is_inside
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from mechint.errors import MechintError, nearest, one_line
 from mechint.formats.files import BESIDE, WEIGHTS
+from mechint.huggingface.client import hub_api, hub_errors
 from mechint.provenance import read_json, write_json
 
 VARIABLE = "MECHINT_SAE_REGISTRY"
@@ -214,14 +215,12 @@ def fetch(where: Where, *, force_download: bool = False) -> Path:
         folders = sorted({str(PurePosixPath(name).parent) for name in names if PurePosixPath(name).name in WEIGHTS})
         what = f"holds no SAE at {prefix.rstrip('/')!r}" if prefix else "holds no SAE at its root: give sae_id"
         raise MechintError(f"{where.repo_id} {what}; {nearest(prefix.rstrip('/'), folders)}")
-    try:
+    with hub_errors("downloading from", where.repo_id):
         # weights last: what lies in the cache with its weights is whole
         paths = {
             name: Path(hf_hub_download(where.repo_id, name, revision=state.sha, force_download=force_download))
             for name in sorted(wanted, key=lambda name: (name == file, PurePosixPath(name).name in WEIGHTS))
         }
-    except Exception as error:  # the HTTP library's classes differ between major versions of huggingface_hub
-        raise MechintError(f"downloading from {where.repo_id} failed: {one_line(error, 200)}; try again") from error
     return paths[file] if file in names else paths[wanted[0]].parent
 
 
@@ -259,9 +258,5 @@ def with_norm_factor(folder: Path, factor: float | None) -> Iterator[Path]:
 
 
 def _names(repo_id: str, revision: str | None) -> set[str]:
-    from huggingface_hub import HfApi
-
-    try:
-        return set(HfApi().list_repo_files(repo_id, revision=revision))
-    except Exception as error:
-        raise MechintError(f"the files of {repo_id} cannot be listed: {one_line(error, 200)}; try again") from error
+    with hub_errors("listing the files of", repo_id):
+        return set(hub_api().list_repo_files(repo_id, revision=revision))

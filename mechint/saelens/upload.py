@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mechint.errors import MechintError, one_line
+from mechint.errors import MechintError
+from mechint.huggingface.client import hub_api, hub_errors
 from mechint.saelens.releases import is_inside
 from mechint.saelens.sae import CFG_FILE, SPARSITY_FILE, WEIGHTS_FILE, as_sae
 
@@ -40,7 +41,7 @@ def upload_saes_to_huggingface(
         MechintError: nothing to upload, a folder that holds no SAE, an id that leads out of the repository (all known
             before anything is sent), or what the Hub answered.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd
 
     target = hf_repo_id or repo_id
     if not target:
@@ -59,8 +60,8 @@ def upload_saes_to_huggingface(
             for file in UPLOADED
             if (folder / file).is_file()
         ]
-        api = HfApi(token=token)
-        try:
+        api = hub_api(token)
+        with hub_errors("uploading to", target, token):
             api.create_repo(target, private=private, exist_ok=True)
             if hf_revision != "main":
                 api.create_branch(target, branch=hf_revision, exist_ok=True)
@@ -69,10 +70,6 @@ def upload_saes_to_huggingface(
                 operations.append(CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=text))
             what = next(iter(named)) if len(named) == 1 else f"{len(named)} SAEs"
             done = api.create_commit(target, operations, commit_message=f"Upload {what}", revision=hf_revision)
-        except Exception as error:  # the HTTP library's classes differ between major versions of huggingface_hub
-            words = one_line(error, 200)
-            shown = words.replace(token, "***") if token else words
-            raise MechintError(f"uploading to {target} failed: {shown}") from None
     if show_progress:
         import sys
 

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mechint.errors import MechintError, nearest, one_line
-from mechint.hub.failures import (
+from mechint.huggingface.failures import (
     ATTEMPTS,
     LONGEST_WAIT,
     TOKENS_PAGE,
