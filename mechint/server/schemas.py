@@ -90,6 +90,7 @@ Token = Annotated[
     SecretStr,
     Field(
         max_length=500,
+        json_schema_extra={"pattern": "^[!-~]*$"},  # checked below, where no message repeats it
         description="Token of the Hub, used for this request only: encrypted while its job is waiting, never logged or"
         " sent back. Without one, the server's own login (if it has one) is used.",
     ),
