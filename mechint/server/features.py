@@ -34,12 +34,12 @@ from mechint.report.latents import NONE, labels
 from mechint.runs import Run
 from mechint.sae import SAE as Weights
 from mechint.server.errors import ServiceError
+from mechint.server.language import decoder, open_language, without
 from mechint.server.models import SAE
 from mechint.server.settings import Settings
 from mechint.server.storage import sae_folder
 
 KEPT_OPEN = 3
-MAX_MODEL_BYTES = 2 << 30  # of weights: a larger model is not opened for the sake of a page
 N_CONTEXTS, WINDOW, N_EFFECTS, N_NEAREST = 10, 12, 10, 8
 NEURONPEDIA = "https://www.neuronpedia.org"
 
@@ -149,8 +149,8 @@ def open_analysis(settings: Settings, row: SAE, run: Path | None) -> Analysis:
     weights = to_sae(loaded) if not_ours(loaded) is None else None
     latents = _latents(run, loaded, notes)
     activations = _activations(run, latents, notes)
-    language = _language(loaded, row, run, notes)
-    decode = _decoder(language.tokenizer)
+    language = open_language(loaded, row, run, notes)
+    decode = decoder(language.tokenizer)
     density = (
         latents.density.numpy() if latents is not None else _recorded_density(sae_folder(settings, row.id), loaded)
     )
@@ -164,7 +164,7 @@ def open_analysis(settings: Settings, row: SAE, run: Path | None) -> Analysis:
         try:
             concepts = latent_concepts(Run(run))
         except MechintError as error:
-            notes.append(f"concepts are not shown: {_without(error, run)}")
+            notes.append(f"concepts are not shown: {without(error, run)}")
     recorded = loaded.metadata.get("neuronpedia_id") or (row.sae_metadata or {}).get("neuronpedia_id")
     return Analysis(
         row.id,
@@ -183,14 +183,6 @@ def open_analysis(settings: Settings, row: SAE, run: Path | None) -> Analysis:
     )
 
 
-def _without(error: Exception, *folders: Path) -> str:
-    """An error's text without where things lie on this machine."""
-    text = one_line(error)
-    for folder in folders:
-        text = text.replace(str(folder), folder.name)
-    return text
-
-
 def _latents(run: Path | None, loaded: Loaded, notes: list[str]) -> Latents | None:
     if run is None:
         notes.append("It was not imported from a training run of this server, so there are no figures of its features.")
@@ -201,7 +193,7 @@ def _latents(run: Path | None, loaded: Loaded, notes: list[str]) -> Latents | No
     try:
         latents, _ = load_latents(run)
     except MechintError as error:
-        notes.append(f"The figures of its features cannot be read: {_without(error, run)}")
+        notes.append(f"The figures of its features cannot be read: {without(error, run)}")
         return None
     if latents.d_sae != loaded.d_sae:
         notes.append(f"The run has {latents.d_sae} latents now, this SAE {loaded.d_sae}: its figures are not shown.")
@@ -215,7 +207,7 @@ def _activations(run: Path | None, latents: Latents | None, notes: list[str]) ->
     try:
         found = open_activations(Run(run).activations_path())
     except MechintError as error:
-        notes.append(f"Texts are not shown: {_without(error, run)}")
+        notes.append(f"Texts are not shown: {without(error, run)}")
         return None
     if int(latents.top_rows.max()) >= found.n_rows:
         notes.append("Texts are not shown: the activations are not those that the figures were made from.")
@@ -223,78 +215,6 @@ def _activations(run: Path | None, latents: Latents | None, notes: list[str]) ->
     if found.tokens is None:
         notes.append("Texts are not shown: the activations were stored without their tokens.")
     return found
-
-
-class _Language(NamedTuple):
-    """What is needed of a model: `model` is None where only its tokens can be spelled."""
-
-    model: Any
-    tokenizer: Any
-
-
-def _language(loaded: Loaded, row: SAE, run: Path | None, notes: list[str]) -> _Language:
-    """The SAE's model, if it lies on this machine: a request never downloads one."""
-    from mechint.models import load_model
-
-    # a downloaded file may name any folder; those that a run of this server recorded are its own
-    trusted = [loaded.metadata.get("model_source"), loaded.metadata.get("model_name")] if run is not None else []
-    names = [*trusted, loaded.metadata.get("model_name"), row.model_name]
-    names = list(dict.fromkeys(str(name) for name in names if name))
-    for name in names:
-        folder = local_model(name, folders=name in trusted)
-        if folder is None:
-            continue
-        try:
-            if not Path(folder).is_dir() or _weight_bytes(Path(folder)) <= MAX_MODEL_BYTES:
-                model = load_model(folder, device="cpu")
-                return _Language(model, model.tokenizer)
-            notes.append(f"Output tokens are not shown: {name} is too large to be opened for that.")
-            return _Language(None, _tokenizer(folder))
-        except MechintError as error:
-            notes.append(f"{name} cannot be loaded: {_without(error, Path(folder))}")
-    named = names[-1] if names else "its model"
-    notes.append(f"Tokens are shown as numbers, output tokens not at all: {named} is not on this machine.")
-    return _Language(None, None)
-
-
-def local_model(name: str, *, folders: bool = False) -> str | None:
-    """A built-in model's name, or the folder in the Hub's cache of one that is there; None for others.
-
-    `folders`: whether `name` may itself be a folder.
-    """
-    from mechint.models.resolve import ALIASES, BUILTIN_MODELS
-
-    if name in BUILTIN_MODELS:
-        return name
-    if folders and Path(name).is_dir():
-        return name if (Path(name) / "config.json").is_file() else None
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(ALIASES.get(name, name), "config.json")
-    except HFValidationError:  # a path, or nothing
-        return None
-    return str(Path(found).parent) if isinstance(found, str) else None
-
-
-def _weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*") if path.suffix in (".safetensors", ".bin"))
-
-
-def _tokenizer(folder: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # what a broken file makes the readers raise has no common class
-        raise MechintError(f"its tokenizer cannot be read ({type(error).__name__})") from None
-
-
-def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
-    if tokenizer is None:
-        return lambda ids: " ".join(f"#{i}" for i in ids)
-    return lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def _recorded_density(folder: Path, loaded: Loaded) -> np.ndarray | None:

@@ -8,11 +8,12 @@ from fastapi import APIRouter
 
 from mechint.compare import cosine_by_chance, match_both_ways
 from mechint.compare.match import Matches
+from mechint.server.answers import CompareOut
 from mechint.server.errors import ServiceError
 from mechint.server.features import load_library
 from mechint.server.routes.features import ready_sae
 from mechint.server.routes.shared import ServiceOf, SettingsOf, errors
-from mechint.server.schemas import CompareOut, CompareRequest
+from mechint.server.schemas import CompareRequest
 
 router = APIRouter(tags=["compare"])
 

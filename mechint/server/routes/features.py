@@ -5,11 +5,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query, Request
 
 from mechint.server import features, library
+from mechint.server.answers import FeatureDetail, FeatureList
 from mechint.server.errors import not_ready
 from mechint.server.library import Service
 from mechint.server.models import SAE
 from mechint.server.routes.shared import SaeIdOf, ServiceOf, errors
-from mechint.server.schemas import FeatureDetail, FeatureList, FeatureSort, Order
+from mechint.server.schemas import FeatureSort, Order
 
 router = APIRouter(tags=["features"])
 

@@ -4,9 +4,10 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from mechint.server.answers import PreviewOut
 from mechint.server.hub_preview import preview
 from mechint.server.routes.shared import SettingsOf, errors
-from mechint.server.schemas import PreviewOut, PreviewRequest
+from mechint.server.schemas import PreviewRequest
 
 router = APIRouter(prefix="/hf", tags=["hub"])
 

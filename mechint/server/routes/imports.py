@@ -5,9 +5,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path
 
 from mechint.server import library
+from mechint.server.answers import AvailableOut, ImportedOut, SAEOut
 from mechint.server.errors import ServiceError
 from mechint.server.routes.shared import ServiceOf, errors
-from mechint.server.schemas import AvailableOut, ImportedOut, ImportFileRequest, ImportTrainingRequest, SAEOut, plain
+from mechint.server.schemas import ImportFileRequest, ImportTrainingRequest, plain
 
 router = APIRouter(tags=["imports"])
 

@@ -5,8 +5,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 
 from mechint.server import library
+from mechint.server.answers import JobOut
 from mechint.server.routes.shared import JobIdOf, ServiceOf, errors
-from mechint.server.schemas import SAE_ID_PATTERN, JobOut
+from mechint.server.schemas import SAE_ID_PATTERN
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 

@@ -4,9 +4,10 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from mechint.server.answers import UploadOut
 from mechint.server.publishing import create_publish
 from mechint.server.routes.shared import SaeIdOf, ServiceOf, errors, repo_url
-from mechint.server.schemas import PublishRequest, UploadOut, plain
+from mechint.server.schemas import PublishRequest, plain
 
 router = APIRouter(tags=["publish"])
 

@@ -6,24 +6,12 @@ from fastapi import APIRouter, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from mechint.server import library
+from mechint.server.answers import DeletedOut, JobOut, MessageOut, ModelHintOut, SAEList, SAEOut, UploadOut
 from mechint.server.library import Service
 from mechint.server.model_table import hint
 from mechint.server.models import SOURCES, STATUSES
 from mechint.server.routes.shared import SaeIdOf, ServiceOf, errors, repo_url
-from mechint.server.schemas import (
-    DeletedOut,
-    DeleteRequest,
-    DownloadRequest,
-    JobOut,
-    MessageOut,
-    ModelHintOut,
-    RetryRequest,
-    SAEList,
-    SAEOut,
-    UploadOut,
-    UploadRequest,
-    plain,
-)
+from mechint.server.schemas import DeleteRequest, DownloadRequest, RetryRequest, UploadRequest, plain
 from mechint.server.unchanged import Unchanged
 
 router = APIRouter(tags=["saes"])

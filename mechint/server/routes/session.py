@@ -5,9 +5,10 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from mechint import __version__
+from mechint.server.answers import MessageOut, SessionOut
 from mechint.server.errors import ServiceError
 from mechint.server.routes.shared import errors
-from mechint.server.schemas import MessageOut, SessionOut, SessionRequest
+from mechint.server.schemas import SessionRequest
 from mechint.server.security import COOKIE, SESSION_SECONDS, Keys, session_cookie
 
 router = APIRouter(prefix="/session", tags=["session"])

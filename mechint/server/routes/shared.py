@@ -7,9 +7,10 @@ from urllib.parse import quote
 
 from fastapi import Depends, Path, Request
 
+from mechint.server.answers import ErrorOut, InvalidOut
 from mechint.server.errors import job_not_found, sae_not_found
 from mechint.server.library import Service
-from mechint.server.schemas import SAE_ID_PATTERN, ErrorOut, InvalidOut
+from mechint.server.schemas import SAE_ID_PATTERN
 from mechint.server.settings import Settings
 
 
