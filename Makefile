@@ -7,7 +7,7 @@ EXTRAS ?= dev,notebooks
 # The newest TransformerLens that is supported beside the pinned one; the model tests run on both.
 TL4 = 4.3.0
 # Those that depend on which database and broker there are.
-SERVICE_TESTS = $(addprefix tests/test_server_,api.py downloads.py faults.py features.py ingest.py jobs.py storage.py ws.py)
+SERVICE_TESTS = $(addprefix tests/test_server_,api.py celery.py downloads.py faults.py features.py ingest.py jobs.py security.py storage.py ws.py)
 
 .PHONY: help setup pipeline test test-fast check fix bench bench-train bench-quality test-tl4 test-peers test-services demo-hub readme clean
 
