@@ -27,7 +27,7 @@ from mechint.report.html import make_report
 from mechint.runs import Run
 from mechint.server import library
 from mechint.server.models import SAE, utc_now
-from mechint.server.settings import Settings
+from mechint.server.settings import settings_from
 
 pytestmark = pytest.mark.slow
 
@@ -102,7 +102,7 @@ def downloaded(server: Server, path: str = "layer_6", **more: Any) -> dict[str, 
 
 def add_rows(server: Server, rows: list[SAE]) -> None:
     """SAEs that are said to be there, for pages that only list them."""
-    service = library.open_service(Settings(data_dir=server.data_dir))
+    service = library.open_service(settings_from(server.env))
     with service.db.write() as session:
         session.add_all(rows)
     service.db.close()
@@ -651,5 +651,8 @@ def test_what_the_pages_say_to_browsers(server: Server):
     assert server.get("/static/../pages.py").status == 404 and server.get("/static/%2e%2e/pages.py").status == 404
     for path in ("report.css", "panel.css", "panel.js", "icon.svg"):
         assert server.get(f"/static/{path}").status == 200, path
+    assert server.get("/nothing-here").json()["code"] == "not_found"
+    shown = server.get("/nothing-here", headers={"Accept": "text/html,*/*"})
+    assert shown.status == 404 and "There is no such page" in shown.text
     refused = server.post("/add/preview", {"repo_id": REPO}, headers={"Origin": "http://evil.example"})
     assert refused.status == 403
