@@ -27,7 +27,7 @@ from mechint.report.html import make_report
 from mechint.runs import Run
 from mechint.server import library
 from mechint.server.models import SAE, utc_now
-from mechint.server.settings import Settings
+from mechint.server.settings import settings_from
 
 pytestmark = pytest.mark.slow
 
@@ -102,10 +102,16 @@ def downloaded(server: Server, path: str = "layer_6", **more: Any) -> dict[str, 
 
 def add_rows(server: Server, rows: list[SAE]) -> None:
     """SAEs that are said to be there, for pages that only list them."""
-    service = library.open_service(Settings(data_dir=server.data_dir))
+    service = library.open_service(settings_from(server.env))
     with service.db.write() as session:
         session.add_all(rows)
     service.db.close()
+
+
+def follow(link: Any) -> None:
+    """Click what leads to another page, and wait until that is there with its script."""
+    with link.page.expect_navigation():
+        link.click()
 
 
 def names(page: Any) -> list[str]:
@@ -118,7 +124,7 @@ def names(page: Any) -> list[str]:
 def test_a_person_downloads_an_sae_browses_it_uploads_it_and_deletes_it(visitor: Visitor, server: Server, hub: SlowHub):
     page = visitor.open("/")
     expect(page.get_by_role("heading", name="The library is empty")).to_be_visible()
-    page.get_by_role("main").get_by_role("link", name="Download from the Hub").first.click()
+    follow(page.get_by_role("main").get_by_role("link", name="Download from the Hub").first)
 
     # look into the repository
     page.get_by_label("Repository").fill(REPO)
@@ -154,19 +160,19 @@ def test_a_person_downloads_an_sae_browses_it_uploads_it_and_deletes_it(visitor:
     assert sae["hf_filepath"] == "layer_6" and sae["status"] == "ready"
 
     # browse it
-    row.get_by_role("link", name="My layer six").click()
+    follow(row.get_by_role("link", name="My layer six"))
     expect(page.locator(".stats")).to_contain_text("blocks.6.hook_resid_pre")
     expect(page.locator("#about")).to_contain_text("Both were run on the same")
     assert page.get_by_role("link", name="On Neuronpedia").get_attribute("href").endswith("/gpt2-small/6-res-jb")
     page.get_by_label("Search its features").fill("17")
-    page.get_by_role("button", name="Browse features").click()
+    follow(page.get_by_role("button", name="Browse features"))
     expect(page.locator("table.features tbody tr")).to_have_count(1)
-    page.get_by_role("link", name="17", exact=True).click()
+    follow(page.get_by_role("link", name="17", exact=True))
     expect(page.get_by_role("heading", name="Feature 17")).to_be_visible()
     assert page.locator(".relatives li").count() == 8
 
     # upload it again
-    page.get_by_role("link", name="My layer six").click()
+    follow(page.get_by_role("link", name="My layer six"))
     page.get_by_role("button", name="Upload My layer six").click()
     dialog = page.get_by_role("dialog", name="Upload My layer six")
     assert dialog.get_by_label("Folder in it").input_value() == "saes/my-layer-six"
@@ -195,7 +201,7 @@ def test_a_person_downloads_an_sae_browses_it_uploads_it_and_deletes_it(visitor:
     expect(page.locator("#jobs a")).to_have_attribute("href", shared)
 
     # delete it: only after a confirmation that says which, and how large
-    page.get_by_role("link", name="Library").first.click()
+    follow(page.get_by_role("link", name="Library").first)
     row.get_by_role("button", name="Delete My layer six").click()
     dialog = page.get_by_role("dialog", name="Delete My layer six?")
     expect(dialog).to_contain_text("Delete its files too (6.3\u00a0MB)")
@@ -405,12 +411,12 @@ def test_search_filters_order_and_pages(visitor: Visitor, server: Server):
     assert page.evaluate("window.stayed")
     page.get_by_label("Search").fill("no such name")
     expect(page.get_by_role("heading", name="Nothing fits")).to_be_visible()
-    page.get_by_role("link", name="Show all 60").click()
+    follow(page.get_by_role("link", name="Show all 60"))
     page.get_by_label("Order").select_option("features")
     expect(page.locator("li.sae h2").first).to_have_text("SAE 59")
-    page.get_by_role("link", name="Next").click()
+    follow(page.get_by_role("link", name="Next"))
     assert names(page)[0] == "SAE 34" and page.url.endswith("page=2")
-    page.get_by_role("link", name="Next").click()
+    follow(page.get_by_role("link", name="Next"))
     assert len(names(page)) == 10
     visitor.open("/?page=99&source=trained")
     expect(page.locator("#total")).to_have_text("20 SAEs of 60")
@@ -424,21 +430,22 @@ def test_all_of_it_is_read_without_a_script(visitor: Visitor, server: Server, br
     reader = Visitor(browser, site(server), script=False)
     page = reader.open("/")
     page.get_by_label("Search").fill("six")
-    page.get_by_label("Search").press("Enter")
+    with page.expect_navigation():
+        page.get_by_label("Search").press("Enter")
     assert names(page) == ["Six"] and "q=six" in page.url
-    page.get_by_role("link", name="Six").click()
-    page.get_by_role("link", name="Features", exact=True).click()
+    follow(page.get_by_role("link", name="Six"))
+    follow(page.get_by_role("link", name="Features", exact=True))
     page.get_by_label("Order").select_option("density")
-    page.get_by_role("button", name="Show").click()
+    follow(page.get_by_role("button", name="Show"))
     assert page.locator("table.features tbody th").first.inner_text() == "1023"  # fires most often, says its file
-    page.get_by_role("link", name="Compare", exact=True).click()
+    follow(page.get_by_role("link", name="Compare", exact=True))
     page.get_by_label("With").select_option(label="One (gpt2, layer 1, residual)")
-    page.get_by_role("button", name="Compare").click()
+    follow(page.get_by_role("button", name="Compare"))
     expect(page.get_by_role("heading", name="Most alike")).to_be_visible()
     reader.open("/add")
     page.locator("#token").fill(TOKEN)
     page.get_by_label("Repository").fill(REPO)
-    page.get_by_role("button", name="Preview").click()
+    follow(page.get_by_role("button", name="Preview"))
     expect(page.get_by_role("heading", name=REPO)).to_be_visible()
     assert all(TOKEN not in url for url in reader.asked)
     reader.open("/import")
@@ -458,13 +465,13 @@ def test_runs_are_imported_and_their_features_read(visitor: Visitor, server: Ser
     page.get_by_role("button", name="Import small").click()
     link = line.get_by_role("link", name="Imported as small")
     expect(link).to_be_visible()
-    link.click()
+    follow(link)
     expect(page.locator("#status .badge")).to_have_text("Ready")
     expect(page.get_by_role("link", name="Compare with another SAE")).to_be_visible()
     report = page.get_by_role("link", name="Report of its training run").get_attribute("href")
     assert server.get(report).status == 200
 
-    page.get_by_role("link", name="Features", exact=True).click()
+    follow(page.get_by_role("link", name="Features", exact=True))
     expect(page.locator("#features")).to_contain_text("512 features")
     shares = page.locator("table.features tbody td:nth-child(4)").all_inner_texts()
     shares = [float(text.strip().rstrip("%")) for text in shares]
@@ -472,7 +479,7 @@ def test_runs_are_imported_and_their_features_read(visitor: Visitor, server: Ser
     token = page.locator("table.features .token").first.inner_text().strip()
     page.get_by_label("Search").press_sequentially(token, delay=20)
     expect(page.locator("#features > p")).to_have_text(re.compile(r"\d+ features? of 512"))
-    page.locator("table.features tbody a").first.click()
+    follow(page.locator("table.features tbody a").first)
     contexts = page.locator("ol.contexts li")
     expect(contexts).to_have_count(10)
     assert token in {text.strip() for text in page.locator(".contexts .here").all_inner_texts()}
@@ -506,7 +513,6 @@ def test_a_sweep_is_imported_member_by_member(visitor: Visitor, server: Server):
     (sweep / "sweep.json").write_text(json.dumps({"members": [{"name": "first"}, {"name": "second"}]}))
     try:
         page = visitor.open("/import?q=grid")
-        page.locator("#runs").get_by_text("grid", exact=True).click()  # open or closed
         details = page.locator("#runs details")
         if details.get_attribute("open") is None:
             page.locator("#runs summary").click()
@@ -651,5 +657,8 @@ def test_what_the_pages_say_to_browsers(server: Server):
     assert server.get("/static/../pages.py").status == 404 and server.get("/static/%2e%2e/pages.py").status == 404
     for path in ("report.css", "panel.css", "panel.js", "icon.svg"):
         assert server.get(f"/static/{path}").status == 200, path
+    assert server.get("/nothing-here").json()["code"] == "not_found"
+    shown = server.get("/nothing-here", headers={"Accept": "text/html,*/*"})
+    assert shown.status == 404 and "There is no such page" in shown.text
     refused = server.post("/add/preview", {"repo_id": REPO}, headers={"Origin": "http://evil.example"})
     assert refused.status == 403

@@ -19,6 +19,7 @@ from fastapi.responses import FileResponse, HTMLResponse, Response
 from fastapi.staticfiles import StaticFiles
 from sqlalchemy import select
 from sqlalchemy.orm import Session
+from starlette.exceptions import HTTPException
 
 import mechint.report
 from mechint.errors import MechintError
@@ -67,6 +68,17 @@ def mount(app: FastAPI) -> None:
     app.add_api_route("/static/report.css", _report_css, methods=["GET"], include_in_schema=False)
     app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")
     app.include_router(router)
+    told = app.exception_handlers[HTTPException]
+
+    async def shown(request: Request, error: Any) -> Any:
+        """A person who mistyped an address gets a page; a program gets what it always does."""
+        is_page = request.method == "GET" and not request.url.path.startswith(("/api/", "/static/"))
+        if error.status_code == 404 and is_page and "text/html" in request.headers.get("accept", ""):
+            nothing = ServiceError("not_found", "There is no such page", "see whether the address is right", status=404)
+            return render(request, "error.html", status=404, error=nothing)
+        return await told(request, error)  # type: ignore[misc]
+
+    app.add_exception_handler(HTTPException, shown)
 
 
 async def _report_css() -> FileResponse:
