@@ -83,13 +83,13 @@ def below(folder: str, files: dict[str, bytes]) -> dict[str, bytes]:
 
 
 class SlowHub(LoopbackHub):
-    """A loopback Hub that sends and takes bodies at `bytes_per_second` (None: as fast as it can).
+    """A loopback Hub that sends and takes bodies at `body_speed` bytes a second (None: as fast as it can).
 
     While `gate` is not set, large bodies stop after their first `CHUNK`: a test decides when they go on.
     """
 
     CHUNK = 1 << 18
-    bytes_per_second: float | None = None
+    body_speed: float | None = None
 
     def __enter__(self) -> "SlowHub":
         self.gate = threading.Event()
@@ -104,8 +104,8 @@ class SlowHub(LoopbackHub):
         super().__exit__(*error)
 
     def pause(self, n_bytes: int) -> None:
-        if self.bytes_per_second:
-            time.sleep(n_bytes / self.bytes_per_second)
+        if self.body_speed:
+            time.sleep(n_bytes / self.body_speed)
         self.gate.wait(60)
 
 

@@ -182,7 +182,7 @@ def test_rate_limit_waits_as_long_as_the_hub_says(world: World):
 
 def test_cancel_in_the_middle_stops_the_transfer_and_leaves_nothing(world: World):
     world.hub.add_repo("tester/long", below("a", sae_files(768, 2000, seed=10)))
-    world.hub.bytes_per_second = 4e6
+    world.hub.body_speed = 4e6
     try:
         sae, job = library.create_download(world.service, repo_id="tester/long", filepath="a")
 
@@ -195,7 +195,7 @@ def test_cancel_in_the_middle_stops_the_transfer_and_leaves_nothing(world: World
         assert [job.id] == [one.id for one in library.cancel(world.service, sae_id=sae.id)]
         job = ended(world.service, job.id, seconds=20.0)
     finally:
-        world.hub.bytes_per_second = None
+        world.hub.body_speed = None
     assert job.state == "cancelled" and job.bytes_done < (job.bytes_total or 0)
     until(lambda: not (world.folder / "staging" / job.id).exists(), what="the staged bytes to go")
     assert not (world.folder / "saes" / sae.id).exists()
@@ -207,7 +207,7 @@ def test_cancel_in_the_middle_stops_the_transfer_and_leaves_nothing(world: World
 
 def test_progress_counts_bytes_and_never_goes_back(world: World):
     world.hub.add_repo("tester/seen", below("a", sae_files(768, 1500, seed=11)))
-    world.hub.bytes_per_second = 8e6
+    world.hub.body_speed = 8e6
     seen: list[tuple[int, float, str, str]] = []
     try:
         sae, job = library.create_download(world.service, repo_id="tester/seen", filepath="a")
@@ -220,7 +220,7 @@ def test_progress_counts_bytes_and_never_goes_back(world: World):
 
         until(look)
     finally:
-        world.hub.bytes_per_second = None
+        world.hub.body_speed = None
     middle = [(done, progress, text) for done, progress, text, _ in seen if 0 < progress < 90]
     total = sum(map(len, sae_files(768, 1500, seed=11).values()))
     assert len(set(middle)) >= 3
@@ -238,7 +238,7 @@ def test_worker_that_is_told_to_end_puts_its_job_back_and_the_next_goes_on_where
     service = library.open_service(settings)
     env = environment(world.hub, settings, tmp_path / "hf")
     world.hub.add_repo("tester/resumed", below("a", sae_files(768, 2500, seed=12)))
-    world.hub.bytes_per_second = 5e6
+    world.hub.body_speed = 5e6
     try:
         sae, job = library.create_download(service, repo_id="tester/resumed", filepath="a")
 
@@ -255,7 +255,7 @@ def test_worker_that_is_told_to_end_puts_its_job_back_and_the_next_goes_on_where
             now = library.get_job(session, job.id)
             assert (now.state, now.attempts, now.worker_id) == ("queued", 0, None)
     finally:
-        world.hub.bytes_per_second = None
+        world.hub.body_speed = None
     sent = len(world.hub.seen("GET", "/storage/"))
     with worker(env):
         assert ended(service, job.id).state == "done"
@@ -389,7 +389,7 @@ def make_run(folder: Path) -> None:
 
 def test_delete_in_the_middle_of_a_download_leaves_nothing(world: World):
     world.hub.add_repo("tester/deleted", below("a", sae_files(768, 2000, seed=14)))
-    world.hub.bytes_per_second = 4e6
+    world.hub.body_speed = 4e6
     try:
         sae, job = library.create_download(world.service, repo_id="tester/deleted", filepath="a")
 
@@ -401,7 +401,7 @@ def test_delete_in_the_middle_of_a_download_leaves_nothing(world: World):
         library.delete_sae(world.service, sae.id)
         assert ended(world.service, job.id, seconds=20.0).state == "cancelled"
     finally:
-        world.hub.bytes_per_second = None
+        world.hub.body_speed = None
     until(lambda: not (world.folder / "staging" / job.id).exists(), what="the staged bytes to go")
     assert not (world.folder / "saes" / sae.id).exists()
     with world.service.db.read() as session, pytest.raises(ServiceError, match="SAE not found"):
@@ -454,7 +454,7 @@ def test_worker_that_was_away_too_long_finds_its_job_taken_and_changes_nothing(w
     env = environment(world.hub, settings, tmp_path / "hf")
     files = sae_files(768, 1500, seed=16)
     world.hub.add_repo("tester/away", below("a", files))
-    world.hub.bytes_per_second = 2e6
+    world.hub.body_speed = 2e6
     sae, job = library.create_download(service, repo_id="tester/away", filepath="a")
 
     def now() -> Job:
@@ -465,7 +465,7 @@ def test_worker_that_was_away_too_long_finds_its_job_taken_and_changes_nothing(w
         try:
             until(lambda: now().bytes_done > 0, what="bytes to arrive")
             os.kill(first.pid, signal.SIGSTOP)
-            world.hub.bytes_per_second = None
+            world.hub.body_speed = None
             with worker(env) as second:
                 done = ended(service, job.id)
                 assert (done.state, done.attempts) == ("done", 2) and first.poll() is None
@@ -478,7 +478,7 @@ def test_worker_that_was_away_too_long_finds_its_job_taken_and_changes_nothing(w
                 second.terminate()
                 assert ended(service, other.id).state == "done"
         finally:
-            world.hub.bytes_per_second = None
+            world.hub.body_speed = None
             os.kill(first.pid, signal.SIGCONT)
     assert now().seq == seq and {name: (filed / name).stat().st_mtime_ns for name in files_under(filed)} == before
     assert (filed / "original" / "sae_weights.safetensors").read_bytes() == files["sae_weights.safetensors"]

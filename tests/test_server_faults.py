@@ -108,7 +108,7 @@ def run_rounds(root: Path, kills: int, *, seed: int, seconds: float = 500.0) -> 
         try:
             download()
             until(lambda: not insist(server, f"{SAES}/jobs?live=true"), what="the first download")
-            hub.bytes_per_second = 6e6
+            hub.body_speed = 6e6
             while (number := sum(killed.values())) < kills:
                 assert time.monotonic() - began < seconds, killed
                 # alternately, and never far ahead: what is killed is a download as often as an upload
@@ -128,7 +128,7 @@ def run_rounds(root: Path, kills: int, *, seed: int, seconds: float = 500.0) -> 
                     for pid in workers_of(data):
                         with contextlib.suppress(ProcessLookupError):
                             os.kill(pid, signal.SIGKILL)
-            hub.bytes_per_second = None
+            hub.body_speed = None
             until(lambda: not insist(server, f"{SAES}/jobs?live=true"), seconds=120.0, what="all jobs to end")
             check_library(server, db, data, expected)
             up = hub.files("tester/mine") if uploads else {}
@@ -199,7 +199,7 @@ def test_ctrl_c_ends_the_server_and_its_worker_and_the_job_goes_on_at_the_next_s
     files = sae_files(768, 2000, seed=3)
     with SlowHub(tmp_path) as hub:
         hub.add_repo("user/one", below("a", files))
-        hub.bytes_per_second = 4e6
+        hub.body_speed = 4e6
         server = Server(environment(hub, settings, tmp_path / "hf"))
         server.start()
         sae = server.ask(f"{SAES}/download", {"repo_id": "user/one", "filepath": "a"})
@@ -208,7 +208,7 @@ def test_ctrl_c_ends_the_server_and_its_worker_and_the_job_goes_on_at_the_next_s
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(timeout=30) == 0
         assert workers_of(settings.data_dir) == []
-        hub.bytes_per_second = None
+        hub.body_speed = None
         server.start()
         until(lambda: not server.ask(f"{SAES}/jobs?live=true"), what="the download")
         check_library(server, db, settings.data_dir, {sae["id"]: files})

@@ -76,7 +76,7 @@ def server(hub: SlowHub, browser: Any, tmp_path_factory: pytest.TempPathFactory)
 def visitor(browser: Any, server: Server, hub: SlowHub) -> Iterator[Visitor]:
     """At an empty library."""
     hub.gate.set()
-    hub.bytes_per_second = None
+    hub.body_speed = None
     empty(server)
     found = Visitor(browser, site(server))
     yield found
@@ -137,7 +137,7 @@ def test_a_person_downloads_an_sae_browses_it_uploads_it_and_deletes_it(visitor:
     expect(preview.locator("#paths li").nth(1)).to_contain_text("6.3\u00a0MB")
 
     # download, and watch it without loading the page again
-    hub.bytes_per_second = 700_000
+    hub.body_speed = 700_000
     page.get_by_label("layer_6").check()
     page.get_by_label("Name").fill("My layer six")
     page.get_by_role("button", name="Download", exact=True).click()
@@ -149,7 +149,7 @@ def test_a_person_downloads_an_sae_browses_it_uploads_it_and_deletes_it(visitor:
     expect(row.locator(".worktext")).to_have_text(re.compile(r"Downloading: [\d.]+% · [\d.]+\sMB of 6\.3\sMB"))
     assert 0 < row.get_by_role("progressbar", name="Progress of My layer six").evaluate("bar => bar.value") < 90
     assert row.get_by_role("button", name="Upload").count() == 0
-    hub.bytes_per_second = None
+    hub.body_speed = None
     expect(row.locator(".badge")).to_have_text("Ready")
     expect(row.locator(".work")).to_be_hidden()
     expect(row).to_contain_text("gpt2, layer 6, residual")

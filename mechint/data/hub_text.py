@@ -1,5 +1,7 @@
 """Texts streamed from a data set on the Hugging Face Hub."""
 
+import gc
+import time
 from collections.abc import Generator
 from typing import Any
 
@@ -7,6 +9,10 @@ from mechint.config import DATASET_ALIASES
 from mechint.data.text import OTHER_SOURCES, text_of
 from mechint.errors import MechintError, one_line
 from mechint.models.resolve import check_repo, hub_unreachable
+
+# A thread of Arrow that still reads when Python ends aborts the process (apache/arrow issue 45214; seen once, with pyarrow
+# 26). Nothing tells when its threads are done; the datasets library sleeps too where it ends several streams at once.
+SECONDS_TO_END = 0.5
 
 
 class HubTexts:
@@ -62,8 +68,10 @@ class HubTexts:
                 if self._next >= start + count:
                     break
         except MechintError:
+            self.close()
             raise
         except Exception as error:  # whatever the network, the storage or the file format came up with
+            self.close()
             raise MechintError(
                 f"reading {self.name} from the Hub failed ({type(error).__name__}: {one_line(error, 160)}):"
                 " run the same command again to go on from here"
@@ -95,7 +103,9 @@ class HubTexts:
         # An open stream keeps download threads alive, and with them the process.
         if self._texts is not None:
             self._texts.close()
-        self._texts = None
+            self._texts = None
+            gc.collect()
+            time.sleep(SECONDS_TO_END)
 
 
 def _open_stream(name: str, config: str | None, split: str, commit: str | None) -> Any:
