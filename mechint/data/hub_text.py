@@ -10,8 +10,8 @@ from mechint.data.text import OTHER_SOURCES, text_of
 from mechint.errors import MechintError, one_line
 from mechint.models.resolve import check_repo, hub_unreachable
 
-# A thread of Arrow that still reads when Python ends aborts the process (apache/arrow issue 45214; seen once, with pyarrow
-# 26). Nothing tells when its threads are done; the datasets library sleeps too where it ends several streams at once.
+# A thread of Arrow that still reads when Python ends aborts the process (apache/arrow issue 45214; seen once, with
+# pyarrow 26). Nothing tells when its threads are done; the datasets library sleeps too where it ends several streams.
 SECONDS_TO_END = 0.5
 
 
