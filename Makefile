@@ -6,8 +6,6 @@ CONSTRAINTS ?= constraints.txt
 EXTRAS ?= dev,notebooks
 # The newest TransformerLens that is supported beside the pinned one; the model tests run on both.
 TL4 = 4.3.0
-# Those that depend on which database and broker there are.
-SERVICE_TESTS = $(addprefix tests/test_server_,api.py celery.py downloads.py faults.py features.py ingest.py jobs.py security.py storage.py ws.py)
 
 .PHONY: help setup pipeline test test-fast check fix bench bench-train bench-quality test-tl4 test-peers test-services demo-hub readme clean
 
@@ -73,7 +71,7 @@ bench-quality: setup
 # The service's tests once more on PostgreSQL and Redis (Debian: postgresql, redis-server), which are started for them.
 test-services: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/with_services.py $(BIN)/python -m pytest -q -n 2 --dist loadfile \
-	  -m "slow or not slow" $(SERVICE_TESTS)
+	  -m "slow or not slow" tests/test_server_*.py
 
 # A Hub of its own on this machine: publishes the newest run there, or a small one made for it, and loads it back.
 demo-hub: setup
