@@ -51,8 +51,9 @@ __all__ = [
 REACH_TIMEOUT = 10
 
 
-def hub_api(token: str | None = None, endpoint: str | None = None) -> Any:
-    """A `huggingface_hub.HfApi`. Without `token` it uses HF_TOKEN or what `hf auth login` saved, and keeps neither."""
+def hub_api(token: str | bool | None = None, endpoint: str | None = None) -> Any:
+    """A `huggingface_hub.HfApi`. Without `token` it uses HF_TOKEN or what `hf auth login` saved, and keeps neither;
+    with False it uses none."""
     from huggingface_hub import HfApi
 
     return HfApi(token=token, endpoint=hub_endpoint(endpoint), library_name="mechint")

@@ -1,7 +1,7 @@
 """`upload_saes_to_huggingface`: SAEs into one repository of the Hub, each in a folder of its own, in one commit."""
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,6 @@ def upload_saes_to_huggingface(
         MechintError: nothing to upload, a folder that holds no SAE, an id that leads out of the repository (all known
             before anything is sent), or what the Hub answered.
     """
-    from huggingface_hub import CommitOperationAdd
-
     target = hf_repo_id or repo_id
     if not target:
         raise MechintError("give the repository: upload_saes_to_huggingface(..., repo_id='user/name')")
@@ -54,20 +52,12 @@ def upload_saes_to_huggingface(
             raise MechintError(f"SAE id {name!r} should be a path inside the repository, without '..' or a leading '/'")
     with tempfile.TemporaryDirectory() as temporary:
         folders = {name: _folder(sae, Path(temporary) / str(i)) for i, (name, sae) in enumerate(named.items())}
-        operations = [
-            CommitOperationAdd(path_in_repo=f"{name}/{file}", path_or_fileobj=folder / file)
-            for name, folder in folders.items()
-            for file in UPLOADED
-            if (folder / file).is_file()
-        ]
         api = hub_api(token)
         with hub_errors("uploading to", target, token):
             api.create_repo(target, private=private, exist_ok=True)
             if hf_revision != "main":
                 api.create_branch(target, branch=hf_revision, exist_ok=True)
-            if add_default_readme and not api.file_exists(target, "README.md", revision=hf_revision):
-                text = readme(target, named).encode()
-                operations.append(CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=text))
+            operations = operations_for(api, target, folders, revision=hf_revision, add_readme=add_default_readme)
             what = next(iter(named)) if len(named) == 1 else f"{len(named)} SAEs"
             done = api.create_commit(target, operations, commit_message=f"Upload {what}", revision=hf_revision)
     if show_progress:
@@ -75,6 +65,39 @@ def upload_saes_to_huggingface(
 
         print(f"uploaded {', '.join(named)} to {target}", file=sys.stderr)
     return str(done.commit_url)
+
+
+def operations_for(
+    api: Any,
+    repo_id: str,
+    folders: Mapping[str, Path],
+    *,
+    names: Iterable[str] = UPLOADED,
+    revision: str = "main",
+    add_readme: bool = True,
+    opened: Callable[[Path], Any] = Path,
+) -> list[Any]:
+    """What one commit has to add, so that each SAE's files lie in the folder of its id; errors are the client's own.
+
+    Args:
+        api: of the repository, which is there.
+        folders: the folder of each SAE's files on this machine, under its id; "." is the root of the repository.
+        names: of the files that are taken from each.
+        add_readme: a README too, if the repository has none.
+        opened: what the client reads a file from: its path, a file that is open, or its bytes.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    places = {
+        file if place == "." else f"{place}/{file}": folder / file
+        for place, folder in folders.items()
+        for file in names
+        if (folder / file).is_file()
+    }
+    operations = [CommitOperationAdd(place, opened(file)) for place, file in places.items()]
+    if add_readme and not api.file_exists(repo_id, "README.md", revision=revision):
+        operations.append(CommitOperationAdd("README.md", readme(repo_id, folders).encode()))
+    return operations
 
 
 def readme(repo_id: str, names: Iterable[str]) -> str:

@@ -68,15 +68,16 @@ def push(running: Running, folder: Path, token: str | bool) -> tuple[str, str]:
     Raises:
         ServiceError: the Hub's failures; a repository that is not there, and not to be made.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from mechint.huggingface.client import hub_api
+    from mechint.saelens.upload import operations_for
 
     asked = running.params
     repo_id, path = asked["repo_id"], relative_name(asked["filepath"])
-    prefix = "" if path == "." else f"{path}/"
     files = sorted(entry for entry in folder.iterdir() if entry.is_file())
     total = sum(file.stat().st_size for file in files)
     sent = Sent(running, total)
-    api = HfApi(token=token)
+    api = hub_api(token)
+    operations: list[Any] = []
     running.report("upload", CONVERTED, "Uploading: 50.0%", bytes_done=0, bytes_total=total, always=True)
     try:
         if asked.get("create_repo"):
@@ -89,15 +90,13 @@ def push(running: Running, folder: Path, token: str | bool) -> tuple[str, str]:
                 status=404,
             )
         running.check()
-        operations: list[Any] = [
-            CommitOperationAdd(f"{prefix}{file.name}", Counted(file, sent) if is_large(file) else file.read_bytes())
-            for file in files
-        ]
-        if not api.file_exists(repo_id, "README.md"):
-            from mechint.saelens.upload import readme
-
-            text = readme(repo_id, [path]).encode()
-            operations.append(CommitOperationAdd("README.md", text))
+        operations += operations_for(
+            api,
+            repo_id,
+            {path: folder},
+            names=[file.name for file in files],
+            opened=lambda file: Counted(file, sent) if is_large(file) else file.read_bytes(),
+        )
         sent.reset()  # the hashes are read too; from here on every byte read is a byte sent
         done = api.create_commit(repo_id, operations, commit_message=asked.get("commit_message") or "Upload SAE")
     except (Stop, ServiceError, *OUR_MISTAKES):
@@ -112,7 +111,7 @@ def push(running: Running, folder: Path, token: str | bool) -> tuple[str, str]:
             raise repository_not_found(repo_id) from None
         raise failed from None
     finally:
-        for operation in locals().get("operations", ()):
+        for operation in operations:
             if isinstance(operation.path_or_fileobj, Counted):
                 operation.path_or_fileobj.close()
     running.report("upload", COMMITTING, "Uploading: 99.0%", bytes_done=total, bytes_total=total, always=True)
