@@ -6,7 +6,6 @@ failure, which is what CI sets.
 
 import csv
 import json
-import os
 import random
 import re
 import shutil
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from browser import chromium
 from conftest import HOOK, make_tiny_neox
 
 from mechint.config import CollectConfig, ReportConfig, SAETrainConfig
@@ -25,7 +25,6 @@ from mechint.report.pack import unpack
 
 pytestmark = pytest.mark.slow
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SCRIPT = "<script>window.hacked=1</script>"
 BAD_NAME = "<img src=x onerror=window.hacked=2>"
 HOSTILE = [
@@ -146,22 +145,8 @@ def write_tables(run: Path) -> None:
 
 @pytest.fixture(scope="module", name="browser")
 def browser_fixture() -> Iterator[Any]:
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        absent("the playwright package is not installed")
-    if CHROMIUM is None:
-        absent("no Chromium on this machine")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as browser:
         yield browser
-        browser.close()
-
-
-def absent(why: str) -> None:
-    if os.environ.get("MECHINT_REQUIRE_BROWSER"):
-        pytest.fail(f"MECHINT_REQUIRE_BROWSER is set, but {why}")
-    pytest.skip(why)
 
 
 class Watched:
