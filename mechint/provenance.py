@@ -2,11 +2,13 @@
 
 import contextlib
 import datetime
+import fcntl
 import functools
 import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -17,41 +19,92 @@ from typing import Any
 from mechint.errors import DISK_FULL_ERRNOS, MechintError
 
 RECORDED_PACKAGES = ("mechint", "torch", "transformer-lens", "transformers", "datasets", "safetensors", "numpy")
+_SCRATCH_SUFFIX = ".tmp"
+
+
+@contextlib.contextmanager
+def scratch_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A hidden folder beside `path`, for what is to become `path`; removed, with what is in it, when the block ends.
+
+    What killed processes left there is removed first. A living one holds a lock on its folder, which the operating
+    system takes back whatever ends the process; on a file system without locks nothing counts as left behind.
+    """
+    path = Path(path)
+    remove_abandoned(path.parent, path.name)
+    handle = None
+    while handle is None:
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=_SCRATCH_SUFFIX))
+        handle = _lock(folder, wait=True)  # None if another process took it for left behind before it was locked
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def remove_abandoned(folder: Path, name: str = "") -> None:
+    """Remove what `scratch_folder` and `atomic_path` made in `folder` (for `name`) in processes that were killed."""
+    prefix = f".{name}." if name else "."
+    for entry in list(os.scandir(folder)):
+        if entry.name.startswith(prefix) and entry.name.endswith(_SCRATCH_SUFFIX) and entry.is_dir():
+            handle = _lock(Path(entry.path), wait=False)
+            if handle is not None:
+                shutil.rmtree(entry.path, ignore_errors=True)
+                os.close(handle)
+
+
+def _lock(folder: Path, *, wait: bool) -> int | None:
+    """A handle that holds the folder until it is closed, or None if it is gone, or not to be had.
+
+    With `wait`, a file system without locks gives a handle too; without, it does not.
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        if not wait:
+            os.close(handle)
+            return None
+    if folder.exists():
+        return handle
+    os.close(handle)  # removed while it was waited for
+    return None
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike, *, overwrite: bool = True) -> Iterator[Path]:
-    """A temporary path beside `path` that becomes `path` when the block ends well, and is removed when it does not.
+    """A temporary path of the same name that becomes `path` when the block ends well, and is removed when it does not.
 
-    The file is flushed to the disk before the rename, so after a crash or a power cut `path` holds either its old
-    content or all of its new content. A full disk, or a place where nothing can be written, raises `MechintError`; what
-    was at `path` stays.
+    It lies in a `scratch_folder`, so that what a library writes beside it (safetensors does) goes with it. The file is
+    flushed to the disk before the rename, so after a crash or a power cut `path` holds either its old content or all of
+    its new content. A full disk, or a place where nothing can be written, raises `MechintError`; what was at `path`
+    stays.
     """
     path = Path(path)
     if not overwrite and path.exists():
         raise MechintError(f"{path} exists and is not overwritten: give another name or move it away")
     check_output_path(path)
     make_dir(path.parent)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        # mkstemp makes files private; what is published should follow the user's umask like any other file.
-        os.chmod(temporary, 0o666 & ~_umask())
-        if overwrite:
-            os.replace(temporary, path)
-        else:
-            os.link(temporary, path)  # fails if somebody made `path` meanwhile, unlike a rename
-        fsync_dir(path.parent)
+        with scratch_folder(path) as scratch:
+            temporary = scratch / path.name
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            # safetensors makes files private; what is published should follow the user's umask like any other file
+            os.chmod(temporary, 0o666 & ~_umask())
+            if overwrite:
+                os.replace(temporary, path)
+            else:
+                os.link(temporary, path)  # fails if somebody made `path` meanwhile, unlike a rename
+            fsync_dir(path.parent)
     except Exception as error:
         if (reason := disk_full_reason(error)) is not None:
             raise disk_full(path, reason) from error
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def disk_full_reason(error: BaseException | None) -> str | None:

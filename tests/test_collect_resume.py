@@ -55,7 +55,9 @@ def test_a_stopped_collection_goes_on_without_redoing_anything(
     folder = output if name == "store" else output.with_name("a.pt.shards")
     times = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
     assert len(times) == 3
-    (folder / ".shard-00003.safetensors.abc.tmp").write_text("half a shard")
+    left = folder / ".shard-00003.safetensors.abc.tmp"
+    left.mkdir()
+    (left / ".tmpAbCdEf").write_text("half a shard")
     (folder / "shard-00003.safetensors").write_text("a shard that was never recorded")
 
     # other settings: an error that names them, and nothing touched

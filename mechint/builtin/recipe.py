@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from mechint.builtin import tales
 from mechint.errors import MechintError
+from mechint.provenance import scratch_folder
 
 if TYPE_CHECKING:
     import torch
@@ -277,17 +277,15 @@ def run(args: argparse.Namespace) -> str:
         "right_answers": probes.shares(model, tokenizer),
     }  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
+    with scratch_folder(output) as scratch:
+        made = scratch / "model"
+        made.mkdir()
         save(made, model, tokenizer, curve)
         card.write(made, figures, curve, [(prompt, complete(model, tokenizer, prompt)) for prompt in card.PROMPTS])
-        made.chmod(0o755)
         (made / "model.safetensors").chmod(0o644)
         if output.exists():
             shutil.rmtree(output)
         os.replace(made, output)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
     return (
         f"{output}: held-out cross-entropy {figures['heldout_ce']} nats a token "
         f"(unigram {figures['unigram_ce']}, bigram {figures['bigram_ce']})"

@@ -25,7 +25,7 @@ from mechint.data.windows import hook_width, window_rows
 from mechint.errors import MechintError
 from mechint.models.language_model import LanguageModel, load_model
 from mechint.models.resolve import BUILTIN_MODELS, resolve_model
-from mechint.provenance import check_output_path, get_git_commit, package_versions, read_json
+from mechint.provenance import check_output_path, get_git_commit, package_versions, read_json, remove_abandoned
 
 # The keys of the original's config.json, all of which its sidecars hold.
 _ORIGINAL_KEYS = [
@@ -123,6 +123,8 @@ def _already_collected(config: CollectConfig, settings: dict[str, Any], ranks: R
     if ranks.rank == 0:
         leftover = shards_folder(output) if output.suffix == ".pt" else output / store_write.PROGRESS
         shutil.rmtree(leftover, ignore_errors=True)
+        if output.is_dir():
+            remove_abandoned(output)
     return Collected(output, metadata, info, rank=ranks.rank, already=True)
 
 

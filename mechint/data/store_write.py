@@ -25,14 +25,22 @@ from torch import Tensor
 
 from mechint.data.norms import add_histograms, summarise_norms
 from mechint.errors import MechintError
-from mechint.provenance import atomic_path, disk_full, disk_full_reason, make_dir, read_json, sha256_file, write_json
+from mechint.provenance import (
+    atomic_path,
+    disk_full,
+    disk_full_reason,
+    make_dir,
+    read_json,
+    remove_abandoned,
+    sha256_file,
+    write_json,
+)
 
 FORMAT_VERSION = 1
 STORE_JSON = "store.json"
 PROGRESS = "progress"
 ASSEMBLED = "assembled.pt"
 _SHARD = re.compile(r"shard-(\d{5,})\.safetensors")
-_TEMPORARY = re.compile(r"\..*\.tmp")
 
 
 def shard_name(number: int) -> str:
@@ -84,9 +92,10 @@ def begin_store(folder: Path, asked: dict[str, Any]) -> None:
     if not asked_path(folder).exists():
         write_json(asked_path(folder), asked)
     recorded = {shard_name(number) for number in finished_shards(folder)}
-    for path in [*folder.iterdir(), *(folder / PROGRESS).iterdir()]:
-        if _TEMPORARY.fullmatch(path.name) or (_SHARD.fullmatch(path.name) and path.name not in recorded):
+    for path in folder.iterdir():
+        if _SHARD.fullmatch(path.name) and path.name not in recorded:
             path.unlink()
+    remove_abandoned(folder)
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any], where: str) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from mechint.errors import MechintError, nearest
 from mechint.formats.base import FORMATS, Format, Loaded, expected_shapes
 from mechint.formats.certificate import Certificate, certify
 from mechint.formats.folds import not_ours, pad_topk, variants
-from mechint.provenance import fsync_dir, make_dir, read_json, sha256_file, write_json
+from mechint.provenance import fsync_dir, make_dir, read_json, scratch_folder, sha256_file, write_json
 from mechint.sae.io import LEGACY_SETTING
 
 CERTIFICATE_FILE = "certificate.json"
@@ -263,8 +262,8 @@ def write_proved(
     check_output(output, overwrite)
     variant, folded = held_variant(loaded, target, pad=pad)
     make_dir(output.parent)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
-        stage = Path(temporary) / "stage"
+    with scratch_folder(output) as scratch:
+        stage = scratch / "stage"
         written = stage / output.name if as_file else stage
         stage.mkdir()
         target.write(variant, written)
@@ -275,7 +274,7 @@ def write_proved(
         record["notes"] = [*loaded.notes, *said_of(loaded, back, target)]
         if not as_file:
             write_json(stage / CERTIFICATE_FILE, record | {"files": sorted(files_in(stage))})
-            _replace_folder(stage, output, Path(temporary) / "old")
+            _replace_folder(stage, output, scratch / "old")
             return certificate, output / CERTIFICATE_FILE
         beside = output.name + "." + CERTIFICATE_FILE
         write_json(stage / beside, record)

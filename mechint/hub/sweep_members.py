@@ -6,7 +6,6 @@ FVU is the same quotient as NMSE: squared error over the variance of the activat
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from mechint.errors import MechintError, one_line
 from mechint.hub.frontier import Candidate, flat, select_layers
 from mechint.hub.metrics_source import Gathered
 from mechint.hub.multi import Checkpoint, Repository, header_activation
-from mechint.provenance import make_dir, sha256_file
+from mechint.provenance import make_dir, scratch_folder, sha256_file
 from mechint.runs import Run
 from mechint.train.sweep_record import Sweep, open_sweep
 
@@ -108,8 +107,8 @@ def convert_members(repository: Repository, sweep: Path, folder: Path, *, progre
     for candidate in tqdm(flat(repository.chosen), desc="converting", unit="SAE", disable=not progress):
         place = f"layer_{candidate.layer}/{candidate.run_id}"
         make_dir(folder / place)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".convert.") as scratch:
-            written = Path(scratch) / "sae"
+        with scratch_folder(folder / place) as scratch:
+            written = scratch / "sae"
             write_proved(load(sweep / candidate.run_id)[1], written, target)
             if repository.format == "saev":
                 _name_commit(written / FILES["saev"][0], Run(sweep / candidate.run_id).manifest.get("git_commit"))

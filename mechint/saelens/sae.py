@@ -6,7 +6,6 @@ that `W_enc` and `b_enc` are the numbers that SAELens shows for the same file. `
 """
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from mechint.errors import MechintError, nearest
 from mechint.formats import Loaded, from_sae, to_sae
 from mechint.formats.base import LAYER_NORM_EPS, checked
 from mechint.formats.convert import find_format, held_variant, load
-from mechint.provenance import make_dir
+from mechint.provenance import make_dir, scratch_folder
 from mechint.sae import SAE as MechintSAE
 from mechint.saelens.form import config_of, drawn, dtype_of, usable
 from mechint.saelens.releases import fetch, find_release, with_norm_factor
@@ -187,8 +186,8 @@ class SAE(nn.Module):
         loaded = self.loaded()
         if sparsity is not None:
             loaded = replace(loaded, extras={"sparsity": sparsity.detach().float().cpu().contiguous()})
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-            made = Path(temporary) / "sae"
+        with scratch_folder(folder / WEIGHTS_FILE) as scratch:
+            made = scratch / "sae"
             target = find_format("saelens", to=True)
             assert target.write is not None
             target.write(held_variant(loaded, target)[0], made)
