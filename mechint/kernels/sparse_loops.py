@@ -19,16 +19,16 @@ import numpy as np
 from numba import njit
 
 from mechint.kernels.sparse_vector import (
+    LANES,
     add_records_64,
     add_rows_64,
     add_rows_256,
     dots_1,
     dots_4,
     from_bfloat16,
-    lowest_bit,
+    pack_above_bfloat16,
+    pack_above_float32,
     to_bfloat16,
-    upper_above_bfloat16,
-    upper_above_float32,
 )
 
 # Sums may be regrouped and products fused; NaN and infinity keep their meaning.
@@ -189,28 +189,27 @@ def by_tiles(add, lines, rows, cols, values, first, last, base, ends):
 @compiled
 @no_type_check
 def candidates(values, narrow, biases, norms, error, cut, cols, position):
-    """Columns of a row whose pre-activation may be above their bound by more than `cut`; NaN counts as above."""
+    """Columns of a row whose pre-activation may be above their bound by more than `cut`; NaN counts as above.
+    Room for 16 more than are found has to be there."""
     n_latents = biases.shape[0]
-    values_at, biases_at, norms_at = values.ctypes.data, biases.ctypes.data, norms.ctypes.data
+    values_at, biases_at, norms_at, cols_at = (
+        values.ctypes.data,
+        biases.ctypes.data,
+        norms.ctypes.data,
+        cols.ctypes.data,
+    )
     relative = BFLOAT16_STEP if narrow else np.float32(1e-6)
     size = 2 if narrow else 4
     done = 0
     while done < n_latents:
-        start = min(done, n_latents - 16)  # the last 16 overlap those before them
+        start = min(done, n_latents - LANES)  # the last 16 overlap those before them
+        ats = (values_at + size * start, biases_at + 4 * start, norms_at + 4 * start)
+        limits = (relative, error, np.float32(cut))
         if narrow:
-            mask = upper_above_bfloat16(
-                values_at + size * start, biases_at + 4 * start, norms_at + 4 * start, relative, error, cut
-            )
+            position += pack_above_bfloat16(*ats, *limits, start, done - start, cols_at + 4 * position)
         else:
-            mask = upper_above_float32(
-                values_at + size * start, biases_at + 4 * start, norms_at + 4 * start, relative, error, cut
-            )
-        mask &= -1 << (done - start)
-        while mask != 0:
-            cols[position] = start + lowest_bit(mask)
-            position += 1
-            mask &= mask - 1
-        done = start + 16
+            position += pack_above_float32(*ats, *limits, start, done - start, cols_at + 4 * position)
+        done = start + LANES
     return position
 
 
@@ -227,7 +226,7 @@ def find_above(
     position = base
     n_latents = b_enc.shape[0]
     for r in range(first, last):
-        if position + n_latents > limit:
+        if position + n_latents + LANES > limit:
             return -1
         position = candidates(values[r - first], narrow, biases, norms, errors[r], np.float32(0.0), cols, position)
         ends[r] = position

@@ -7,6 +7,7 @@ from torch import Tensor
 from mechint.kernels import sparse_choice as choice
 from mechint.kernels import sparse_loops as loops
 from mechint.kernels.sparse_pool import Pool
+from mechint.kernels.sparse_vector import LANES
 from mechint.sae import SAE
 
 LATENTS = 256  # a unit of work over latents
@@ -39,7 +40,7 @@ class Space:
         self.norms, self.biases, self.bound = (np.zeros(d_sae, np.float32) for _ in range(3))
         self.worst_of = np.zeros(self.n_blocks, np.float32)
         self.errors = np.zeros(batch, np.float32)
-        self.capacity = int(dense_above * self.chunk * d_sae) + d_sae
+        self.capacity = int(dense_above * self.chunk * d_sae) + d_sae + LANES
         # untouched parts of these take no memory
         self.cols = np.empty(self.n_chunks * self.capacity, np.int32)
         self.pre, self.grad = (np.empty(self.n_chunks * self.capacity, np.float32) for _ in range(2))
