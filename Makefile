@@ -65,7 +65,7 @@ bench-train: setup
 bench-quality: setup
 	$(BIN)/python benchmarks/quality.py peers --lrs 3e-3 7e-3 1e-2
 	$(BIN)/python benchmarks/quality.py ours --name preset --first 0.56 0.95 0.31 -- --preset mechint
-	$(BIN)/python benchmarks/quality.py ours --name preset --architecture topk -- --preset mechint
+	$(BIN)/python benchmarks/quality.py ours --name preset --architecture topk -- --preset mechint-topk
 	$(BIN)/python benchmarks/quality.py table
 
 # The service's tests once more on PostgreSQL and Redis (Debian: postgresql, redis-server), which are started for them.

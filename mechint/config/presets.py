@@ -10,31 +10,38 @@ from typing import Any
 # written before these keys existed.
 ORIGINAL_KEYS = {"activation_dim", "epochs", "l1_lambda", "legacy_layout", "max_chars", "model_source", "num_texts"}
 
+# What a comparison of single changes led to (docs/performance.md); most of it concerns the first steps: a start that
+# does not overshoot, Adam's second moments that have forgotten the first gradients after 100 steps. For any number of
+# steps. At d_in 128, standard, --lam 0.6 gives an L0 near 32 and --lam 1 one near 16.
+_MECHINT: dict[str, Any] = {
+    "init": "fitted",
+    "b_dec_init": "mean",
+    "normalize_inputs": "mean-norm",
+    "learning_rate": 7e-3,
+    "adam_beta2": 0.99,
+    "project_gradient": True,
+    "schedule": "constant",
+    "decay_share": 0.2,
+    "warmup_steps": 0.05,
+    "revive": "auxk",
+    "aux_coefficient": 1.0,
+    "dead_after": 0.02,
+}
+
 TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "none": {},
     # The repository that this one grew from: row split and one sequential generator, so its numbers can be reproduced.
     "mech-int": {"split_by": "row", "batch_order": "torch"},
-    # What a comparison of single changes led to (docs/performance.md); most of it concerns the first steps:
-    # a start that does not overshoot, Adam's second moments that have forgotten the first gradients after 100 steps.
-    # For any number of steps. At d_in 128, standard, --lam 0.6 gives an L0 near 32 and --lam 1 one near 16.
     "mechint": {
+        **_MECHINT,
         "l1_reduction": "sum",
         "l1_lambda": 0.6,
         "saturation": 1.0,
-        "init": "fitted",
-        "b_dec_init": "mean",
-        "normalize_inputs": "mean-norm",
-        "learning_rate": 7e-3,
-        "adam_beta2": 0.99,
-        "project_gradient": True,
-        "schedule": "constant",
-        "decay_share": 0.2,
-        "warmup_steps": 0.05,
         "lambda_warmup_steps": 0.1,
-        "revive": "auxk",
-        "aux_coefficient": 1.0,
-        "dead_after": 0.02,
     },
+    # The same for topk, batchtopk and matryoshka_batchtopk: at a constant 7e-3 their latents die late, and the more the
+    # larger k is beside d_in; a decay that begins earlier keeps them, at the same FVU (docs/log.md, decay).
+    "mechint-topk": {**_MECHINT, "architecture": "topk", "k": 32.0, "decay_share": 0.6},
     # Anthropic, "Circuits Updates - April 2024", section "Update on how we train SAEs": L1 times decoder norm, free
     # decoder rows, W_enc = W_dec^T, lambda 5 warmed up over the first 5 %, learning rate to 0 over the last 20 %.
     "anthropic-2024-04": {

@@ -11,7 +11,9 @@ from mechint.config.base import DEFAULT_HOOK, Config, check_run_name, require
 from mechint.config.presets import ORIGINAL_KEYS, TRAIN_PRESETS
 from mechint.errors import MechintError, nearest
 
-Preset = Literal["none", "mech-int", "mechint", "anthropic-2024-04", "anthropic-2025-01", "gao-2024", "batchtopk"]
+Preset = Literal[
+    "none", "mech-int", "mechint", "mechint-topk", "anthropic-2024-04", "anthropic-2025-01", "gao-2024", "batchtopk"
+]
 # Fields that only some architectures have; which ones, the architectures say themselves (`SAE.options`).
 ARCHITECTURE_OPTIONS = (
     "k",
