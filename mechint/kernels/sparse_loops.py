@@ -20,7 +20,6 @@ from numba import njit
 
 from mechint.kernels.sparse_vector import (
     LANES,
-    add_records_64,
     add_rows_64,
     add_rows_256,
     dots_1,
@@ -28,6 +27,7 @@ from mechint.kernels.sparse_vector import (
     from_bfloat16,
     pack_above_bfloat16,
     pack_above_float32,
+    sum_records_64,
     to_bfloat16,
 )
 
@@ -350,20 +350,17 @@ def weight_gradient(slices, s, first, last, starts, rows, which, out):
     the slice's row. Returns the sum of squares."""
     d_in = out.shape[1]
     n = min(64, d_in - 64 * s)
-    part = np.empty(64, np.float32)
+    part = np.empty(64, np.float32)  # where the slice is wider than what is left of `out`
     total = 0.0
-    part_at, records_at = part.ctypes.data, rows.ctypes.data
+    part_at, out_at, records_at = part.ctypes.data, out.ctypes.data + 256 * s, rows.ctypes.data
     slice_at = slices.ctypes.data + s * slices.strides[0]
     for j in range(first, last):
-        for k in range(64):
-            part[k] = 0.0
+        target = out_at + 4 * d_in * j if n == 64 else part_at
         at = records_at + 16 * starts[j]
-        add_records_64(part_at, slice_at, 256, at, at + 4 * which, starts[j + 1] - starts[j])
-        squares = np.float32(0.0)
-        for k in range(n):
-            squares += part[k] * part[k]
-            out[j, 64 * s + k] = part[k]
-        total += squares
+        total += sum_records_64(target, slice_at, 256, at, at + 4 * which, starts[j + 1] - starts[j])
+        if n < 64:
+            for k in range(n):
+                out[j, 64 * s + k] = part[k]
     return total
 
 

@@ -67,48 +67,72 @@ def _lane_sum(builder, vector):
 
 
 @no_type_check
+def _sum_of_rows(builder, start, rows_at, row_bytes, entries_at, coefs_at, n, entry_bytes, coef_offset):
+    """`start` (vectors) + sum over entries of coef * row[index], held in registers throughout."""
+    before = builder.block
+    loop, done = builder.append_basic_block(), builder.append_basic_block()
+    builder.cbranch(builder.icmp_signed(">", n, ir.Constant(_I64, 0)), loop, done)
+    builder.position_at_end(loop)
+    entry = builder.phi(_I64)
+    entry.add_incoming(ir.Constant(_I64, 0), before)
+    sums = [builder.phi(_VECTOR) for _ in start]
+    offset = builder.mul(entry, ir.Constant(_I64, entry_bytes))
+    index = builder.zext(_load(builder, builder.add(entries_at, offset), 0, _I32, 4), _I64)
+    coef = _splat(builder, _load(builder, builder.add(coefs_at, offset), coef_offset, _F32, 4))
+    row_at = builder.add(rows_at, builder.mul(index, row_bytes))
+    added = [_fma(builder, _load(builder, row_at, _BYTES * k, _VECTOR, 4), coef, part) for k, part in enumerate(sums)]
+    following = builder.add(entry, ir.Constant(_I64, 1))
+    entry.add_incoming(following, loop)
+    for k, part in enumerate(sums):
+        part.add_incoming(start[k], before)
+        part.add_incoming(added[k], loop)
+    builder.cbranch(builder.icmp_signed("<", following, n), loop, done)
+    builder.position_at_end(done)
+    results = [builder.phi(_VECTOR) for _ in start]
+    for k, result in enumerate(results):
+        result.add_incoming(start[k], before)
+        result.add_incoming(added[k], loop)
+    return results
+
+
+@no_type_check
 def _make_add_rows(n_vectors, entry_bytes, coef_offset):
-    """out[:16 n_vectors] += sum over entries of coef * row[index], the sums held in registers."""
+    """out[:16 n_vectors] += sum over entries of coef * row[index]."""
 
     @intrinsic
     def add_rows(typing_context, out_at, rows_at, row_bytes, entries_at, coefs_at, n):
         signature = types.void(*[types.int64] * 6)
 
         def generate(context, builder, signature, args):
-            out_at, rows_at, row_bytes, entries_at, coefs_at, n = args
-            start = [_load(builder, out_at, _BYTES * k, _VECTOR, 4) for k in range(n_vectors)]
-            before = builder.block
-            loop, done = builder.append_basic_block(), builder.append_basic_block()
-            builder.cbranch(builder.icmp_signed(">", n, ir.Constant(_I64, 0)), loop, done)
-            builder.position_at_end(loop)
-            entry = builder.phi(_I64)
-            entry.add_incoming(ir.Constant(_I64, 0), before)
-            sums = [builder.phi(_VECTOR) for _ in range(n_vectors)]
-            offset = builder.mul(entry, ir.Constant(_I64, entry_bytes))
-            index = builder.zext(_load(builder, builder.add(entries_at, offset), 0, _I32, 4), _I64)
-            coef = _splat(builder, _load(builder, builder.add(coefs_at, offset), coef_offset, _F32, 4))
-            row_at = builder.add(rows_at, builder.mul(index, row_bytes))
-            added = [
-                _fma(builder, _load(builder, row_at, _BYTES * k, _VECTOR, 4), coef, sums[k]) for k in range(n_vectors)
-            ]
-            following = builder.add(entry, ir.Constant(_I64, 1))
-            entry.add_incoming(following, loop)
-            for k in range(n_vectors):
-                sums[k].add_incoming(start[k], before)
-                sums[k].add_incoming(added[k], loop)
-            builder.cbranch(builder.icmp_signed("<", following, n), loop, done)
-            builder.position_at_end(done)
-            results = [builder.phi(_VECTOR) for _ in range(n_vectors)]
-            for k, result in enumerate(results):
-                result.add_incoming(start[k], before)
-                result.add_incoming(added[k], loop)
-            for k, result in enumerate(results):
-                _store(builder, result, out_at, _BYTES * k)
+            start = [_load(builder, args[0], _BYTES * k, _VECTOR, 4) for k in range(n_vectors)]
+            for k, result in enumerate(_sum_of_rows(builder, start, *args[1:], entry_bytes, coef_offset)):
+                _store(builder, result, args[0], _BYTES * k)
             return context.get_dummy_value()
 
         return signature, generate
 
     return add_rows
+
+
+@no_type_check
+def _make_sum_rows(n_vectors, entry_bytes, coef_offset):
+    """out[:16 n_vectors] = sum over entries of coef * row[index]. Returns the sum of the squares of what is stored."""
+
+    @intrinsic
+    def sum_rows(typing_context, out_at, rows_at, row_bytes, entries_at, coefs_at, n):
+        signature = types.float32(*[types.int64] * 6)
+
+        def generate(context, builder, signature, args):
+            squares = ir.Constant(_VECTOR, [0.0] * LANES)
+            results = _sum_of_rows(builder, [squares] * n_vectors, *args[1:], entry_bytes, coef_offset)
+            for k, result in enumerate(results):
+                _store(builder, result, args[0], _BYTES * k)
+                squares = _fma(builder, result, result, squares)
+            return _lane_sum(builder, squares)
+
+        return signature, generate
+
+    return sum_rows
 
 
 @no_type_check
@@ -244,7 +268,7 @@ def _float32_lanes(builder, address):
 # Entries as two arrays (index int32, coefficient float32), and as records (int32 row, float32, float32, unused).
 add_rows_256 = _make_add_rows(16, 4, 0)
 add_rows_64 = _make_add_rows(4, 4, 0)
-add_records_64 = _make_add_rows(4, 16, 0)
+sum_records_64 = _make_sum_rows(4, 16, 0)
 dots_4 = _make_dots(4)
 dots_1 = _make_dots(1)
 pack_above_bfloat16 = _make_pack_above(_bfloat16_lanes)
