@@ -351,9 +351,13 @@ def test_steps_cost_what_they_cost_at_their_density(config: SAETrainConfig):
     # a fall of 100 steps: a quarter at each end's mean with the middle
     assert step_seconds(1000, 100, 3.0, 2.0, 1.0) == pytest.approx(100 * 2.0 + 900 * 1.0)
     assert step_seconds(100, 100, 1.0, 1.0, 1.0) == pytest.approx(100)
+    # a run that ends while L0 still falls: half of the way, and three quarters of it
+    assert step_seconds(100, 200, 3.0, 2.0, 1.5) == pytest.approx(100 * 2.5)
+    assert step_seconds(150, 200, 3.0, 2.0, 1.5) == pytest.approx(100 * 2.5 + 50 * (2.0 + 1.75) / 2)
+    assert step_seconds(50, 200, 3.0, 2.0, 1.5) == pytest.approx(50 * (3.0 + 2.5) / 2)
     assert fall_steps(dataclasses.replace(config, epochs=10_000, lambda_warmup_steps=0.1)) == 1500
     assert fall_steps(dataclasses.replace(config, epochs=10_000, lambda_warmup_steps=0)) == 100
-    assert fall_steps(dataclasses.replace(config, epochs=40)) == 40
+    assert fall_steps(dataclasses.replace(config, epochs=40)) == 7500
 
 
 def test_a_relu_sae_is_timed_at_the_density_that_is_expected(config: SAETrainConfig):

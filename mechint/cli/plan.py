@@ -22,8 +22,9 @@ class PlanFlags(SAETrainConfig):
     """Vectors to train on, where the activations do not exist yet; a million if not given."""
     expected_l0: float | None = None
     """Active latents a vector at the end, for ReLU, JumpReLU and gated SAEs; 64 (or --target-l0) if not given."""
-    expected_dead: float = 0.02
-    """Share of dead latents, where --revive auxk gives them work."""
+    expected_dead: float | None = None
+    """Share of dead latents, where --revive auxk gives them work; 0.02 for the memory and 0 for the time if not
+    given."""
     seconds: float = 10.0
     """Time for the measurement, about; 0 leaves it out."""
     json: bool = False
@@ -33,7 +34,8 @@ class PlanFlags(SAETrainConfig):
         super().__post_init__()
         require(self.n_rows is None or self.n_rows > 0, f"--n-rows must be at least 1, got {self.n_rows}")
         require(self.expected_l0 is None or self.expected_l0 > 0, "--expected-l0 must be above 0")
-        require(0 <= self.expected_dead <= 1, f"--expected-dead is a share, 0 to 1, got {self.expected_dead:g}")
+        if self.expected_dead is not None:
+            require(0 <= self.expected_dead <= 1, f"--expected-dead is a share, 0 to 1, got {self.expected_dead:g}")
         require(self.seconds >= 0, f"--seconds must not be negative, got {self.seconds:g}")
 
 
@@ -160,9 +162,11 @@ def assumed(plan: Any) -> str:
     dead = f"; {plan.expected_dead:.0%} of latents are dead (--expected-dead)" if config.revive == "auxk" else ""
     if speed.step_at_start == speed.step_at_end:
         return f"    assumed: steps cost the same throughout{dead}"
+    fall = fall_steps(config)
+    unfinished = f" (one and a half warm-ups; of which {config.steps:,} are made)" if fall > config.steps else ""
     return (
         f"    assumed: L0 falls from {speed.l0_at_start:,.0f} to {speed.l0_at_end:,.0f} (--expected-l0) in the first"
-        f" {fall_steps(config):,} steps, evenly on a log scale{dead}"
+        f" {fall:,} steps{unfinished}, evenly on a log scale{dead}"
     )
 
 

@@ -42,7 +42,7 @@ class Plan:
     disk_free: int
     speed: Speed | None
     startup: float  # seconds until the libraries are loaded
-    expected_dead: float
+    expected_dead: float  # as far as the time goes
 
     @property
     def seconds(self) -> float | None:
@@ -91,10 +91,13 @@ def make_plan(
     *,
     seconds: float = 10.0,
     expected_l0: float | None = None,
-    expected_dead: float = EXPECTED_DEAD,
+    expected_dead: float | None = None,
     startup: float = 0.0,
 ) -> Plan:
     """Predict, and if it fits and `seconds` is above 0, measure the time. `config.device` must be set.
+
+    `expected_dead`, the share of latents that --revive auxk has to work on, is `EXPECTED_DEAD` for the memory and 0 for
+    the time if not given: steps with some cost up to twice as much, and runs have none for most of their steps.
 
     Raises:
         MechintError: it does not fit; which setting to change to what is said.
@@ -102,7 +105,9 @@ def make_plan(
     assert config.device is not None
     kernel = kernel_name(config)
     library = resident_memory()
-    predict = _predictor(activations, n_rows, library, kernel, expected_dead)
+    predict = _predictor(
+        activations, n_rows, library, kernel, EXPECTED_DEAD if expected_dead is None else expected_dead
+    )
     memory = predict(config)
     available = tuple(_within_reach(place.device if place.device == "cpu" else config.device) for place in memory)
     refuse_memory(config, predict, available, certain=1.0)
@@ -111,9 +116,9 @@ def make_plan(
     speed = None
     if seconds > 0:
         speed = measure_speed(
-            config, activations, n_rows, seconds=seconds, expected_l0=expected_l0, expected_dead=expected_dead
+            config, activations, n_rows, seconds=seconds, expected_l0=expected_l0, expected_dead=expected_dead or 0.0
         )
-    return Plan(config, n_rows, kernel, memory, available, disk, free, speed, startup, expected_dead)
+    return Plan(config, n_rows, kernel, memory, available, disk, free, speed, startup, expected_dead or 0.0)
 
 
 def check_memory(config: SAETrainConfig, activations: Activations) -> None:

@@ -70,13 +70,20 @@ class Speed:
 
 
 def fall_steps(config: SAETrainConfig) -> int:
-    """Steps after which L0 is taken to be as expected."""
-    return min(config.steps, max(FALL_LEAST, round(FALL * config.steps_of(config.lambda_warmup_steps))))
+    """Steps after which L0 is taken to be as expected; may be more than there are."""
+    return max(FALL_LEAST, round(FALL * config.steps_of(config.lambda_warmup_steps)))
 
 
 def step_seconds(steps: int, fall: int, at_start: float, midway: float, at_end: float) -> float:
     """Sum over the steps: linear between the three while L0 falls, then as at the end."""
-    return fall * (at_start + 2 * midway + at_end) / 4 + (steps - fall) * at_end
+    half = fall / 2
+    first, second = min(steps, half), min(max(steps - half, 0.0), half)
+    return (
+        first * at_start
+        + second * midway
+        + ((midway - at_start) * first**2 + (at_end - midway) * second**2) / fall
+        + max(steps - fall, 0) * at_end
+    )
 
 
 def measure_speed(
