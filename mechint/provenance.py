@@ -34,7 +34,7 @@ def scratch_folder(path: str | os.PathLike) -> Iterator[Path]:
     handle = None
     while handle is None:
         folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=_SCRATCH_SUFFIX))
-        handle = _lock(folder, wait=True)  # None if another process took it for left behind before it was locked
+        handle = _lock(folder, fcntl.LOCK_EX)  # None if another process took it for left behind before it was locked
     try:
         yield folder
     finally:
@@ -45,29 +45,32 @@ def scratch_folder(path: str | os.PathLike) -> Iterator[Path]:
 def remove_abandoned(folder: Path, name: str = "") -> None:
     """Remove what `scratch_folder` and `atomic_path` made in `folder` (for `name`) in processes that were killed."""
     prefix = f".{name}." if name else "."
-    for entry in list(os.scandir(folder)):
+    try:
+        entries = list(os.scandir(folder))
+    except PermissionError:  # a folder that may be written, but not looked into
+        return
+    for entry in entries:
         if entry.name.startswith(prefix) and entry.name.endswith(_SCRATCH_SUFFIX) and entry.is_dir():
-            handle = _lock(Path(entry.path), wait=False)
-            if handle is not None:
-                shutil.rmtree(entry.path, ignore_errors=True)
-                os.close(handle)
+            with contextlib.suppress(OSError):
+                handle = _lock(Path(entry.path), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if handle is not None:
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                    os.close(handle)
 
 
-def _lock(folder: Path, *, wait: bool) -> int | None:
-    """A handle that holds the folder until it is closed, or None if it is gone, or not to be had.
-
-    With `wait`, a file system without locks gives a handle too; without, it does not.
-    """
+def _lock(folder: Path, how: int) -> int | None:
+    """A handle that holds the folder until it is closed; None if the folder is gone. Raises `OSError` if it is held."""
     try:
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:
+    except FileNotFoundError:
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(handle, how)
     except OSError:
-        if not wait:
+        if how & fcntl.LOCK_NB:
             os.close(handle)
-            return None
+            raise
+        # a file system without locks: whoever comes by cannot take it for left behind
     if folder.exists():
         return handle
     os.close(handle)  # removed while it was waited for
