@@ -67,8 +67,9 @@ def _lane_sum(builder, vector):
 
 
 @no_type_check
-def _sum_of_rows(builder, start, rows_at, row_bytes, entries_at, coefs_at, n, entry_bytes, coef_offset):
+def _sum_of_rows(builder, start, args, entry_bytes, coef_offset):
     """`start` (vectors) + sum over entries of coef * row[index], held in registers throughout."""
+    _, rows_at, row_bytes, entries_at, coefs_at, n = args
     before = builder.block
     loop, done = builder.append_basic_block(), builder.append_basic_block()
     builder.cbranch(builder.icmp_signed(">", n, ir.Constant(_I64, 0)), loop, done)
@@ -105,7 +106,7 @@ def _make_add_rows(n_vectors, entry_bytes, coef_offset):
 
         def generate(context, builder, signature, args):
             start = [_load(builder, args[0], _BYTES * k, _VECTOR, 4) for k in range(n_vectors)]
-            for k, result in enumerate(_sum_of_rows(builder, start, *args[1:], entry_bytes, coef_offset)):
+            for k, result in enumerate(_sum_of_rows(builder, start, args, entry_bytes, coef_offset)):
                 _store(builder, result, args[0], _BYTES * k)
             return context.get_dummy_value()
 
@@ -124,7 +125,7 @@ def _make_sum_rows(n_vectors, entry_bytes, coef_offset):
 
         def generate(context, builder, signature, args):
             squares = ir.Constant(_VECTOR, [0.0] * LANES)
-            results = _sum_of_rows(builder, [squares] * n_vectors, *args[1:], entry_bytes, coef_offset)
+            results = _sum_of_rows(builder, [squares] * n_vectors, args, entry_bytes, coef_offset)
             for k, result in enumerate(results):
                 _store(builder, result, args[0], _BYTES * k)
                 squares = _fma(builder, result, result, squares)
