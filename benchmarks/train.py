@@ -4,7 +4,7 @@
     python benchmarks/train.py --architectures standard --rounds 5
     python benchmarks/train.py --settings            the share that is mere library settings (processes of their own)
     python benchmarks/train.py --whole-run           3,000 steps from initialisation: same final loss and L0
-    python benchmarks/train.py --sweep               `mechint sweep` of 8 SAEs against 8 runs one after another (half an hour)
+    python benchmarks/train.py --sweep               `mechint sweep` of 8 SAEs against 8 runs in sequence (half an hour)
 
 In each round every contender has one turn, in a random order: one step untimed, then steps for a quarter of a second
 (at least one). Ratios are taken within a round and their median is quoted with the quartiles, so that a burst of other
