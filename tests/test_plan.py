@@ -370,6 +370,24 @@ def test_a_relu_sae_is_timed_at_the_density_that_is_expected(config: SAETrainCon
     assert not Path(config.runs_root).exists(), "planning makes nothing"
 
 
+def test_dead_latents_count_for_memory_and_for_time_only_where_given(
+    config: SAETrainConfig, monkeypatch: pytest.MonkeyPatch
+):
+    config = dataclasses.replace(config, revive="auxk", dead_after=1)
+    timed = []
+
+    def speed_of(*args: object, expected_dead: float, **kwargs: object) -> None:
+        timed.append(expected_dead)
+
+    monkeypatch.setattr("mechint.train.plan.measure_speed", speed_of)
+    plans = [make_plan(config, None, 5000, seconds=0.5, expected_dead=share) for share in (None, 0.02, 0.3)]
+    assert timed == [plan.expected_dead for plan in plans] == [0.0, 0.02, 0.3]
+    # without what this very process has loaded by then
+    phases = [next(phase for phase in plan.memory[0].phases if phase.name == "steps") for plan in plans]
+    steps = [sum(part.n_bytes for part in phase.parts if part.name != "library") for phase in phases]
+    assert steps[0] == steps[1] < steps[2]
+
+
 def test_topk_costs_the_same_throughout(config: SAETrainConfig):
     speed = make_plan(dataclasses.replace(config, architecture="topk", k=8.0), None, 5000, seconds=0.5).speed
     assert speed is not None and speed.step_at_start == speed.step_midway == speed.step_at_end
