@@ -389,9 +389,13 @@ def test_dead_latents_count_for_memory_and_for_time_only_where_given(
 
 
 def test_topk_costs_the_same_throughout(config: SAETrainConfig):
-    speed = make_plan(dataclasses.replace(config, architecture="topk", k=8.0), None, 5000, seconds=0.5).speed
-    assert speed is not None and speed.step_at_start == speed.step_midway == speed.step_at_end
-    assert speed.l0_at_end == pytest.approx(8, rel=0.05)
+    for revive, share in (("none", None), ("auxk", None), ("auxk", 0.1)):
+        topk = dataclasses.replace(config, architecture="topk", k=8.0, revive=revive, dead_after=1)
+        plan = make_plan(topk, None, 5000, seconds=0.5, expected_dead=share)
+        speed = plan.speed
+        assert speed is not None and speed.step_at_start == speed.step_midway == speed.step_at_end
+        assert speed.l0_at_end == pytest.approx(8, rel=0.05)
+        assert "assumed: steps cost the same throughout" in "\n".join(table(plan, exists=True))
 
 
 def test_the_kernel_is_the_one_that_training_takes(config: SAETrainConfig):

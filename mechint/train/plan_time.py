@@ -135,8 +135,8 @@ def measure_speed(
             set_density(sae, timer.rows, l0)
             seen.append(timer.measure(with_dead, batch))
         (midway, _), (at_end, l0_end) = seen
-    elif with_dead.dead is not None:
-        midway = at_end = timer.measure(with_dead, batch)[0]
+    elif with_dead.dead is not None and with_dead.dead.any():
+        at_start = midway = at_end = timer.measure(with_dead, batch)[0]
     del kernel, optimizer
     evaluation = _evaluation(sae, rows, config, int(n_rows * config.val_fraction)) * wider
     read, check = _reading(config, activations, n_rows)
