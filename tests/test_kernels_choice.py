@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from mechint.kernels.sparse_choice import kth_largest
-from mechint.kernels.sparse_loops import candidates
+from mechint.kernels.sparse_loops import TILED_ABOVE, candidates, decode_rows, decode_twice
 
 # finite, of any size, and often equal
 NUMBERS = st.one_of(
@@ -54,6 +54,37 @@ def test_candidates_leave_none_out_and_write_no_further_than_they_say(narrow, n)
     assert (cols[:3] == -7).all() and (cols[stop + 16 :] == -7).all()
 
 
+@pytest.mark.parametrize("d_in", [64, 100, 192, 512])
+@pytest.mark.parametrize("most", [7, 2 * TILED_ABOVE])  # entries a row: read row by row, or tile by tile
+def test_two_reconstructions_at_once_have_the_bits_of_each(d_in, most):
+    rng = np.random.default_rng(d_in + most)
+    n_rows, d_sae, width = 9, 1000, -(-d_in // 64) * 64
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    x, b_dec, W_dec = draw(n_rows, d_in), draw(d_in), np.zeros((d_sae, width), np.float32)
+    W_dec[:, :d_in] = draw(d_sae, d_in)
+    # from no entry to `most`, so that every remainder of four rows at a time occurs
+    sizes = [0, *rng.integers(most // 2, most, n_rows - 2), most] if most > 7 else [0, 1, 2, 3, 4, 5, 6, 7, 4]
+    cols = np.concatenate([np.sort(rng.choice(d_sae, n, replace=False)) for n in sizes]).astype(np.int32)
+    ends = np.cumsum(sizes).astype(np.int64)
+    acts, others = draw(len(cols)), draw(len(cols))
+    slices = np.zeros((width // 64, n_rows, 64), np.float32)
+
+    def one(coefficients):
+        own_slices, grad = np.zeros_like(slices), np.zeros(len(cols), np.float32)
+        place = (np.zeros((n_rows, width), np.float32), 0, cols, coefficients, ends, own_slices, grad)
+        return decode_rows(x, b_dec, W_dec, 0, n_rows, *place), own_slices, grad
+
+    total, own_slices, grad = one(acts)
+    other_total, _, other_grad = one(others)
+    found, other_found = np.zeros((2, len(cols)), np.float32)
+    place = (np.zeros((n_rows, width), np.float32), 0, cols, acts, others, ends, slices, found, other_found)
+    assert decode_twice(x, b_dec, W_dec, 0, n_rows, *place) == (total, other_total)
+    np.testing.assert_array_equal(found, grad)
+    np.testing.assert_array_equal(other_found, other_grad)
+    np.testing.assert_array_equal(slices, own_slices)
+    assert total != other_total and np.abs(grad).min() > 0
+
+
 @pytest.mark.slow
 def test_a_processor_without_wide_vectors_finds_the_same(tmp_path: Path):
     """Compiled for a plain x86-64 (or whatever this machine's plainest is), where lanes cannot be packed at once."""
@@ -61,7 +92,10 @@ def test_a_processor_without_wide_vectors_finds_the_same(tmp_path: Path):
     step = f"{Path(__file__).with_name('test_kernels_sparse.py')}::test_gradients_of_a_batch"
     plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [*words, step, "-k", "topk or candidates"], env=os.environ | plain, capture_output=True, text=True
+        [*words, step, "-k", "topk or candidates or gated or matryoshka or at_once"],
+        env=os.environ | plain,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout and "failed" not in done.stdout

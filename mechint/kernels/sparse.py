@@ -28,7 +28,7 @@ from torch import Tensor
 from mechint.kernels.contract import Pass, StepResult, StepSettings
 from mechint.kernels.dense import DenseKernel
 from mechint.kernels.sparse_adam import adam_update, is_plain_adam
-from mechint.kernels.sparse_dense import KINDS, DenseRoute
+from mechint.kernels.sparse_dense import KINDS, DenseRoute, gain_of
 from mechint.kernels.sparse_plans import PLANS, widths_of
 from mechint.kernels.sparse_pool import Pool, pool
 from mechint.kernels.sparse_space import Space
@@ -148,7 +148,7 @@ class SparseKernel:
             self._add_squares("threshold")
         elif self.sae.architecture == "gated":
             # du = dgate + gain * dmag; where dmag is not 0, act = u * gain + b_mag
-            mag, gain = self.sae.get_parameter("b_mag"), self.sae.get_parameter("r_mag").exp()
+            mag, gain = self.sae.get_parameter("b_mag"), torch.from_numpy(gain_of(self.sae))
             self._add_squares("b_gate", -1)
             self._grads["b_gate"].sub_(own * gain)
             self._grads["b_mag"].copy_(own)

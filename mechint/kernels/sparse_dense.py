@@ -122,7 +122,7 @@ def _latent_constants(sae: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         shape = (sae.bandwidth, sae.tanh_scale, float(sae.ste_to_input))
         return sae.threshold.detach().numpy(), nothing, np.array(shape, np.float32)
     if sae.architecture == "gated":
-        return sae.b_mag.detach().numpy(), sae.r_mag.detach().exp().numpy(), nothing
+        return sae.b_mag.detach().numpy(), gain_of(sae), nothing
     return nothing, np.array([sae.saturation], np.float32), nothing
 
 
@@ -150,6 +150,11 @@ def jump_penalty(sae: Any, objective: Objective, active: int, batch: int) -> tup
         return l0, np.float32(weight), np.float32(0.0)
     excess = l0 / sae.target_l0 - 1
     return excess**2, np.float32(weight * 2 * excess / sae.target_l0), np.float32(0.0)
+
+
+def gain_of(sae: Any) -> np.ndarray:
+    """exp(r_mag). Not by torch: it starts its own threads for that, which then wait on the cores that ours work on."""
+    return np.exp(sae.r_mag.detach().numpy())
 
 
 @compiled

@@ -5,7 +5,7 @@ activations and the gradient of the reconstruction) lies in slices of 64 columns
 batch fits the second-level cache, so that the gather per latent reads it from there.
 
 Entries of a chunk of rows, row by row and by ascending column, are `cols`, `pre` and `grad`; `ends[r]` is where row r's
-end. Entries by latent are records `[row, feature_acts, gradient of pre, one more]` of 16 bytes: one cache
+end. Entries by latent are records `[row, feature_acts, gradient of pre, nothing]` of 16 bytes: one cache
 line each to scatter.
 
 Every sum has a fixed order, and no two threads write the same number: results do not depend on the threads.
@@ -22,8 +22,12 @@ from mechint.kernels.sparse_vector import (
     LANES,
     add_rows_64,
     add_rows_256,
+    add_rows_twice_64,
+    add_rows_twice_128,
     dots_1,
     dots_4,
+    dots_twice_1,
+    dots_twice_4,
     from_bfloat16,
     pack_above_bfloat16,
     pack_above_float32,
@@ -160,6 +164,44 @@ def add_rows(row, rows, cols, coefs, first, last):
 
 @compiled
 @no_type_check
+def dots_twice(row, other, rows, cols, out, other_out, first, last):
+    """`dots` of two vectors with the same rows, which are read once; the same bits as one by one."""
+    row_at, other_at, rows_at, bytes_a_row = row.ctypes.data, other.ctypes.data, rows.ctypes.data, 4 * rows.shape[1]
+    cols_at, out_at, other_out_at, n_blocks = (
+        cols.ctypes.data,
+        out.ctypes.data,
+        other_out.ctypes.data,
+        rows.shape[1] // 64,
+    )
+    e = first
+    while e + 4 <= last:
+        ats = (row_at, other_at, rows_at, bytes_a_row, cols_at + 4 * e, out_at + 4 * e, other_out_at + 4 * e)
+        dots_twice_4(*ats, n_blocks)
+        e += 4
+    while e < last:
+        ats = (row_at, other_at, rows_at, bytes_a_row, cols_at + 4 * e, out_at + 4 * e, other_out_at + 4 * e)
+        dots_twice_1(*ats, n_blocks)
+        e += 1
+
+
+@compiled
+@no_type_check
+def add_rows_twice(row, other, rows, cols, coefs, others, first, last):
+    """`add_rows` to two rows, each with its own coefficients; the same bits as one by one."""
+    row_at, other_at, rows_at, bytes_a_row = row.ctypes.data, other.ctypes.data, rows.ctypes.data, 4 * rows.shape[1]
+    at = 4 * first
+    entries = (bytes_a_row, cols.ctypes.data + at, coefs.ctypes.data + at, others.ctypes.data + at, last - first)
+    k = 0
+    while k + 128 <= row.shape[0]:
+        add_rows_twice_128(row_at + 4 * k, other_at + 4 * k, rows_at + 4 * k, *entries)
+        k += 128
+    while k < row.shape[0]:
+        add_rows_twice_64(row_at + 4 * k, other_at + 4 * k, rows_at + 4 * k, *entries)
+        k += 64
+
+
+@compiled
+@no_type_check
 def by_tiles(add, lines, rows, cols, values, first, last, base, ends):
     """`add_rows` of `values` (or `dots` into them, where not `add`) for all entries of `lines`, rows `first:last`.
 
@@ -261,41 +303,93 @@ def find_above(
 
 @compiled
 @no_type_check
+def minus_row(x, b_dec, r, line):
+    """b_dec - x[r], padded with zeros: what a reconstruction is added to."""
+    d_in = x.shape[1]
+    for k in range(d_in):
+        line[k] = b_dec[k] - x[r, k]
+    for k in range(d_in, line.shape[0]):
+        line[k] = 0.0
+
+
+@compiled
+@no_type_check
+def scaled(line, scale):
+    """Multiplies an error by `scale`, to d mse / d x_hat. Returns its sum of squares before."""
+    squares = np.float32(0.0)
+    for k in range(line.shape[0]):
+        value = line[k]
+        squares += value * value
+        line[k] = value * scale
+    return squares
+
+
+@compiled
+@no_type_check
+def into_slices(line, r, slices):
+    for s in range(slices.shape[0]):
+        for k in range(64):
+            slices[s, r, k] = line[64 * s + k]
+
+
+@compiled
+@no_type_check
+def is_tiled(first, last, base, ends):
+    return ends[last - 1] - base >= TILED_ABOVE * (last - first)
+
+
+@compiled
+@no_type_check
 def decode_rows(x, b_dec, W_dec, first, last, lines, base, cols, acts, ends, slices, grad):
     """Reconstruct rows from their entries, write d mse / d x_hat into slices and d mse / d acts into `grad`. Returns
     the sum of squared errors."""
-    d_in, width = x.shape[1], W_dec.shape[1]
-    scale = np.float32(2.0 / (np.float64(x.shape[0]) * d_in))
-    tiled = ends[last - 1] - base >= TILED_ABOVE * (last - first)
-    for r in range(first, last):
-        line = lines[r - first]
-        for k in range(d_in):
-            line[k] = b_dec[k] - x[r, k]
-        for k in range(d_in, width):
-            line[k] = 0.0
+    scale = np.float32(2.0 / (np.float64(x.shape[0]) * x.shape[1]))
+    tiled = is_tiled(first, last, base, ends)
     if tiled:
+        for r in range(first, last):
+            minus_row(x, b_dec, r, lines[r - first])
         by_tiles(True, lines, W_dec, cols, acts, first, last, base, ends)
     total = 0.0
     start = base
     for r in range(first, last):
         line = lines[r - first]
         if not tiled:
+            minus_row(x, b_dec, r, line)
             add_rows(line, W_dec, cols, acts, start, ends[r])
-        squares = np.float32(0.0)
-        for k in range(width):
-            value = line[k]
-            squares += value * value
-            line[k] = value * scale
-        total += squares
-        for s in range(slices.shape[0]):
-            for k in range(64):
-                slices[s, r, k] = line[64 * s + k]
+        total += scaled(line, scale)
+        into_slices(line, r, slices)
         if not tiled:
             dots(line, W_dec, cols, grad, start, ends[r])
         start = ends[r]
     if tiled:
         by_tiles(False, lines, W_dec, cols, grad, first, last, base, ends)
     return total
+
+
+@compiled
+@no_type_check
+def decode_twice(x, b_dec, W_dec, first, last, lines, base, cols, acts, others, ends, slices, grad, other_grad):
+    """`decode_rows` of `acts`, and of `others` into `other_grad`, the decoder's rows read once for both; the second
+    leaves no slices. Returns both sums of squared errors."""
+    scale = np.float32(2.0 / (np.float64(x.shape[0]) * x.shape[1]))
+    total, other_total = 0.0, 0.0
+    if is_tiled(first, last, base, ends):
+        nothing = slices[:0]
+        total = decode_rows(x, b_dec, W_dec, first, last, lines, base, cols, acts, ends, slices, grad)
+        other_total = decode_rows(x, b_dec, W_dec, first, last, lines, base, cols, others, ends, nothing, other_grad)
+        return total, other_total
+    line, other = lines[0], np.empty(W_dec.shape[1], np.float32)
+    start = base
+    for r in range(first, last):
+        minus_row(x, b_dec, r, line)
+        other[:] = line
+        add_rows_twice(line, other, W_dec, cols, acts, others, start, ends[r])
+        total += scaled(line, scale)
+        other_total += scaled(other, scale)
+        into_slices(line, r, slices)
+        dots_twice(line, other, W_dec, cols, grad, other_grad, start, ends[r])
+        start = ends[r]
+    return total, other_total
 
 
 @compiled
@@ -327,7 +421,7 @@ def place_entries(counts, starts):
 
 @compiled
 @no_type_check
-def scatter_entries(first, last, base, cols, acts, grad, other, ends, places, rows, coefs):
+def scatter_entries(first, last, base, cols, acts, grad, ends, places, rows, coefs):
     """A chunk's entries to their places by latent; `rows` and `coefs` are the records as int32 and as float32."""
     start = base
     for r in range(first, last):
@@ -338,8 +432,6 @@ def scatter_entries(first, last, base, cols, acts, grad, other, ends, places, ro
             rows[p, 0] = r
             coefs[p, 1] = acts[e]
             coefs[p, 2] = grad[e]
-            if other.shape[0] > 0:
-                coefs[p, 3] = other[e]
         start = ends[r]
 
 

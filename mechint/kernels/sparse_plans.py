@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mechint.kernels import sparse_choice as choice
-from mechint.kernels.sparse_dense import jump_penalty
+from mechint.kernels.sparse_dense import gain_of, jump_penalty
 from mechint.kernels.sparse_pool import Pool
 from mechint.kernels.sparse_space import Space
 from mechint.sae import Objective
@@ -179,25 +179,31 @@ def _jumprelu(sae: Any, objective: Objective, space: Space, threads: Pool, memor
     space.separate_acts()
     active, penalties = np.zeros(space.n_chunks, np.int64), np.zeros(space.n_chunks)
 
+    # The weight of a step depends on the whole batch where the penalty aims at an L0; else a chunk is finished at once.
+    at_once = sae.target_l0 is None
+    _, step, tanh = jump_penalty(sae, objective, 0, space.batch)
+
     def chunk(c: int, thread: int) -> None:
         if _going(space) and space.encode(c, thread) and space.find(c, thread):
             base, n = space.span(c)[0], space.n_entries[c]
             active[c] = choice.jump(base, n, space.cols, space.pre, threshold, space.acts)
             space.decode(c, thread)
+            if at_once:
+                finish(c, thread)
+
+    def finish(c: int, thread: int) -> None:
+        entries = (*space.rows(c), space.span(c)[0], space.cols, space.pre, space.acts, space.ends, space.grad)
+        shape = (threshold, np.float32(sae.bandwidth), step, sae.ste_to_input, tanh, np.float32(sae.tanh_scale))
+        by_latent = (space.counts[c], space.fired_of[c], space.own[c])
+        penalties[c], space.n_entries[c] = choice.finish_jump(*entries, *shape, *by_latent)
 
     space.set_bound(threshold - half - np.float32(1e-6) * (np.abs(threshold) + half))
     threads.run(chunk, space.n_chunks)
     if not _going(space):
         return None
-    penalty, step, tanh = jump_penalty(sae, objective, int(active.sum()), space.batch)
-
-    def finish(c: int, thread: int) -> None:
-        base, n = space.span(c)[0], space.n_entries[c]
-        entries = (base, n, space.cols, space.pre, space.acts, space.grad, space.other, threshold)
-        shape = (np.float32(sae.bandwidth), step, sae.ste_to_input, tanh, np.float32(sae.tanh_scale))
-        penalties[c] = choice.finish_jump(*entries, *shape, space.counts[c])
-
-    threads.run(finish, space.n_chunks)
+    penalty, step, _ = jump_penalty(sae, objective, int(active.sum()), space.batch)
+    if not at_once:
+        threads.run(finish, space.n_chunks)
     if sae.penalty == "tanh":
         penalty = penalties.sum() / space.batch
     return {"mse": (_mse(space), 1.0), "l0_penalty": (penalty / space.d_in, objective.sparsity)}
@@ -205,7 +211,7 @@ def _jumprelu(sae: Any, objective: Objective, space: Space, threads: Pool, memor
 
 def _gated(sae: Any, objective: Objective, space: Space, threads: Pool, memory: dict[str, float]) -> Terms | None:
     b_gate, b_mag = sae.b_gate.detach().numpy(), sae.b_mag.detach().numpy()
-    gain = sae.r_mag.detach().exp().numpy()
+    gain = gain_of(sae)
     n_values = space.batch * space.d_sae
     l1 = np.float32(objective.sparsity / n_values)
     space.separate_acts(by_gate=True)
@@ -215,10 +221,10 @@ def _gated(sae: Any, objective: Objective, space: Space, threads: Pool, memory: 
         if _going(space) and space.encode(c, thread) and space.find(c, thread):
             base, n = space.span(c)[0], space.n_entries[c]
             choice.gate(base, n, space.cols, space.pre, b_gate, gain, b_mag, space.acts)
-            space.decode(c, thread)
             errors[c] = space.decode_gate(c, thread)
-            entries = (base, n, space.cols, space.pre, space.acts, space.grad, space.by_gate, space.other)
-            gates[c] = choice.finish_gate(*entries, gain, l1, space.counts[c])
+            entries = (base, n, space.cols, space.pre, space.acts, space.grad, space.by_gate)
+            by_latent = (space.counts[c], space.fired_of[c], space.own[c], space.moment[c])
+            gates[c] = choice.finish_gate(*entries, gain, l1, *by_latent)
 
     threads.run(chunk, space.n_chunks)
     if not _going(space):

@@ -1,5 +1,7 @@
 """Buffers of the sparse kernel for batches of one size, and the stages that fill them."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,7 +16,6 @@ LATENTS = 256  # a unit of work over latents
 PARTS = 4  # units of work over the latents of one slice
 NOTHING = np.zeros(0, np.float32)
 _NO_BITS, _NO_ROWS = np.zeros((0, 0), np.uint16), np.zeros((0, 0), np.float32)
-_NO_SLICES = np.zeros((0, 0, 64), np.float32)
 
 
 class Space:
@@ -32,7 +33,7 @@ class Space:
         kind = torch.bfloat16 if narrow else torch.float32
         # a few rows more between slices, so that rows of different slices do not compete for the same cache lines
         self.x_slices = _zeros(self.n_slices, batch + 8, 64)
-        self.g_slices = _zeros(n_prefixes, self.n_slices, batch + 8, 64)
+        self.g_slices = _aligned(n_prefixes, self.n_slices, batch + 8, 64)
         self.W_kind = torch.empty(d_sae, d_in, dtype=kind) if narrow else None
         self.x_kind = [torch.empty(self.chunk, d_in, dtype=kind) for _ in range(n_threads)]
         self.out = [torch.empty(self.chunk, d_sae, dtype=kind) for _ in range(n_threads)]
@@ -44,7 +45,7 @@ class Space:
         # untouched parts of these take no memory
         self.cols = np.empty(self.n_chunks * self.capacity, np.int32)
         self.pre, self.grad = (np.empty(self.n_chunks * self.capacity, np.float32) for _ in range(2))
-        self.acts, self.by_gate, self.other = self.pre, NOTHING, NOTHING
+        self.acts, self.by_gate = self.pre, NOTHING
         self.ends = np.zeros(batch, np.int64)
         self.n_entries = np.zeros(self.n_chunks, np.int64)
         self.counts = np.zeros((self.n_chunks, d_sae), np.int32)
@@ -53,13 +54,16 @@ class Space:
         self.squares = np.zeros((self.n_chunks, n_prefixes))
         self.row_sums = _zeros(self.n_chunks, self.n_slices, 64)
         self.partial = _zeros(self.n_blocks, d_in)
-        self.other_sums, self.moments = (np.zeros(d_sae, np.float32) for _ in range(2))
+        # by chunk and latent, where feature_acts are not the pre-activations
+        self.fired_of, self.own, self.moment = np.zeros((0, 0), np.int32), _zeros(0, 0), _zeros(0, 0)
 
     def separate_acts(self, *, by_gate: bool = False) -> None:
         """For architectures whose feature_acts are not the pre-activations, and that have one more gradient."""
         if self.acts is self.pre:
-            self.acts, self.other = (np.empty_like(self.pre) for _ in range(2))
+            self.acts = np.empty_like(self.pre)
             self.by_gate = np.empty_like(self.pre) if by_gate else NOTHING
+            self.fired_of = np.zeros_like(self.counts)
+            self.own, self.moment = (_zeros(self.n_chunks, self.d_sae) for _ in range(2))
 
     def start(self, sae: SAE, x: Tensor, threads: Pool) -> bool:
         """Take in a batch and the weights of now. False where a weight is not finite."""
@@ -138,13 +142,14 @@ class Space:
         loops.column_sums(self.g_slices[0], first, last, self.row_sums[c])
 
     def decode_gate(self, c: int, thread: int) -> float:
-        """Reconstruct from `pre`, decoder held constant: gradients into `by_gate`, sum of squared errors returned."""
-        entries = (self.span(c)[0], self.cols, self.pre, self.ends)
-        return float(
-            loops.decode_rows(
-                self.x, self.b_dec, self.W_dec, *self.rows(c), self.lines[thread], *entries, _NO_SLICES, self.by_gate
-            )
-        )
+        """`decode`, and the same from `pre`, decoder held constant: its gradients into `by_gate`, its sum of squared
+        errors returned."""
+        first, last = self.rows(c)
+        entries = (self.span(c)[0], self.cols, self.acts, self.pre, self.ends)
+        place = (self.lines[thread], *entries, self.g_slices[0], self.grad, self.by_gate)
+        self.squares[c, 0], error = loops.decode_twice(self.x, self.b_dec, self.W_dec, first, last, *place)
+        loops.column_sums(self.g_slices[0], first, last, self.row_sums[c])
+        return float(error)
 
     def decode_nested(self, c: int, widths: np.ndarray) -> None:
         first, last = self.rows(c)
@@ -169,13 +174,12 @@ class Space:
         threads.run(self._scatter, self.n_chunks)
 
     def _scatter(self, c: int, thread: int) -> None:
-        entries = (self.span(c)[0], self.cols, self.acts, self.grad, self.other, self.ends)
+        entries = (self.span(c)[0], self.cols, self.acts, self.grad, self.ends)
         loops.scatter_entries(*self.rows(c), *entries, self.counts[c], self.records, self.coefs)
 
     def weights(self, grads: dict[str, Tensor], bias: str, widths: tuple[int, ...], threads: Pool) -> float:
         """Gradients of W_enc, W_dec, the encoder's bias and b_dec from the records. Returns their sum of squares."""
         dW_enc, dW_dec, db = grads["W_enc"].t().numpy(), grads["W_dec"].numpy(), grads[bias].numpy()
-        fired = np.zeros(self.d_sae, np.int64)
         # (which gradient, slice, first and last latent, prefix); neighbours share a slice
         edges = sorted({0, *widths, *(self.d_sae * part // PARTS for part in range(PARTS + 1))})
         spans = [(a, b, sum(a >= w for w in widths[:-1])) for a, b in zip(edges, edges[1:], strict=False)]
@@ -194,11 +198,10 @@ class Space:
                 bias_squares[b] = loops.bias_gradient(
                     self.W_enc, first, last, self.starts, self.coefs, db, self.partial[b]
                 )
-                if len(self.other):
-                    choice.finish_latents(first, last, self.starts, self.coefs, fired, self.other_sums, self.moments)
 
         threads.run(latents, len(units) + self.n_blocks)
-        self.fired = fired if len(self.other) else np.diff(self.starts)
+        self.fired = np.diff(self.starts) if self.acts is self.pre else self.fired_of.sum(axis=0, dtype=np.int64)
+        self.other_sums, self.moments = (part.sum(axis=0, dtype=np.float64) for part in (self.own, self.moment))
         by_rows = self.row_sums.sum(axis=0, dtype=np.float64).reshape(-1)[: self.d_in]
         db_dec = by_rows - self.partial.sum(axis=0, dtype=np.float64)
         grads["b_dec"].copy_(torch.from_numpy(db_dec))
@@ -227,6 +230,14 @@ def as_numpy(tensor: Tensor) -> np.ndarray:
 
 def _zeros(*shape: int) -> np.ndarray:
     return np.zeros(shape, np.float32)
+
+
+def _aligned(*shape: int) -> np.ndarray:
+    """Zeros at an address that is a multiple of 64 bytes."""
+    n = math.prod(shape)
+    room = _zeros(n + 16)
+    first = -room.ctypes.data % 64 // 4
+    return room[first : first + n].reshape(shape)
 
 
 def _padded(weight: np.ndarray, width: int) -> np.ndarray:

@@ -37,8 +37,11 @@ def _load(builder, address, offset, kind, align):
 
 
 @no_type_check
-def _store(builder, value, address, offset, align=4):
-    builder.store(value, _at(builder, address, offset, value.type)).align = align
+def _store(builder, value, address, offset, align=4, past_cache=None):
+    store = builder.store(value, _at(builder, address, offset, value.type))
+    store.align = align
+    if past_cache is not None:
+        store.set_metadata("nontemporal", past_cache)
 
 
 @no_type_check
@@ -67,9 +70,12 @@ def _lane_sum(builder, vector):
 
 
 @no_type_check
-def _sum_of_rows(builder, start, args, entry_bytes, coef_offset):
-    """`start` (vectors) + sum over entries of coef * row[index], held in registers throughout."""
-    _, rows_at, row_bytes, entries_at, coefs_at, n = args
+def _sum_of_rows(builder, starts, rows, entries_at, coefs, n, entry_bytes, coef_offset):
+    """For each of the addresses `coefs`, its `starts` (vectors) + sum over entries of coef * row[index], held in
+    registers throughout; a row is read once for all of them. `rows` is the address and the bytes of a row."""
+    rows_at, row_bytes = rows
+    start = [part for parts in starts for part in parts]
+    n_vectors = len(start) // len(coefs)
     before = builder.block
     loop, done = builder.append_basic_block(), builder.append_basic_block()
     builder.cbranch(builder.icmp_signed(">", n, ir.Constant(_I64, 0)), loop, done)
@@ -79,9 +85,10 @@ def _sum_of_rows(builder, start, args, entry_bytes, coef_offset):
     sums = [builder.phi(_VECTOR) for _ in start]
     offset = builder.mul(entry, ir.Constant(_I64, entry_bytes))
     index = builder.zext(_load(builder, builder.add(entries_at, offset), 0, _I32, 4), _I64)
-    coef = _splat(builder, _load(builder, builder.add(coefs_at, offset), coef_offset, _F32, 4))
+    weights = [_splat(builder, _load(builder, builder.add(at, offset), coef_offset, _F32, 4)) for at in coefs]
     row_at = builder.add(rows_at, builder.mul(index, row_bytes))
-    added = [_fma(builder, _load(builder, row_at, _BYTES * k, _VECTOR, 4), coef, part) for k, part in enumerate(sums)]
+    parts = [_load(builder, row_at, _BYTES * k, _VECTOR, 4) for k in range(n_vectors)]
+    added = [_fma(builder, parts[k % n_vectors], weights[k // n_vectors], total) for k, total in enumerate(sums)]
     following = builder.add(entry, ir.Constant(_I64, 1))
     entry.add_incoming(following, loop)
     for k, part in enumerate(sums):
@@ -105,14 +112,37 @@ def _make_add_rows(n_vectors, entry_bytes, coef_offset):
         signature = types.void(*[types.int64] * 6)
 
         def generate(context, builder, signature, args):
-            start = [_load(builder, args[0], _BYTES * k, _VECTOR, 4) for k in range(n_vectors)]
-            for k, result in enumerate(_sum_of_rows(builder, start, args, entry_bytes, coef_offset)):
-                _store(builder, result, args[0], _BYTES * k)
+            out_at, rows_at, row_bytes, entries_at, coefs_at, n = args
+            start = [_load(builder, out_at, _BYTES * k, _VECTOR, 4) for k in range(n_vectors)]
+            source = ((rows_at, row_bytes), entries_at, [coefs_at], n)
+            for k, result in enumerate(_sum_of_rows(builder, [start], *source, entry_bytes, coef_offset)):
+                _store(builder, result, out_at, _BYTES * k)
             return context.get_dummy_value()
 
         return signature, generate
 
     return add_rows
+
+
+@no_type_check
+def _make_add_rows_twice(n_vectors):
+    """`add_rows` for two rows of sums with coefficients of their own, which read the added rows once."""
+
+    @intrinsic
+    def add_rows_twice(typing_context, out_at, other_at, rows_at, row_bytes, entries_at, coefs_at, others_at, n):
+        signature = types.void(*[types.int64] * 8)
+
+        def generate(context, builder, signature, args):
+            out_at, other_at, rows_at, row_bytes, entries_at, coefs_at, others_at, n = args
+            starts = [[_load(builder, at, _BYTES * k, _VECTOR, 4) for k in range(n_vectors)] for at in args[:2]]
+            source = ((rows_at, row_bytes), entries_at, [coefs_at, others_at], n)
+            for k, result in enumerate(_sum_of_rows(builder, starts, *source, 4, 0)):
+                _store(builder, result, args[k // n_vectors], _BYTES * (k % n_vectors))
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return add_rows_twice
 
 
 @no_type_check
@@ -124,10 +154,12 @@ def _make_sum_rows(n_vectors, entry_bytes, coef_offset):
         signature = types.float32(*[types.int64] * 6)
 
         def generate(context, builder, signature, args):
+            out_at, rows_at, row_bytes, entries_at, coefs_at, n = args
             squares = ir.Constant(_VECTOR, [0.0] * LANES)
-            results = _sum_of_rows(builder, [squares] * n_vectors, args, entry_bytes, coef_offset)
+            source = ((rows_at, row_bytes), entries_at, [coefs_at], n)
+            results = _sum_of_rows(builder, [[squares] * n_vectors], *source, entry_bytes, coef_offset)
             for k, result in enumerate(results):
-                _store(builder, result, args[0], _BYTES * k)
+                _store(builder, result, out_at, _BYTES * k)
                 squares = _fma(builder, result, result, squares)
             return _lane_sum(builder, squares)
 
@@ -137,48 +169,69 @@ def _make_sum_rows(n_vectors, entry_bytes, coef_offset):
 
 
 @no_type_check
-def _make_dots(n_rows):
-    """out[i] = <vector, rows[index[i]]> over `n_blocks` blocks of 64 floats, for i < n_rows."""
+def _dots(builder, vectors_at, rows_at, row_bytes, indices_at, outs_at, n_blocks, n_rows):
+    """outs[v][i] = <vectors[v], rows[index[i]]> over `n_blocks` blocks of 64 floats, for i < n_rows."""
+    starts = []
+    for i in range(n_rows):
+        index = builder.zext(_load(builder, indices_at, 4 * i, _I32, 4), _I64)
+        starts.append(builder.add(rows_at, builder.mul(index, row_bytes)))
+    before = builder.block
+    loop, done = builder.append_basic_block(), builder.append_basic_block()
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    block = builder.phi(_I64)
+    block.add_incoming(ir.Constant(_I64, 0), before)
+    # one sum for each vector and row, in the same order for any number of them: a dot product must not depend on its
+    # neighbours
+    sums = [[builder.phi(_VECTOR) for _ in range(n_rows)] for _ in vectors_at]
+    offset = builder.mul(block, ir.Constant(_I64, 4 * BLOCK))
+    new = [list(row) for row in sums]
+    for k in range(BLOCK // LANES):
+        parts = [_load(builder, builder.add(at, offset), _BYTES * k, _VECTOR, 4) for at in vectors_at]
+        for i in range(n_rows):
+            weight = _load(builder, builder.add(starts[i], offset), _BYTES * k, _VECTOR, 4)
+            for v, part in enumerate(parts):
+                new[v][i] = _fma(builder, weight, part, new[v][i])
+    following = builder.add(block, ir.Constant(_I64, 1))
+    block.add_incoming(following, loop)
+    for row, ends in zip(sums, new, strict=True):
+        for total, end in zip(row, ends, strict=True):
+            total.add_incoming(ir.Constant(_VECTOR, [0.0] * LANES), before)
+            total.add_incoming(end, loop)
+    builder.cbranch(builder.icmp_signed("<", following, n_blocks), loop, done)
+    builder.position_at_end(done)
+    for out_at, ends in zip(outs_at, new, strict=True):
+        for i, end in enumerate(ends):
+            _store(builder, _lane_sum(builder, end), out_at, 4 * i)
 
+
+@no_type_check
+def _make_dots(n_rows):
     @intrinsic
     def dots(typing_context, vector_at, rows_at, row_bytes, indices_at, out_at, n_blocks):
-        signature = types.void(*[types.int64] * 6)
-
         def generate(context, builder, signature, args):
             vector_at, rows_at, row_bytes, indices_at, out_at, n_blocks = args
-            starts = []
-            for i in range(n_rows):
-                index = builder.zext(_load(builder, indices_at, 4 * i, _I32, 4), _I64)
-                starts.append(builder.add(rows_at, builder.mul(index, row_bytes)))
-            before = builder.block
-            loop, done = builder.append_basic_block(), builder.append_basic_block()
-            builder.branch(loop)
-            builder.position_at_end(loop)
-            block = builder.phi(_I64)
-            block.add_incoming(ir.Constant(_I64, 0), before)
-            # one sum a row, in the same order for any number of rows: a dot product must not depend on its neighbours
-            sums = [builder.phi(_VECTOR) for _ in range(n_rows)]
-            offset = builder.mul(block, ir.Constant(_I64, 4 * BLOCK))
-            new = list(sums)
-            for k in range(BLOCK // LANES):
-                part = _load(builder, builder.add(vector_at, offset), _BYTES * k, _VECTOR, 4)
-                for i in range(n_rows):
-                    weight = _load(builder, builder.add(starts[i], offset), _BYTES * k, _VECTOR, 4)
-                    new[i] = _fma(builder, weight, part, new[i])
-            following = builder.add(block, ir.Constant(_I64, 1))
-            block.add_incoming(following, loop)
-            for i in range(n_rows):
-                sums[i].add_incoming(ir.Constant(_VECTOR, [0.0] * LANES), before)
-                sums[i].add_incoming(new[i], loop)
-            builder.cbranch(builder.icmp_signed("<", following, n_blocks), loop, done)
-            builder.position_at_end(done)
-            for i in range(n_rows):
-                _store(builder, _lane_sum(builder, new[i]), out_at, 4 * i)
+            _dots(builder, [vector_at], rows_at, row_bytes, indices_at, [out_at], n_blocks, n_rows)
             return context.get_dummy_value()
 
-        return signature, generate
+        return types.void(*[types.int64] * 6), generate
 
     return dots
+
+
+@no_type_check
+def _make_dots_twice(n_rows):
+    @intrinsic
+    def dots_twice(typing_context, vector_at, other_at, rows_at, row_bytes, indices_at, out_at, other_out_at, n_blocks):
+        def generate(context, builder, signature, args):
+            vector_at, other_at, rows_at, row_bytes, indices_at, out_at, other_out_at, n_blocks = args
+            outs_at = [out_at, other_out_at]
+            _dots(builder, [vector_at, other_at], rows_at, row_bytes, indices_at, outs_at, n_blocks, n_rows)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 8), generate
+
+    return dots_twice
 
 
 @no_type_check
@@ -238,6 +291,33 @@ def _make_pack_above(lanes):
 
 @intrinsic
 @no_type_check
+def stream_64(typing_context, source_at, target_at):
+    """Copy 64 floats past the cache; `target_at` is a multiple of 64 bytes. `settle` before others read them."""
+
+    def generate(context, builder, signature, args):
+        source_at, target_at = args
+        hint = builder.module.add_metadata([ir.Constant(_I32, 1)])
+        for k in range(BLOCK // LANES):
+            _store(builder, _load(builder, source_at, _BYTES * k, _VECTOR, 4), target_at, _BYTES * k, 64, hint)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+@no_type_check
+def settle(typing_context):
+    """Stores past the cache are done before anything that comes after."""
+
+    def generate(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+@no_type_check
 def from_bfloat16(typing_context, bits):
     """The float32 of a bfloat16 given as uint16."""
 
@@ -269,8 +349,12 @@ def _float32_lanes(builder, address):
 # Entries as two arrays (index int32, coefficient float32), and as records (int32 row, float32, float32, unused).
 add_rows_256 = _make_add_rows(16, 4, 0)
 add_rows_64 = _make_add_rows(4, 4, 0)
+add_rows_twice_128 = _make_add_rows_twice(8)
+add_rows_twice_64 = _make_add_rows_twice(4)
 sum_records_64 = _make_sum_rows(4, 16, 0)
 dots_4 = _make_dots(4)
 dots_1 = _make_dots(1)
+dots_twice_4 = _make_dots_twice(4)
+dots_twice_1 = _make_dots_twice(1)
 pack_above_bfloat16 = _make_pack_above(_bfloat16_lanes)
 pack_above_float32 = _make_pack_above(_float32_lanes)
