@@ -11,7 +11,7 @@ import pytest
 from mechint.cli import COMMANDS, main
 from mechint.cli.flags import command, flag_given, parse
 from mechint.cli.reference import PAGE, README, command_help, reference, with_list
-from mechint.config import TRAIN_PRESETS, CollectConfig, Config, SAETrainConfig
+from mechint.config import CollectConfig, Config, SAETrainConfig, preset_values
 from mechint.errors import MechintError, nearest, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,11 +80,35 @@ def test_flags_win_over_preset_over_file_over_defaults(tmp_path: Path):
     path = tmp_path / "c.json"
     path.write_text(json.dumps({"epochs": 7, "lr": 0.5, "split_by": "text", "seed": 3}))
     argv = ["--config", str(path), "--preset", "mech-int", "--seed=9", "--lam", "2"]
-    config = parse(SAETrainConfig, argv, prog="t", presets=TRAIN_PRESETS, config_file=True)
+    config = parse(SAETrainConfig, argv, prog="t", presets=preset_values, config_file=True)
     assert (config.epochs, config.learning_rate) == (7, 0.5)  # file over default
     assert (config.split_by, config.batch_order) == ("row", "torch")  # preset over file
     assert (config.seed, config.l1_lambda) == (9, 2.0)  # flag over all
     assert config.batch_size == SAETrainConfig().batch_size
+
+
+def test_a_preset_knows_the_architecture(tmp_path: Path):
+    """However the two are given: as flags, in a file, or one in each."""
+    path = tmp_path / "c.json"
+
+    def parsed(settings: dict, *argv: str) -> SAETrainConfig:
+        path.write_text(json.dumps(settings))
+        return parse(SAETrainConfig, ["--config", str(path), *argv], prog="t", presets=preset_values, config_file=True)
+
+    for architecture in ("standard", "topk", "matryoshka_batchtopk", "jumprelu"):
+        expected = SAETrainConfig.from_dict({"preset": "mechint", "architecture": architecture})
+        both = ["--preset=mechint", "--architecture", architecture]
+        assert parse(SAETrainConfig, both, prog="t", presets=preset_values, config_file=True) == expected
+        assert parsed({}, *both) == parsed({"preset": "mechint"}, *both[1:]) == expected
+        assert parsed({"preset": "mechint", "architecture": architecture}) == expected
+        assert parsed({"architecture": architecture}, both[0]) == expected
+        assert parsed({"preset": "mechint", "architecture": "gated"}, *both[1:]) == expected
+        own = preset_values("mechint", architecture)
+        assert {name: getattr(expected, name) for name in own} == own
+    assert preset_values("mechint", "topk") != preset_values("mechint", "standard") == preset_values("mechint", None)
+    assert preset_values("mechint-topk", "topk") == preset_values("mechint-topk", "standard")
+    with pytest.raises(MechintError, match="preset"):
+        parse(SAETrainConfig, ["--preset", "mechnit"], prog="t", presets=preset_values)
 
 
 def test_old_and_new_names_of_a_flag_are_one():

@@ -127,7 +127,7 @@ def test_the_command_that_goes_on_is_the_same_command(tmp_path: Path):
     import shlex
 
     words = shlex.split(collect_command(config))
-    assert parse(CollectConfig, words[2:], prog="x", presets=COLLECT_PRESETS) == config
+    assert parse(CollectConfig, words[2:], prog="x", presets=lambda name, _: COLLECT_PRESETS[name]) == config
 
 
 def environment(**more: str) -> dict[str, str]:

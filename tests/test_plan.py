@@ -127,13 +127,13 @@ def test_on_a_gpu_weights_and_step_count_there_and_rows_here(config: SAETrainCon
 CHILD = """
 import sys
 from mechint.cli.flags import parse
-from mechint.config import TRAIN_PRESETS, SAETrainConfig
+from mechint.config import SAETrainConfig, preset_values
 from mechint.data.store import open_activations
 from mechint.train import train
 from mechint.train.plan import _predictor
 from mechint.train.plan_available import resident_memory
 from mechint.train.plan_memory import EXPECTED_DEAD, kernel_name
-config = parse(SAETrainConfig, sys.argv[1:], prog="train", presets=TRAIN_PRESETS)
+config = parse(SAETrainConfig, sys.argv[1:], prog="train", presets=preset_values)
 activations = open_activations(config.activations_path)
 kernel = kernel_name(config)
 (place,) = _predictor(activations, activations.n_rows, resident_memory(), kernel, EXPECTED_DEAD)(config)

@@ -16,7 +16,7 @@ import torch
 from small_run import rows_without_rate
 
 from mechint.cli.sweep import main, table_text
-from mechint.config import TRAIN_PRESETS, SAETrainConfig, SweepConfig
+from mechint.config import TRAIN_PRESETS, SAETrainConfig, SweepConfig, preset_values
 from mechint.config.train import architecture_names
 from mechint.data.store import open_activations
 from mechint.errors import MechintError
@@ -144,6 +144,22 @@ def test_settings_come_from_flags_over_preset_over_file(activations_path: Path, 
     assert (topk.epochs, topk.batch_size, topk.init, topk.save_every) == (7, 64, preset["init"], 5)
     assert (topk.k, standard.k) == (3.0, None)
     assert topk.activation_dim == D_IN
+
+
+def test_members_have_what_the_preset_says_for_their_architecture(activations_path: Path, tmp_path: Path):
+    grid = {"architecture": ("standard", "matryoshka_batchtopk", "jumprelu"), "preset": "mechint"}
+    names = ("learning_rate", "decay_share", "bandwidth")
+
+    def members(**more) -> list[list]:
+        found = start(config_for(activations_path, tmp_path, **{"learning_rate": None, **grid, **more}))[0].members
+        return [[getattr(member.config, name) for name in names] for member in found]
+
+    own = [preset_values("mechint", name) for name in grid["architecture"]]
+    assert members(name="a") == [[values.get(name) for name in names] for values in own]
+    assert len({tuple(row) for row in members(name="b")}) == 3
+    # what is said for all of them holds for all of them
+    assert [row[0] for row in members(name="c", learning_rate=(0.25,))] == [0.25] * 3
+    assert [row[1] for row in members(name="d", settings=("decay_share=0.25",))] == [0.25] * 3
 
 
 def test_a_preset_may_say_more_than_an_architecture_needs(activations_path: Path, tmp_path: Path):

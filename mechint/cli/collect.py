@@ -11,7 +11,9 @@ from mechint.config import COLLECT_PRESETS, CollectConfig
 @command
 def main(argv: Sequence[str]) -> int:
     with said_once():
-        config = parse(CollectConfig, argv, prog="collect_activations.py", presets=COLLECT_PRESETS)
+        config = parse(
+            CollectConfig, argv, prog="collect_activations.py", presets=lambda name, _: COLLECT_PRESETS[name]
+        )
     from mechint.data.collect import collect, collect_command, summary
 
     # `kill`, a batch system's time limit: end as at Ctrl-C

@@ -27,14 +27,15 @@ def parse(
     argv: Sequence[str],
     *,
     prog: str,
-    presets: dict[str, dict[str, Any]] | None = None,
+    presets: Callable[[str, str | None], dict[str, Any]] | None = None,
     config_file: bool = False,
     description: str | None = None,
     defaults: dict[str, Any] | None = None,
 ) -> ConfigT:
     """Flags over preset over `--config` JSON over `defaults` over the class's own. `--help` prints and ends all.
 
-    `config_file` adds a `--config` flag that names a JSON file of settings.
+    `presets` gives the settings of a preset for an architecture (None: not said). `config_file` adds a `--config` flag
+    that names a JSON file of settings.
 
     Raises:
         MechintError: unknown, missing or unusable flags, and what the config class itself refuses.
@@ -45,6 +46,7 @@ def parse(
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         early.add_argument("--config")
         early.add_argument("--preset")
+        early.add_argument("--architecture")
         try:
             known, rest = early.parse_known_args(argv)
         except argparse.ArgumentError as error:
@@ -52,9 +54,13 @@ def parse(
         base: dict[str, Any] = dict(defaults or {})
         if config_file and known.config is not None:
             base |= _read_settings(Path(known.config))
-            argv = [word for word in rest] + (["--preset", known.preset] if known.preset is not None else [])
-        if presets and known.preset in presets:
-            base = {**base, "preset": known.preset, **presets[known.preset]}
+            early_too = {"--preset": known.preset, "--architecture": known.architecture}
+            argv = [*rest, *(word for flag in early_too.items() if flag[1] is not None for word in flag)]
+        if presets and known.architecture is not None and "architecture" in cls.field_names():
+            base["architecture"] = known.architecture
+        if presets and known.preset is not None:
+            with contextlib.suppress(KeyError):  # an unknown name is for the parser to refuse
+                base = {**base, "preset": known.preset, **presets(known.preset, base.get("architecture"))}
         default = cls.from_dict(base, source=known.config or "settings")
     text = description or cls.__doc__
     if config_file:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mechint.cli.flags import command, flag_given, parse, print_json
-from mechint.config import TRAIN_PRESETS, SAETrainConfig, require
+from mechint.config import SAETrainConfig, preset_values, require
 from mechint.errors import MechintError
 
 
@@ -44,7 +44,7 @@ OWN = ("n_rows", "expected_l0", "expected_dead", "seconds", "json")
 
 @command
 def main(argv: Sequence[str]) -> int:
-    flags = parse(PlanFlags, argv, prog="mechint plan", presets=TRAIN_PRESETS, config_file=True)
+    flags = parse(PlanFlags, argv, prog="mechint plan", presets=preset_values, config_file=True)
     settings = {name: value for name, value in flags.to_dict().items() if name not in OWN}
     began = time.perf_counter()
     from mechint.data import open_activations

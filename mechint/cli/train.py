@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mechint.cli.flags import command, flag_given, is_first_process, parse, said_once
-from mechint.config import TRAIN_PRESETS, SAETrainConfig
+from mechint.config import SAETrainConfig, preset_values
 from mechint.errors import MechintError
 
 
@@ -21,7 +21,7 @@ class TrainFlags(SAETrainConfig):
 @command
 def main(argv: Sequence[str]) -> int:
     with said_once():
-        flags = parse(TrainFlags, argv, prog="train_sae.py", presets=TRAIN_PRESETS, config_file=True)
+        flags = parse(TrainFlags, argv, prog="train_sae.py", presets=preset_values, config_file=True)
         settings = {name: value for name, value in flags.to_dict().items() if name != "resume"}
         if flags.resume is not None:
             check_same_settings(flags.resume, argv)
@@ -55,7 +55,7 @@ def check_same_settings(run_dir: Path, argv: Sequence[str]) -> None:
 
     config = Run(run_dir).config
     asked = parse(
-        TrainFlags, argv, prog="train_sae.py", presets=TRAIN_PRESETS, config_file=True, defaults=config.to_dict()
+        TrainFlags, argv, prog="train_sae.py", presets=preset_values, config_file=True, defaults=config.to_dict()
     )
     for name in SAETrainConfig.field_names():
         was, now = getattr(config, name), getattr(asked, name)

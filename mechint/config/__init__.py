@@ -13,11 +13,12 @@ from mechint.config.base import (
 )
 from mechint.config.collect import COLLECT_PRESETS, CollectConfig
 from mechint.config.concepts import ConceptsConfig
+from mechint.config.presets import TRAIN_PRESETS, preset_values
 from mechint.config.readers import AblateConfig, CompareConfig, EvalConfig, RankConfig
 from mechint.config.report import ReportConfig
 from mechint.config.steering import ExtractConfig, SteerConfig
 from mechint.config.sweep import SweepConfig
-from mechint.config.train import TRAIN_PRESETS, SAETrainConfig
+from mechint.config.train import SAETrainConfig
 
 __all__ = [
     "COLLECT_PRESETS",
@@ -41,5 +42,6 @@ __all__ = [
     "SweepConfig",
     "check_run_name",
     "layer_of_hook",
+    "preset_values",
     "require",
 ]

@@ -28,6 +28,16 @@ _MECHINT: dict[str, Any] = {
     "dead_after": 0.02,
 }
 
+# What `mechint` changes for an architecture (docs/log.md). At a constant 7e-3 latents of the topk family die late, and
+# the more the larger k is beside d_in; a decay that begins earlier keeps them, at the same FVU.
+_MECHINT_BY_ARCHITECTURE: dict[str, dict[str, Any]] = {
+    "topk": {"decay_share": 0.6},
+    "batchtopk": {"decay_share": 0.6},
+    "matryoshka_batchtopk": {"learning_rate": 3e-3, "decay_share": 0.8},
+    # At d_in 128 that weight gives an L0 near 37. bandwidth is in units of the normalised pre-activations.
+    "jumprelu": {"bandwidth": 0.5, "l1_lambda": 0.1},
+}
+
 TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "none": {},
     # The repository that this one grew from: row split and one sequential generator, so its numbers can be reproduced.
@@ -39,8 +49,7 @@ TRAIN_PRESETS: dict[str, dict[str, Any]] = {
         "saturation": 1.0,
         "lambda_warmup_steps": 0.1,
     },
-    # The same for topk, batchtopk and matryoshka_batchtopk: at a constant 7e-3 their latents die late, and the more the
-    # larger k is beside d_in; a decay that begins earlier keeps them, at the same FVU (docs/log.md, decay).
+    # `mechint` with topk chosen.
     "mechint-topk": {**_MECHINT, "architecture": "topk", "k": 32.0, "decay_share": 0.6},
     # Anthropic, "Circuits Updates - April 2024", section "Update on how we train SAEs": L1 times decoder norm, free
     # decoder rows, W_enc = W_dec^T, lambda 5 warmed up over the first 5 %, learning rate to 0 over the last 20 %.
@@ -115,3 +124,10 @@ TRAIN_PRESETS: dict[str, dict[str, Any]] = {
         "warmup_steps": 0,
     },
 }
+
+
+def preset_values(name: str, architecture: str | None) -> dict[str, Any]:
+    """The settings of a preset for an architecture; None stands for the preset's own, or standard."""
+    values = TRAIN_PRESETS[name]
+    own = _MECHINT_BY_ARCHITECTURE.get(architecture or "", {}) if name == "mechint" else {}
+    return values | own

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from mechint.config.base import Config, check_run_name, require
-from mechint.config.presets import TRAIN_PRESETS
+from mechint.config.presets import TRAIN_PRESETS, preset_values
 from mechint.config.train import Preset, SAETrainConfig
 from mechint.errors import MechintError, nearest
 
@@ -96,6 +96,19 @@ class SweepConfig(Config):
         """Settings of train under every member: `file`, then the preset, then --set and the flags above."""
         preset = {} if self.preset == "none" else {"preset": self.preset, **TRAIN_PRESETS[self.preset]}
         base = SAETrainConfig.from_dict({**file, **preset}, source=str(self.config or "settings")).to_dict()
+        given = {"activations_path": self.activations_path, "epochs": self.epochs, "device": self.device}
+        return base | self._set() | {name: value for name, value in given.items() if value is not None}
+
+    def preset_for(self, architecture: str) -> dict[str, Any]:
+        """What the preset says for the members of an architecture, without what --set says."""
+        if self.preset == "none":
+            return {}
+        given = {"architecture", *self._set()}
+        return {k: v for k, v in preset_values(self.preset, architecture).items() if k not in given}
+
+    def _set(self) -> dict[str, Any]:
+        """--set, by the name of the field."""
+        found: dict[str, Any] = {}
         names, aliases = SAETrainConfig.field_names(), SAETrainConfig.aliases()
         for word in self.settings:
             name, _, value = word.partition("=")
@@ -107,9 +120,8 @@ class SweepConfig(Config):
                 raise MechintError(
                     f"--set {name}: a sweep has a flag of its own for that, or chooses it for each member"
                 )
-            base[name] = _value(value)
-        given = {"activations_path": self.activations_path, "epochs": self.epochs, "device": self.device}
-        return base | {name: value for name, value in given.items() if value is not None}
+            found[name] = _value(value)
+        return found
 
 
 def flag_of(axis: str) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from mechint.config.base import DEFAULT_HOOK, Config, check_run_name, require
-from mechint.config.presets import ORIGINAL_KEYS, TRAIN_PRESETS
+from mechint.config.presets import ORIGINAL_KEYS, TRAIN_PRESETS, preset_values
 from mechint.errors import MechintError, nearest
 
 Preset = Literal[
@@ -199,7 +199,9 @@ class SAETrainConfig(Config):
         preset = values.get("preset", "mech-int" if written_before else "none")
         if not isinstance(preset, str) or preset not in TRAIN_PRESETS:
             raise MechintError(f"{source}: unknown preset {preset!r}; {nearest(str(preset), TRAIN_PRESETS)}")
-        return super().from_dict({**TRAIN_PRESETS[preset], "preset": preset, **values}, source=source)
+        architecture = values.get("architecture")
+        own = preset_values(preset, architecture if isinstance(architecture, str) else None)
+        return super().from_dict({**own, "preset": preset, **values}, source=source)
 
     def __post_init__(self) -> None:
         for name in ("activation_dim", "expansion", "epochs", "batch_size", "eval_batch_size", "dead_after"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mechint.config import TRAIN_PRESETS, SAETrainConfig, SweepConfig
+from mechint.config import SAETrainConfig, SweepConfig, preset_values
 from mechint.config.sweep import AXES, flag_of
 from mechint.config.train import ARCHITECTURE_OPTIONS
 from mechint.data.store import Activations
@@ -58,14 +58,15 @@ def plan_members(config: SweepConfig, base: SAETrainConfig, activations: Activat
                 f"{flag_of(axis)} applies to none of the architectures {', '.join(classes)}: leave it out"
             )
     for option, value in base.architecture_options.items():
-        given = TRAIN_PRESETS[base.preset].get(option) != value  # a preset may say more than an architecture needs
+        # a preset may say more than an architecture needs
+        given = preset_values(base.preset, base.architecture).get(option) != value
         if given and not any(option in cls.options for cls in classes.values()):
             raise MechintError(
                 f"{option}={value!r} of the settings applies to none of {', '.join(classes)}: leave it out"
             )
     plans: list[Plan] = []
     for name, cls in classes.items():
-        settings = base.to_dict() | {"architecture": name}
+        settings = base.to_dict() | config.preset_for(name) | {"architecture": name}
         settings |= {option: None for option in ARCHITECTURE_OPTIONS if option not in cls.options}
         settings["option"] = [word for word in base.option if word.split("=", 1)[0] in cls.options]
         axes = {axis: values for axis, values in grid.items() if axis != "architecture" and _applies(axis, cls)}
