@@ -28,12 +28,12 @@ from torch import Tensor
 from mechint.kernels.contract import Pass, StepResult, StepSettings
 from mechint.kernels.dense import DenseKernel
 from mechint.kernels.sparse_adam import adam_update, is_plain_adam
+from mechint.kernels.sparse_dead import DeadRoom, add_dead
 from mechint.kernels.sparse_dense import KINDS, DenseRoute, gain_of
 from mechint.kernels.sparse_plans import PLANS, widths_of
 from mechint.kernels.sparse_pool import Pool, pool
 from mechint.kernels.sparse_space import Space
 from mechint.sae import SAE, Objective, build_sae
-from mechint.sae.base import auxk
 
 # Share of active entries from which dense products are faster (docs/performance.md, "Where dense wins").
 DENSE_ABOVE = 0.17
@@ -85,6 +85,7 @@ class SparseKernel:
         self.route = ""  # of the last batch: "sparse" or "dense"
         self._space: Space | None = None  # held so that they stay
         self._dense: DenseRoute | None = None
+        self._dead = DeadRoom()
         self._memory: dict[str, float] = {}  # hints; results do not depend on them
         self._grads = {name: torch.zeros_like(p) for name, p in sae.named_parameters()}
         self._squares: float | None = None  # of all gradients, where the last backward knows it
@@ -133,7 +134,7 @@ class SparseKernel:
             parameter.grad = self._grads[name]
         loss = sum(value * weight for value, weight in terms.values())
         values = {"loss": loss, **{name: value for name, (value, _) in terms.items()}}
-        extra = self._of_dead(x, objective, source) if math.isfinite(loss) else {}
+        extra = self._of_dead(x, objective, source, threads) if math.isfinite(loss) else {}
         for name, (value, weight) in extra.items():
             values[name] = value
             values["loss"] += weight * value
@@ -160,50 +161,18 @@ class SparseKernel:
         if self._squares is not None:
             self._squares += sign * self._grads[name].double().square().sum().item()
 
-    def _of_dead(self, x: Tensor, objective: Objective, source: Space | DenseRoute) -> dict[str, tuple[float, float]]:
-        """Terms over the dead latents alone, by autograd on their weights; adds to the gradients."""
-        sae = self.sae
+    def _of_dead(
+        self, x: Tensor, objective: Objective, source: Space | DenseRoute, threads: Pool
+    ) -> dict[str, tuple[float, float]]:
+        """Terms over the dead latents alone; adds to the gradients."""
         if objective.dead is None:
             return {}
-        dead = objective.dead.nonzero().squeeze(1)
-        with_auxk = bool(objective.aux_coefficient and objective.k_aux and len(dead))
-        lift = getattr(sae, "pre_act_coefficient", 0.0)
-        if not (with_auxk or lift):
+        with_auxk = bool(objective.aux_coefficient and objective.k_aux and objective.dead.any())
+        if not (with_auxk or getattr(self.sae, "pre_act_coefficient", 0.0)):
             return {}
-        bias = sae.latent_offsets()[0]
-        picked: dict[str, Tensor] = {
-            "W_enc": sae.W_enc.detach().t()[dead],
-            "W_dec": sae.W_dec.detach()[dead],
-            bias: sae.get_parameter(bias).detach()[dead],
-            "b_dec": sae.b_dec.detach().clone(),
-        }
-        if lift:
-            picked["threshold"] = sae.get_parameter("threshold").detach()[dead]
-        terms: dict[str, tuple[Tensor, float]] = {}
-        with torch.enable_grad():
-            for tensor in picked.values():
-                tensor.requires_grad_()
-            if lift:
-                pre = (x - picked["b_dec"]) @ picked["W_enc"].t() + picked[bias]
-                below = (picked["threshold"] - pre).relu().sum(dim=1).mean() / sae.d_in
-                terms["pre_act"] = (below, lift)
-            if with_auxk:
-                x_hat = x - source.residual()
-                weights = (picked["b_dec"], picked["W_enc"].t(), picked[bias], picked["W_dec"])
-                terms["auxk"] = (auxk(x, x_hat, *weights, objective.k_aux, sae.aux_relu), objective.aux_coefficient)
-            total = sum(term * weight for term, weight in terms.values())
-            assert isinstance(total, Tensor)
-            total.backward()
-        for name, tensor in picked.items():
-            if tensor.grad is None:
-                continue
-            grad = self._grads[name].t() if name == "W_enc" else self._grads[name]
-            if name == "b_dec":
-                grad.add_(tensor.grad)
-            else:
-                grad.index_add_(0, dead, tensor.grad)
         self._squares = None
-        return {name: (term.item(), weight) for name, (term, weight) in terms.items()}
+        residual = source.residual() if with_auxk else None
+        return add_dead(self.sae, x, objective, residual, self._grads, self._dead, threads)
 
     def _dense_route(self, batch: int, threads: Pool) -> DenseRoute:
         key = self._key(batch, threads)

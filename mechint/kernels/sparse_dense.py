@@ -63,9 +63,9 @@ class DenseRoute:
             gate = self.gate[rows] if kind == 2 else self.acts[rows]
             arrays = (self.pre[rows].numpy(), self.acts[rows].numpy(), gate.numpy())
             self.totals[c] = activate(kind, *arrays, bias, level, gain, self.fired[c])
-            self.errors[0, c] = _error(self.acts[rows], W_dec_columns, x[rows], b_dec, factor, self.g[rows])
+            self.errors[0, c] = product_error(self.acts[rows], W_dec_columns, self.x[rows], factor, self.g[rows])
             if kind == 2:
-                self.errors[1, c] = _error(gate, W_dec_columns, x[rows], b_dec, factor, self.gate_g[rows])
+                self.errors[1, c] = product_error(gate, W_dec_columns, self.x[rows], factor, self.gate_g[rows])
 
         threads.run(forward, self.n_chunks)
         terms, weights = _terms(
@@ -105,10 +105,10 @@ class DenseRoute:
         return self.g * (-0.5 * self.g.numel())
 
 
-def _error(acts: Tensor, W_dec_columns: Tensor, x: Tensor, b_dec: Tensor, factor: float, out: Tensor) -> float:
-    """d mse / d x_hat into `out`, for x_hat = acts @ W_dec + b_dec. Returns the sum of squared errors."""
+def product_error(acts: Tensor, W_dec_columns: Tensor, target: Tensor, factor: float, out: Tensor) -> float:
+    """`factor` * (acts @ W_dec - target) into `out`. Returns the sum of squared errors."""
     product(acts, W_dec_columns, out)
-    out.add_(b_dec).sub_(x)
+    out.sub_(target)
     total = torch.linalg.vector_norm(out, dtype=torch.float64).square().item()
     out.mul_(factor)
     return total
