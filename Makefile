@@ -62,10 +62,19 @@ bench: setup
 bench-train: setup
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/train.py
 
+# Days of one core from scratch, most of it the peers'; goes on where it was stopped. `make bench-quality
+# ARCHITECTURES=topk` is an evening. Where a coefficient is searched for, --first is near it, which saves trainings.
+ARCHITECTURES ?= standard topk batchtopk matryoshka_batchtopk jumprelu gated
+FIRST_standard = 0.56 0.95 0.31
+FIRST_gated = 0.88 1.4 0.52
+FIRST_jumprelu = 0.12 0.23
+OWN_matryoshka_batchtopk = --widths 64 128 256 512 1024
 bench-quality: setup
-	$(BIN)/python benchmarks/quality.py peers --lrs 3e-3 7e-3 1e-2
-	$(BIN)/python benchmarks/quality.py ours --name preset --first 0.56 0.95 0.31 -- --preset mechint
-	$(BIN)/python benchmarks/quality.py ours --name preset --architecture topk -- --preset mechint-topk
+	$(BIN)/python benchmarks/quality.py peers --architectures $(ARCHITECTURES) --lrs 3e-3 7e-3 1e-2
+	$(foreach name,$(ARCHITECTURES),$(BIN)/python benchmarks/quality.py ours --name preset --architecture $(name) \
+	  $(if $(FIRST_$(name)),--first $(FIRST_$(name))) -- --preset mechint $(OWN_$(name)) &&) true
+	$(BIN)/python benchmarks/quality.py ours --name "lr 4e-3" --architecture jumprelu --targets 64 --first 0.04 \
+	  -- --preset mechint --lr 4e-3 --decay-share 0.6
 	$(BIN)/python benchmarks/quality.py table
 
 # The service's tests once more on PostgreSQL and Redis (Debian: postgresql, redis-server), which are started for them.

@@ -34,8 +34,9 @@ _MECHINT_BY_ARCHITECTURE: dict[str, dict[str, Any]] = {
     "topk": {"decay_share": 0.6},
     "batchtopk": {"decay_share": 0.6},
     "matryoshka_batchtopk": {"learning_rate": 3e-3, "decay_share": 0.8},
-    # At d_in 128 that weight gives an L0 near 37. bandwidth is in units of the normalised pre-activations.
-    "jumprelu": {"bandwidth": 0.5, "l1_lambda": 0.1},
+    # Weights that give an L0 near 32 at d_in 128. bandwidth is in units of the normalised pre-activations.
+    "jumprelu": {"bandwidth": 0.5, "l1_lambda": 0.12},
+    "gated": {"l1_lambda": 0.9},
 }
 
 TRAIN_PRESETS: dict[str, dict[str, Any]] = {
