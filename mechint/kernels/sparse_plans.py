@@ -32,22 +32,24 @@ def _standard(sae: Any, objective: Objective, space: Space, threads: Pool, memor
     sums = np.zeros(space.n_chunks)
 
     def chunk(c: int, thread: int) -> None:
-        if _going(space) and space.encode(c, thread) and space.find(c, thread):
-            space.decode(c, thread)
-            sums[c] = _finish(space, c, l1, sae.saturation)
+        space.decode(c, thread)
+        sums[c] = _finish(space, c, l1, sae.saturation)
 
+    if not _find(space, threads):
+        return None
     threads.run(chunk, space.n_chunks)
-    return {"mse": (_mse(space), 1.0), "l1": (sums.sum() / n_values, objective.sparsity)} if _going(space) else None
+    return {"mse": (_mse(space), 1.0), "l1": (sums.sum() / n_values, objective.sparsity)}
 
 
 def _topk(sae: Any, objective: Objective, space: Space, threads: Pool, memory: dict[str, float]) -> Terms | None:
     def chunk(c: int, thread: int) -> None:
-        if _going(space) and space.encode(c, thread) and space.find(c, thread, k=sae.k):
-            space.decode(c, thread)
-            _finish(space, c)
+        space.decode(c, thread)
+        _finish(space, c)
 
+    if not _find(space, threads, k=sae.k):
+        return None
     threads.run(chunk, space.n_chunks)
-    return {"mse": (_mse(space), 1.0)} if _going(space) else None
+    return {"mse": (_mse(space), 1.0)}
 
 
 def _batchtopk(sae: Any, objective: Objective, space: Space, threads: Pool, memory: dict[str, float]) -> Terms | None:
@@ -128,13 +130,21 @@ def _select_batch(sae: Any, space: Space, threads: Pool, memory: dict[str, float
 def _collect(space: Space, threads: Pool, hint: float) -> int:
     """Entries above `hint`."""
     space.set_bound(hint)
+    return int(space.n_entries.sum()) if _find(space, threads) else 0
+
+
+def _find(space: Space, threads: Pool, k: int = 0) -> bool:
+    """Entries of all chunks, as `Space.find` has them. False where it could not be done.
+
+    Before any of them is decoded: the rows of W_dec stay in the cache then, which the encoder's weights would take.
+    """
 
     def chunk(c: int, thread: int) -> None:
         if _going(space) and space.encode(c, thread):
-            space.find(c, thread)
+            space.find(c, thread, k)
 
     threads.run(chunk, space.n_chunks)
-    return int(space.n_entries.sum()) if _going(space) else 0
+    return _going(space)
 
 
 def _sampled_cut(space: Space, n_kept: int) -> float:
@@ -184,12 +194,11 @@ def _jumprelu(sae: Any, objective: Objective, space: Space, threads: Pool, memor
     _, step, tanh = jump_penalty(sae, objective, 0, space.batch)
 
     def chunk(c: int, thread: int) -> None:
-        if _going(space) and space.encode(c, thread) and space.find(c, thread):
-            base, n = space.span(c)[0], space.n_entries[c]
-            active[c] = choice.jump(base, n, space.cols, space.pre, threshold, space.acts)
-            space.decode(c, thread)
-            if at_once:
-                finish(c, thread)
+        base, n = space.span(c)[0], space.n_entries[c]
+        active[c] = choice.jump(base, n, space.cols, space.pre, threshold, space.acts)
+        space.decode(c, thread)
+        if at_once:
+            finish(c, thread)
 
     def finish(c: int, thread: int) -> None:
         entries = (*space.rows(c), space.span(c)[0], space.cols, space.pre, space.acts, space.ends, space.grad)
@@ -198,9 +207,9 @@ def _jumprelu(sae: Any, objective: Objective, space: Space, threads: Pool, memor
         penalties[c], space.n_entries[c] = choice.finish_jump(*entries, *shape, *by_latent)
 
     space.set_bound(threshold - half - np.float32(1e-6) * (np.abs(threshold) + half))
-    threads.run(chunk, space.n_chunks)
-    if not _going(space):
+    if not _find(space, threads):
         return None
+    threads.run(chunk, space.n_chunks)
     penalty, step, _ = jump_penalty(sae, objective, int(active.sum()), space.batch)
     if not at_once:
         threads.run(finish, space.n_chunks)
@@ -218,17 +227,16 @@ def _gated(sae: Any, objective: Objective, space: Space, threads: Pool, memory: 
     gates, errors = np.zeros(space.n_chunks), np.zeros(space.n_chunks)
 
     def chunk(c: int, thread: int) -> None:
-        if _going(space) and space.encode(c, thread) and space.find(c, thread):
-            base, n = space.span(c)[0], space.n_entries[c]
-            choice.gate(base, n, space.cols, space.pre, b_gate, gain, b_mag, space.acts)
-            errors[c] = space.decode_gate(c, thread)
-            entries = (base, n, space.cols, space.pre, space.acts, space.grad, space.by_gate)
-            by_latent = (space.counts[c], space.fired_of[c], space.own[c], space.moment[c])
-            gates[c] = choice.finish_gate(*entries, gain, l1, *by_latent)
+        base, n = space.span(c)[0], space.n_entries[c]
+        choice.gate(base, n, space.cols, space.pre, b_gate, gain, b_mag, space.acts)
+        errors[c] = space.decode_gate(c, thread)
+        entries = (base, n, space.cols, space.pre, space.acts, space.grad, space.by_gate)
+        by_latent = (space.counts[c], space.fired_of[c], space.own[c], space.moment[c])
+        gates[c] = choice.finish_gate(*entries, gain, l1, *by_latent)
 
-    threads.run(chunk, space.n_chunks)
-    if not _going(space):
+    if not _find(space, threads):
         return None
+    threads.run(chunk, space.n_chunks)
     return {
         "mse": (_mse(space), 1.0),
         "l1": (gates.sum() / n_values, objective.sparsity),
