@@ -66,6 +66,7 @@ def take_turn(contender: Any, number: int) -> float:
 
 def run_rounds(args: argparse.Namespace) -> dict[str, Any]:
     import torch
+    from peer_trainers import matryoshka_widths
     from train_limit import Probe, limit_ms
     from train_rows import FOLDER, L0S, machine, make_rows, plant
 
@@ -90,6 +91,7 @@ def run_rounds(args: argparse.Namespace) -> dict[str, Any]:
     measured = []
     for contender in field:
         n_active = contender.n_active()
+        n_prefixes = len(matryoshka_widths(args.d_sae)) if "matryoshka" in contender.architecture else 1
         measured.append(
             {
                 "name": contender.name,
@@ -98,7 +100,7 @@ def run_rounds(args: argparse.Namespace) -> dict[str, Any]:
                 "l0_wanted": contender.l0,
                 "l0": n_active,
                 "seconds": seconds[key(contender)],
-                "limit": limit_ms(rates, args.batch_size, args.d_in, args.d_sae, n_active),
+                "limit": limit_ms(rates, args.batch_size, args.d_in, args.d_sae, n_active, n_prefixes),
             }
         )
     shape = {name: getattr(args, name) for name in ("d_in", "d_sae", "batch_size", "rows", "seed", "k")}

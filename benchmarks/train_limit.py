@@ -8,7 +8,8 @@ G16: that of bfloat16, for a step that finds candidates in bfloat16 and computes
 encoder column more per active latent. S: the stream rate, for Adam (reads p, g, m, v and writes p, m, v: 28 bytes a
 parameter). R: the rate at which rows are gathered from a matrix in the last-level cache: x_hat reads W_dec, the two
 weight gradients read x and the residual. Q: the same from the second-level cache: the gradient of f reads the rows of
-W_dec that x_hat has just read. All rates are the best of all rounds; the limit is the lower of the two sums.
+W_dec that x_hat has just read. A Matryoshka SAE of P prefixes besides writes and reads a gradient of x_hat for each:
+8 B d (P - 1) bytes / S. All rates are the best of all rounds; the limit is the lower of the two sums.
 """
 
 import time
@@ -102,18 +103,21 @@ def row_reader() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any] | 
     return read
 
 
-def limit_ms(rates: dict[str, float], batch: int, d_in: int, d_sae: int, l0: float) -> dict[str, float]:
+def limit_ms(
+    rates: dict[str, float], batch: int, d_in: int, d_sae: int, l0: float, n_prefixes: int = 1
+) -> dict[str, float]:
     """The parts of the lower sum, in milliseconds, and `limit`; `float32` and `bfloat16` are the two sums."""
     flop, rows = 2.0 * batch * d_in * d_sae, 4.0 * batch * l0 * d_in
     adam = 28.0 * (2 * d_in * d_sae + d_in + d_sae) / rates["stream_gbs"]
-    near = rows / max(rates["near_gbs"], rates["gather_gbs"])
+    prefixes = 8.0 * batch * d_in * (n_prefixes - 1) / rates["stream_gbs"]
+    rest = prefixes + rows / max(rates["near_gbs"], rates["gather_gbs"])
     rates32 = [rates[name] for name in ("mm_gflops", "onednn_gflops") if name in rates]
     parts = {
-        "float32": {"product": flop / max(rates32), "adam": adam, "gathers": 3 * rows / rates["gather_gbs"] + near},
+        "float32": {"product": flop / max(rates32), "adam": adam, "gathers": 3 * rows / rates["gather_gbs"] + rest},
         "bfloat16": {
             "product": flop / rates["bf16_gflops"],
             "adam": adam,
-            "gathers": 4 * rows / rates["gather_gbs"] + near,
+            "gathers": 4 * rows / rates["gather_gbs"] + rest,
         },
     }
     sums = {name: sum(values.values()) for name, values in parts.items()}

@@ -245,6 +245,8 @@ def test_limit_is_the_lower_of_its_two_sums():
         assert parts["bfloat16"] == pytest.approx(bfloat16, rel=1e-3)
         assert parts["limit"] == min(parts["float32"], parts["bfloat16"]) == parts[better]
         assert parts["limit"] == pytest.approx(parts["product"] + parts["adam"] + parts["gathers"])
+        nested = train_limit.limit_ms(rates, 4096, 512, 4096, l0, n_prefixes=3)
+        assert nested["limit"] - parts["limit"] == pytest.approx(2 * 2 * rows / 40e6)
 
 
 def test_probe_measures_every_rate():
