@@ -32,7 +32,7 @@ _MECHINT: dict[str, Any] = {
 # the more the larger k is beside d_in; a decay that begins earlier keeps them, at the same FVU.
 _MECHINT_BY_ARCHITECTURE: dict[str, dict[str, Any]] = {
     "topk": {"decay_share": 0.6},
-    "batchtopk": {"decay_share": 0.6},
+    "batchtopk": {"decay_share": 0.8},
     "matryoshka_batchtopk": {"learning_rate": 3e-3, "decay_share": 0.8},
     # Weights that give an L0 near 32 at d_in 128. bandwidth is in units of the normalised pre-activations.
     "jumprelu": {"bandwidth": 0.5, "l1_lambda": 0.12},
