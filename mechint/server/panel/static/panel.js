@@ -105,7 +105,8 @@ async function refresh() {
     const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
     for (const old of $$("[data-swap]")) {
       const made = fresh.getElementById(old.id);
-      if (made) swap(old, document.adoptNode(made));
+      // what is the same stays: a click on a part that is replaced under the pointer would be lost
+      if (made && !old.isEqualNode(made)) swap(old, document.adoptNode(made));
     }
     watchShown();
     for (const [, event] of lastEvents) if (event.at > began) apply(event);
