@@ -424,6 +424,21 @@ def test_search_filters_order_and_pages(visitor: Visitor, server: Server):
     visitor.check()
 
 
+def test_parts_that_did_not_change_stay_when_the_page_is_asked_for_again(visitor: Visitor, server: Server):
+    """A click on a part that is replaced between press and release would be lost."""
+    add_rows(server, [SAE(name="One", source="local", status="ready", model_name="gpt2", sae_metadata={})])
+    page = visitor.open("/")
+    page.evaluate("for (const part of document.querySelectorAll('[data-swap]')) part.stayed = true")
+    kept = "[...document.querySelectorAll('[data-swap]')].map((part) => Boolean(part.stayed))"
+    before = page.evaluate(kept)
+    assert before and all(before)
+    page.evaluate("refresh()")  # resolves when the parts are in place
+    assert page.evaluate(kept) == before
+    add_rows(server, [SAE(name="Two", source="local", status="ready", model_name="gpt2", sae_metadata={})])
+    page.evaluate("refresh()")
+    assert sorted(names(page)) == ["One", "Two"] and not all(page.evaluate(kept))
+
+
 def test_all_of_it_is_read_without_a_script(visitor: Visitor, server: Server, browser: Any):
     sae = downloaded(server, name="Six")
     downloaded(server, "layer_1", name="One")
