@@ -9,6 +9,7 @@ from typing import no_type_check
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mechint.kernels.sparse_choice import kth_largest
@@ -37,9 +38,9 @@ class DeadRoom:
 
 def add_dead(
     sae: SAE,
-    x: Tensor,
+    x: Float[Tensor, "batch d_in"],
     objective: Objective,
-    residual: Tensor | None,
+    residual: Float[Tensor, "batch d_in"] | None,
     grads: dict[str, Tensor],
     room: DeadRoom,
     threads: Pool,
