@@ -3,8 +3,7 @@
 Names are loaded on first use (PEP 562), so `import mechint` does not import torch.
 """
 
-import importlib
-from typing import Any
+from mechint.lazy import lazy_names
 
 __version__ = "0.1.0"
 
@@ -24,13 +23,4 @@ _PUBLIC = {
     "upload_saes_to_huggingface": "mechint.saelens",
 }
 __all__ = sorted(_PUBLIC)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'mechint' has no attribute {name!r}; it has {', '.join(__all__)}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy_names(__name__, _PUBLIC)

@@ -3,8 +3,7 @@
 Names load on first use: matching directions needs no labels, and labels no scores.
 """
 
-import importlib
-from typing import Any
+from mechint.lazy import lazy_names
 
 _PUBLIC = {
     "Concepts": "mechint.concepts.command",
@@ -33,13 +32,4 @@ _PUBLIC = {
     "text_table": "mechint.concepts.table",
 }
 __all__ = sorted(_PUBLIC)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'mechint.concepts' has no attribute {name!r}; it has {', '.join(__all__)}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy_names(__name__, _PUBLIC)

@@ -3,8 +3,7 @@
 Names load on first use, so that reading a store does not import what collecting needs.
 """
 
-import importlib
-from typing import Any
+from mechint.lazy import lazy_names
 
 _PUBLIC = {
     "Activations": "mechint.data.store",
@@ -27,13 +26,4 @@ _PUBLIC = {
     "write_run_manifest": "mechint.runs",
 }
 __all__ = sorted(_PUBLIC)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'mechint.data' has no attribute {name!r}; it has {', '.join(__all__)}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy_names(__name__, _PUBLIC)

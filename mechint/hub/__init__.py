@@ -1,7 +1,6 @@
 """Publishing to the Hugging Face Hub, and loading what was published there. Names load on first use."""
 
-import importlib
-from typing import Any
+from mechint.lazy import lazy_names
 
 _PUBLIC = {
     "load_pretrained_sae": "mechint.hub.sae_loading",
@@ -12,13 +11,4 @@ _PUBLIC = {
     "SteeringVectorDescriptor": "mechint.hub.registry",
 }
 __all__ = sorted(_PUBLIC)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'mechint.hub' has no attribute {name!r}; it has {', '.join(__all__)}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy_names(__name__, _PUBLIC)

@@ -3,8 +3,7 @@
 Names load on first use, so that importing the package imports neither torch nor transformer_lens.
 """
 
-import importlib
-from typing import Any
+from mechint.lazy import lazy_names
 
 _PUBLIC = {
     "SAE": "mechint.saelens.sae",
@@ -29,13 +28,4 @@ _PUBLIC = {
     "neuronpedia_features": "mechint.saelens.neuronpedia",
 }
 __all__ = sorted(_PUBLIC)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'mechint.saelens' has no attribute {name!r}; it has {', '.join(__all__)}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy_names(__name__, _PUBLIC)
