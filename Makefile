@@ -95,14 +95,16 @@ build/constraints-tl4.txt: constraints.txt
 
 test-tl4: build/constraints-tl4.txt
 	$(MAKE) setup VENV=.venv-tl4 CONSTRAINTS=build/constraints-tl4.txt EXTRAS=dev
-	.venv-tl4/bin/python -m pytest -q -m "slow or not slow" tests/test_models.py tests/test_suffix.py tests/test_ablation.py tests/test_saelens_hooked.py
+	OMP_NUM_THREADS=1 .venv-tl4/bin/python -m pytest -q -n 2 --dist loadfile -m "slow or not slow" \
+	  tests/test_models.py tests/test_suffix.py tests/test_ablation.py tests/test_saelens_hooked.py
 
 # In an environment that holds the peers: that they train as the benchmarks call them, that SAELens's evaluation and API agree
 # with ours, and that what we write they load, and the reverse.
 test-peers: setup
 	$(BIN)/python benchmarks/peers.py
-	build/peers-venv/bin/python -m pip install --quiet --disable-pip-version-check pytest beartype -c $(CONSTRAINTS)
-	OMP_NUM_THREADS=1 build/peers-venv/bin/python -m pytest -q -m "slow or not slow" tests/test_benchmarks.py tests/test_peer_*.py tests/test_saelens_hub.py -k "peer or dashboards"
+	build/peers-venv/bin/python -m pip install --quiet --disable-pip-version-check pytest pytest-xdist beartype -c $(CONSTRAINTS)
+	OMP_NUM_THREADS=1 build/peers-venv/bin/python -m pytest -q -n 2 --dist loadfile -m "slow or not slow" \
+	  tests/test_benchmarks.py tests/test_peer_*.py tests/test_saelens_hub.py -k "peer or dashboards"
 
 clean:
 	rm -rf .venv .venv-tl4 build *.egg-info .pytest_cache .ruff_cache .hypothesis

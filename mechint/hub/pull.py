@@ -7,8 +7,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
 from mechint.errors import MechintError, one_line
 from mechint.hub.bundle import METADATA
@@ -17,12 +15,12 @@ from mechint.huggingface.client import (
     check_repo_id,
     clean_client_log,
     hub_api,
-    hub_endpoint,
     hub_errors,
     patiently,
     resolve_revision,
     tree,
 )
+from mechint.huggingface.files import Listed, difference, fetch_rest, listed, place_of
 from mechint.provenance import check_output_path, disk_full, fsync_dir, make_dir, read_json, sha256_file
 from mechint.saelens.releases import is_inside
 
@@ -70,26 +68,26 @@ def pull(repo_id: str, output: str | Path | None = None, *, revision: str | None
     commit = resolve_revision(repo_id, revision)
     with hub_errors("listing the files of", repo_id):
         entries = patiently(f"listing {repo_id}", lambda: tree(hub_api(), repo_id, commit))
-    entries = {name: entry for name, entry in sorted(entries.items()) if name != LEFT_OUT}
-    for name in entries:
-        if not is_inside(name):
-            raise MechintError(f"{repo_id} has a file {name!r}, whose name leads out of its folder: not pulled")
+    files = [listed(entry) for name, entry in sorted(entries.items()) if name != LEFT_OUT]
+    for file in files:
+        if not is_inside(file.path):
+            raise MechintError(f"{repo_id} has a file {file.path!r}, whose name leads out of its folder: not pulled")
     if output.is_dir() and any(output.iterdir()):
-        if any(_problem(output / name, entry) for name, entry in entries.items()):
+        if any(difference(output / file.path, file) for file in files):
             raise MechintError(
                 f"{output} exists and is not {repo_id} at {commit[:12]}: give another --output, or move it away"
             )
-        return _pulled(output, commit, entries, changed=False)
+        return _pulled(output, commit, files, changed=False)
     check_output_path(output.parent / "any file")
     stage = output.parent / f".{output.name}.{commit[:12]}.part"
     make_dir(stage / "files")
     make_dir(stage / "parts")
-    _check_room(stage, entries)
+    _check_room(stage, files)
     with _alone(stage):
-        for name, entry in entries.items():
-            _download(repo_id, name, commit, entry, stage)
+        for file in files:
+            _download(repo_id, file, commit, stage)
         try:
-            done = _pulled(stage / "files", commit, entries, changed=True)
+            done = _pulled(stage / "files", commit, files, changed=True)
         except MechintError:
             shutil.rmtree(stage, ignore_errors=True)
             raise
@@ -111,86 +109,50 @@ def _alone(stage: Path) -> Iterator[None]:
         yield
 
 
-def _download(repo_id: str, name: str, commit: str, entry: Any, stage: Path) -> None:
+def _download(repo_id: str, file: Listed, commit: str, stage: Path) -> None:
     """One file, from the byte where an earlier attempt stopped; it gets its name when it is what the Hub lists."""
+    name = file.path
     place, part = stage / "files" / name, stage / "parts" / hashlib.sha256(name.encode()).hexdigest()[:16]
-    if _problem(place, entry) is None:
+    if difference(place, file) is None:
         return
     make_dir(place.parent)
     for _ in range(2):
         with clean_client_log(), hub_errors(f"downloading {name} from", repo_id):
-            patiently(f"downloading {name}", lambda: _append(repo_id, name, commit, entry, part))
-        if (problem := _problem(part, entry)) is None:
+            patiently(f"downloading {name}", lambda: fetch_rest(place_of(repo_id, name, commit), file, part))
+        if (problem := difference(part, file)) is None:
             os.replace(part, place)
             return
         part.unlink()
     raise MechintError(f"{name} of {repo_id} arrived damaged, twice ({problem}): run the same command again")
 
 
-def _append(repo_id: str, name: str, commit: str, entry: Any, part: Path) -> None:
-    """What is missing of the file. (The library's own download begins each file anew in every process.)"""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
-
-    url = hf_hub_url(repo_id, name, revision=commit, endpoint=hub_endpoint())
-    location = get_hf_file_metadata(url, endpoint=hub_endpoint()).location
-    headers = build_hf_headers(library_name="mechint")
-    if urlsplit(location).netloc != urlsplit(url).netloc:
-        headers.pop("authorization", None)  # the storage's address is signed; the token is for the Hub only
-    with open(part, "ab") as file:
-        if entry.lfs is None or file.tell() > entry.size:
-            file.truncate(0)
-        http_get(
-            location,
-            file,
-            resume_size=os.fstat(file.fileno()).st_size,
-            headers=headers,
-            expected_size=entry.size,
-            displayed_filename=name,
-        )
-
-
-def _problem(path: Path, entry: Any) -> str | None:
-    """Why the file is not the one that the Hub lists; None if it is."""
-    if not path.is_file():
-        return "missing"
-    if path.stat().st_size != entry.size:
-        return f"{path.stat().st_size} bytes in place of {entry.size}"
-    if entry.lfs is not None:
-        same = sha256_file(path) == entry.lfs.sha256
-    else:  # small ones are known as git knows them
-        same = hashlib.sha1(b"blob %d\0" % entry.size + path.read_bytes()).hexdigest() == entry.blob_id
-    return None if same else "another hash"
-
-
-def _pulled(folder: Path, commit: str, entries: dict[str, Any], *, changed: bool) -> Pulled:
+def _pulled(folder: Path, commit: str, files: list[Listed], *, changed: bool) -> Pulled:
     """What lies in the folder, of files that are as the Hub lists them.
 
     Raises:
         MechintError: a file that is not what bundle_metadata.json says.
     """
-    bundle = read_json(folder / METADATA, METADATA) if METADATA in entries else {}
+    by_name = {file.path: file for file in files}
+    bundle = read_json(folder / METADATA, METADATA) if METADATA in by_name else {}
     stated = stated_hashes(bundle, METADATA)
     for name, sha256 in stated.items():
-        if name not in entries:
+        if name not in by_name:
             raise MechintError(
                 f"{METADATA} lists {name}, which is not in the repository: it is not whole; nothing kept"
             )
-        lfs = entries[name].lfs
-        if (lfs.sha256 if lfs is not None else sha256_file(folder / name)) != sha256:
+        if (by_name[name].sha256 or sha256_file(folder / name)) != sha256:
             raise MechintError(
                 f"{name} is not what {METADATA} says (SHA-256 {sha256[:12]} is stated): it was changed after it was"
                 " published; nothing kept; ask its owner, or give another --revision"
             )
     kind = bundle.get("kind")
-    sizes = {name: entry.size for name, entry in entries.items()}
+    sizes = {file.path: file.size for file in files}
     return Pulled(folder, commit, kind if isinstance(kind, str) else None, sizes, tuple(sorted(stated)), changed)
 
 
-def _check_room(stage: Path, entries: dict[str, Any]) -> None:
+def _check_room(stage: Path, files: list[Listed]) -> None:
     there = sum(path.stat().st_size for path in stage.rglob("*") if path.is_file())
-    needed = sum(entry.size for entry in entries.values()) - there + SPARE_ROOM
+    needed = sum(file.size for file in files) - there + SPARE_ROOM
     free = shutil.disk_usage(stage).free
     if needed > free:
         raise disk_full(stage, f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")

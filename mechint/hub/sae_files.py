@@ -13,6 +13,7 @@ from mechint.data import open_activations
 from mechint.errors import MechintError
 from mechint.eval import read_metrics_csv
 from mechint.formats import Loaded
+from mechint.huggingface.files import cached_file
 from mechint.models.resolve import resolve_model
 from mechint.provenance import sha256_file
 from mechint.report.facts import number
@@ -153,16 +154,8 @@ def _decoder(run: Run) -> Any:
         source = resolve_model(str(source))
     except MechintError:
         return None
-    file: Any = Path(source) / "tokenizer.json"
-    if not file.is_file():
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-
-        try:
-            file = try_to_load_from_cache(source, "tokenizer.json")
-        except HFValidationError:
-            return None
-    if not isinstance(file, (str, Path)):
+    file = Path(source) / "tokenizer.json"
+    if not file.is_file() and (file := cached_file(source, "tokenizer.json")) is None:
         return None
     from tokenizers import Tokenizer
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from mechint.errors import MechintError, nearest, one_line
+from mechint.huggingface.files import cached_file
 
 BUILTIN_MODELS = ("builtin/pythia-tiny",)
 # Names that people type -> Hub ids. EleutherAI's suite: Biderman et al. 2023, table 1.
@@ -147,10 +148,8 @@ def load_pretrained(
 
 def _cached_commit(repo_id: str, revision: str | None) -> str | None:
     """The commit that `revision` stood for when it was last downloaded; None if it never was."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(repo_id, "config.json", revision=revision)
-    return Path(found).parent.name if isinstance(found, str) else None  # .../snapshots/<commit>/config.json
+    found = cached_file(repo_id, "config.json", revision=revision)
+    return None if found is None else found.parent.name  # .../snapshots/<commit>/config.json
 
 
 @contextlib.contextmanager

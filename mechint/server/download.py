@@ -8,9 +8,11 @@ import contextlib
 from pathlib import PurePosixPath
 from typing import Any
 
+from mechint.huggingface.client import hub_api
+from mechint.huggingface.files import Listed, listed
 from mechint.server import storage
 from mechint.server.errors import ServiceError, config_not_found, from_hub, path_not_found
-from mechint.server.fetch import Wanted, fetch
+from mechint.server.fetch import fetch
 from mechint.server.ingest import ingest
 from mechint.server.jobs import OUR_MISTAKES, Running, Stop, is_gone
 from mechint.server.storage import relative_name
@@ -27,13 +29,11 @@ BARE = {"sae_weights.safetensors": "sae_weights.safetensors.json", "sae.safetens
 
 def run_download(running: Running) -> None:
     """The job `download`."""
-    from huggingface_hub import HfApi
-
     repo_id, filepath = running.params["repo_id"], relative_name(running.params["filepath"])
     revision = running.params.get("revision")
     token = hub_token(running)
     running.report("download", 0.0, "Looking at the repository", always=True)
-    api = HfApi(token=token)
+    api = hub_api(token)
     try:
         commit = str(api.model_info(repo_id, revision=revision).sha)
         running.check()
@@ -75,7 +75,7 @@ def hub_token(running: Running) -> str | bool:
     return get_token() or False
 
 
-def files_of(api: Any, repo_id: str, filepath: str, commit: str) -> tuple[list[Wanted], bool]:
+def files_of(api: Any, repo_id: str, filepath: str, commit: str) -> tuple[list[Listed], bool]:
     """`(files, whether filepath is a folder)` of the one SAE at a path of a repository, settings before weights.
 
     A folder's own files are taken, not those of `layer_10` for `layer_1`, nor those of folders below; but where the
@@ -93,13 +93,13 @@ def files_of(api: Any, repo_id: str, filepath: str, commit: str) -> tuple[list[W
             raise path_not_found(repo_id, filepath)
         is_directory = not hasattr(entries[0], "size")
         folder = filepath if is_directory else parent_of(filepath)
-    found = [file for file in listed(api, repo_id, folder, commit, recursive=False) if belongs(file)]
+    found = [file for file in list_folder(api, repo_id, folder, commit, recursive=False) if belongs(file)]
     if not is_directory and PurePosixPath(filepath).name not in (*BARE, "cfg.json"):
         # one of several weights in a folder: with the settings beside it
         found = [file for file in found if file.path == filepath or file.name.endswith(".json")]
     if is_directory and not has_weights(found):
-        below: dict[str, list[Wanted]] = {}
-        for file in listed(api, repo_id, folder, commit, recursive=True):
+        below: dict[str, list[Listed]] = {}
+        for file in list_folder(api, repo_id, folder, commit, recursive=True):
             if belongs(file):
                 below.setdefault(parent_of(file.path), []).append(file)
         places = sorted(place for place, files in below.items() if has_weights(files))
@@ -121,16 +121,14 @@ def files_of(api: Any, repo_id: str, filepath: str, commit: str) -> tuple[list[W
     return sorted(found, key=lambda file: (not file.name.endswith(".json"), file.path)), is_directory
 
 
-def listed(api: Any, repo_id: str, folder: str, commit: str, *, recursive: bool) -> list[Wanted]:
+def list_folder(api: Any, repo_id: str, folder: str, commit: str, *, recursive: bool) -> list[Listed]:
     """The files of a folder. Names come from strangers: those that would lead out are left out."""
     found = []
     for entry in api.list_repo_tree(repo_id, folder or None, revision=commit, recursive=recursive):
         if not hasattr(entry, "size"):
             continue
         with contextlib.suppress(ServiceError):
-            path = relative_name(entry.path)
-            sha256 = entry.lfs.sha256 if entry.lfs is not None else None
-            found.append(Wanted(path, int(entry.size), sha256, entry.blob_id))
+            found.append(listed(entry)._replace(path=relative_name(entry.path)))
     return found
 
 
@@ -139,7 +137,7 @@ def parent_of(path: str) -> str:
     return "" if parent == "." else parent
 
 
-def belongs(file: Wanted) -> bool:
+def belongs(file: Listed) -> bool:
     """Whether a file is of an SAE: weights that are no model's, or a small JSON."""
     name = file.name.lower()
     if name.startswith((*OTHERS, ".")):
@@ -147,5 +145,5 @@ def belongs(file: Wanted) -> bool:
     return name.endswith(WEIGHTS) or (name.endswith(".json") and file.size <= MAX_JSON_BYTES)
 
 
-def has_weights(files: list[Wanted]) -> bool:
+def has_weights(files: list[Listed]) -> bool:
     return any(file.name.lower().endswith(WEIGHTS) for file in files)

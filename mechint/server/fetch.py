@@ -1,18 +1,16 @@
 """The bytes of a download: resumed where the last attempt stopped, counted, verified.
 
-The Hub's own client moves them. It keeps nothing of a file that it did not finish, so its inner function is used, which
-can go on with one; files in the Hub's chunk store (Xet) are left to it whole. What arrives is compared with the hash
-that the repository lists before anything reads it.
+Files in the Hub's chunk store (Xet) are left to its own client whole, where its reader is installed. What arrives is
+compared with the hash that the repository lists before anything reads it.
 """
 
-import hashlib
 import os
 from importlib.util import find_spec
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from pathlib import Path
+from typing import Any
 
 from mechint.errors import DISK_FULL_ERRNOS, one_line
+from mechint.huggingface.files import Listed, difference, fetch_rest, place_of
 from mechint.server import storage
 from mechint.server.errors import ServiceError, from_hub, hub_failed
 from mechint.server.ingest import DOWNLOADED, early_check
@@ -22,20 +20,7 @@ from mechint.server.jobs import OUR_MISTAKES, Running, Stop
 CHUNK_BYTES = 1 << 20
 
 
-class Wanted(NamedTuple):
-    """One file of the repository; `sha256` for large files, git's `blob_id` for the others."""
-
-    path: str
-    size: int
-    sha256: str | None
-    blob_id: str | None
-
-    @property
-    def name(self) -> str:
-        return PurePosixPath(self.path).name
-
-
-def fetch(running: Running, repo_id: str, commit: str, wanted: list[Wanted], repo: Path, token: str | bool) -> None:
+def fetch(running: Running, repo_id: str, commit: str, wanted: list[Listed], repo: Path, token: str | bool) -> None:
     """Download files to `repo`, keeping those that are there already and right.
 
     Raises:
@@ -68,7 +53,7 @@ def fetch(running: Running, repo_id: str, commit: str, wanted: list[Wanted], rep
     report(0, always=True)
     for current in wanted:
         running.check()
-        if not is_right(repo / current.path, current):
+        if difference(repo / current.path, current):
             try:
                 _get(repo_id, commit, current, repo, token, Bar)
             except Stop:
@@ -82,7 +67,7 @@ def fetch(running: Running, repo_id: str, commit: str, wanted: list[Wanted], rep
                 if isinstance(error, OUR_MISTAKES):
                     raise
                 raise from_hub(error, repo_id, what="downloading from") from None
-            if not is_right(repo / current.path, current):
+            if difference(repo / current.path, current):
                 (repo / current.path).unlink()
                 name = one_line(current.path, 100)
                 raise hub_failed(f"{name} arrived damaged: it does not have the hash that the Hub lists")
@@ -92,39 +77,16 @@ def fetch(running: Running, repo_id: str, commit: str, wanted: list[Wanted], rep
             early_check(repo / current.path, running.params.get("model_name"))
 
 
-def _get(repo_id: str, commit: str, file: Wanted, repo: Path, token: str | bool, bar: Any) -> None:
+def _get(repo_id: str, commit: str, file: Listed, repo: Path, token: str | bool, bar: Any) -> None:
     """One file to its place below `repo`; what is not finished stays beside it as `.part`."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import get_hf_file_metadata, hf_hub_download, hf_hub_url, http_get
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub import constants, hf_hub_download
 
-    url = hf_hub_url(repo_id, file.path, revision=commit)
-    metadata = get_hf_file_metadata(url, token=token)
-    if metadata.xet_file_data is not None and not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None:
+    source = place_of(repo_id, file.path, commit, token=token)
+    if source.chunked and not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None:
         hf_hub_download(repo_id, file.path, revision=commit, local_dir=repo, token=token, tqdm_class=bar)
         return
-    headers = build_hf_headers(token=token)
-    if urlsplit(metadata.location).netloc != urlsplit(url).netloc:
-        headers.pop("authorization", None)  # the address is signed, and not the Hub's: it gets no token
     place = repo / file.path
     part = place.with_name(place.name + ".part")
     storage.make_dir(place.parent)
-    if part.exists() and part.stat().st_size > file.size:
-        part.unlink()
-    with open(part, "ab") as sink:
-        there = sink.tell()
-        http_get(metadata.location, sink, resume_size=there, headers=headers, expected_size=file.size, tqdm_class=bar)
+    fetch_rest(source, file, part, token=token, bar=bar)
     os.replace(part, place)
-
-
-def is_right(path: Path, file: Wanted) -> bool:
-    """Whether a file is there and is what the repository lists."""
-    if not path.is_file() or path.stat().st_size != file.size:
-        return False
-    with open(path, "rb") as handle:
-        if file.sha256 is not None:
-            return hashlib.file_digest(handle, "sha256").hexdigest() == file.sha256
-        digest = hashlib.sha1(b"blob %d\0" % file.size)
-        while chunk := handle.read(storage.CHUNK):
-            digest.update(chunk)
-        return digest.hexdigest() == file.blob_id

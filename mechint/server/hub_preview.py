@@ -4,6 +4,7 @@ import re
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
+from mechint.huggingface.client import hub_api
 from mechint.server.errors import from_hub, repository_not_found
 from mechint.server.model_table import common_name
 
@@ -61,9 +62,7 @@ def preview(repo_id: str, *, token: str | bool | None = None, endpoint: str | No
         ServiceError: Repository not found (also for a private one without a token), Rate limit exceeded, the Hub's
             other failures.
     """
-    from huggingface_hub import HfApi
-
-    api = HfApi(endpoint=endpoint, token=token)
+    api = hub_api(token, endpoint)
     try:
         info = api.model_info(repo_id, files_metadata=True, timeout=TIMEOUT_SECONDS)
     except Exception as error:  # the HTTP library's classes differ between versions of huggingface_hub

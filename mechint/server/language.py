@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from mechint.errors import MechintError, one_line
 from mechint.formats import Loaded
+from mechint.huggingface.files import cached_file
 from mechint.server.models import SAE
 
 MAX_MODEL_BYTES = 2 << 30  # of weights: a larger model is not opened for the sake of a page
@@ -54,14 +55,8 @@ def local_model(name: str, *, folders: bool = False) -> str | None:
         return name
     if folders and Path(name).is_dir():
         return name if (Path(name) / "config.json").is_file() else None
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(ALIASES.get(name, name), "config.json")
-    except HFValidationError:  # a path, or nothing
-        return None
-    return str(Path(found).parent) if isinstance(found, str) else None
+    found = cached_file(ALIASES.get(name, name), "config.json")
+    return None if found is None else str(found.parent)
 
 
 def _weight_bytes(folder: Path) -> int:

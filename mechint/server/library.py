@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from sqlalchemy import Select, func, or_, select
 from sqlalchemy.orm import Session
 
+from mechint.errors import MechintError
+from mechint.huggingface.client import check_repo_id
 from mechint.server import storage, tokens
 from mechint.server.db import Database, next_seq, open_database
 from mechint.server.errors import (
@@ -321,16 +323,10 @@ def create_import_file(
 
 def check_repo(repo_id: str) -> str:
     """A repository's name, as `user/name`. 400 for anything else."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     try:
-        validate_repo_id(repo_id)
-    except HFValidationError:
+        return check_repo_id(repo_id)
+    except MechintError:
         raise bad_request(f"Not a repository name: {repo_id[:100]!r}", "give it as user/name") from None
-    if repo_id.count("/") != 1:
-        raise bad_request(f"Not a repository name: {repo_id[:100]!r}", "give it as user/name")
-    return repo_id
 
 
 def add(service: Service, sae: SAE, kind: str, params: dict[str, Any], token: str | None) -> Job:
