@@ -79,13 +79,13 @@ def difference(path: Path, file: Listed) -> str | None:
         return "missing"
     if (size := path.stat().st_size) != file.size:
         return f"{size} bytes in place of {file.size}"
-    digest, listed = hashlib.sha256(), file.sha256
-    if listed is None:  # small ones are known as git knows them
-        digest, listed = hashlib.sha1(b"blob %d\0" % file.size), file.blob_id
+    digest, expected = hashlib.sha256(), file.sha256
+    if expected is None:  # small ones are known as git knows them
+        digest, expected = hashlib.sha1(b"blob %d\0" % file.size), file.blob_id
     with open(path, "rb") as handle:
         while chunk := handle.read(CHUNK_BYTES):
             digest.update(chunk)
-    return None if digest.hexdigest() == listed else "another hash"
+    return None if digest.hexdigest() == expected else "another hash"
 
 
 def cached_file(repo_id: str, path: str, *, revision: str | None = None) -> Path | None:
