@@ -19,6 +19,8 @@ GROUPS = [
     ["builtin"],
     ["models"],
     ["sae"],
+    ["formats"],
+    ["sae.load"],
     ["kernels"],
     ["data"],
     ["runs"],
@@ -27,7 +29,6 @@ GROUPS = [
     ["train"],
     ["ablation", "analysis", "compare", "concepts", "steering"],
     ["report"],
-    ["formats"],
     ["saelens"],
     ["hub"],
     ["server"],
@@ -42,13 +43,18 @@ LIGHT = (
     "mechint.cli",
     "mechint.cli.train",
     "mechint.builtin.tales",
-    "mechint.hub.registry",
+    "mechint.huggingface.registry",
 )
+
+
+# The class's own way to open and write files, `SAE.load`: the one arrow that runs back up.
+DOOR = "sae.load"
+DOORWAY = PACKAGE / "sae" / "base.py"
 
 
 def group_of(path: Path) -> str:
     relative = path.relative_to(PACKAGE)
-    return relative.parts[0].removesuffix(".py")
+    return DOOR if relative.as_posix() == "sae/load.py" else relative.parts[0].removesuffix(".py")
 
 
 def imports_of(path: Path) -> list[tuple[int, str]]:
@@ -61,7 +67,10 @@ def imports_of(path: Path) -> list[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: a relative import hides where it goes"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-        found += [(node.lineno, name.split(".")[1]) for name in names if name.startswith("mechint.")]
+        for name in names:
+            if name.startswith("mechint."):
+                door = f"{name}.".startswith("mechint.sae.load.")
+                found.append((node.lineno, DOOR if door else name.split(".")[1]))
     return found
 
 
@@ -80,7 +89,7 @@ def test_imports_flow_one_way():
     for path in sources():
         own = group_of(path)
         for line, other in imports_of(path):
-            if other == "__version__" or other == own:
+            if other == "__version__" or other == own or (path, other) == (DOORWAY, DOOR):
                 continue
             if other not in RANK or RANK[other] >= RANK[own]:
                 wrong.append(f"{path.relative_to(ROOT)}:{line} imports {other}")
@@ -99,8 +108,9 @@ def test_only_one_file_imports_transformer_lens():
 
 
 def test_sae_package_knows_no_model_store_or_run():
-    others = {group for path in (PACKAGE / "sae").glob("*.py") for _, group in imports_of(path)}
-    assert others <= {"sae", "errors", "provenance", "__version__"}
+    files = [path for path in (PACKAGE / "sae").glob("*.py") if group_of(path) == "sae"]
+    others = {group for path in files for _, group in imports_of(path)}
+    assert others <= {"sae", "errors", "lazy", "config", "provenance", DOOR}
 
 
 @pytest.mark.parametrize("module", LIGHT)
