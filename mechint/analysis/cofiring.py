@@ -75,7 +75,7 @@ class RowSample:
             by_latent = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[np.argsort(cols, kind="stable")]
             _partners(starts, by_latent, row_starts, cols, fired, n, least, best, shares, both)
         else:
-            from mechint.kernels.sparse_pool import pool
+            from mechint.kernels.cpu.threads import pool
 
             by_latent = loops.rows_by_latent(starts.copy(), row_starts, cols)
             size = 64

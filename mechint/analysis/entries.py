@@ -119,8 +119,8 @@ class _Finder:
         self.space: Any = None
 
     def find(self, x: Float[Tensor, "batch d_in"], row: int, batch_size: int) -> Entries | None:
-        from mechint.kernels.sparse_pool import pool
-        from mechint.kernels.sparse_space import Space
+        from mechint.kernels.cpu.space import Space
+        from mechint.kernels.cpu.threads import pool
 
         threads = pool()
         x = x.to(torch.float32).contiguous()
@@ -148,7 +148,7 @@ class _Finder:
         return Entries(row, len(x), space.chunk, space.capacity, space.cols, values, space.ends)
 
     def _magnitudes(self, space: Any) -> np.ndarray:
-        from mechint.kernels import sparse_choice as choice
+        from mechint.kernels.cpu import choice
 
         b_gate, b_mag, r_mag = (self.sae.get_parameter(name).detach() for name in ("b_gate", "b_mag", "r_mag"))
         space.separate_acts()
@@ -170,7 +170,7 @@ def _finder(sae: SAE) -> _Finder | None:
     if sae.architecture == "jumprelu" and bool((sae.get_parameter("threshold") < 0).any()):
         return None  # negative pre-activations may pass
     try:
-        from mechint.kernels.sparse import broken, has_bfloat16_products
+        from mechint.kernels.cpu.kernel import broken, has_bfloat16_products
     except (ImportError, OSError, RuntimeError):  # no numba here
         return None
     return None if broken(sae.architecture) else _Finder(sae, has_bfloat16_products())

@@ -65,7 +65,7 @@ class Tables:
         if self._loops is None:
             self._add_flat(*entries.flat(), entries.row)
             return
-        from mechint.kernels.sparse_pool import pool
+        from mechint.kernels.cpu.threads import pool
 
         loops = self._loops
         tables = (

@@ -25,7 +25,7 @@ def make_kernel(
 ) -> Kernel:
     """The kernel of that name; `auto` takes the fastest that fits the SAE and its device.
 
-    Only `manual` knows a `precision` other than float32 (mechint/kernels/cuda_products.py).
+    Only `manual` knows a `precision` other than float32 (mechint/kernels/gpu/products.py).
 
     Raises:
         MechintError: an unknown name, or a kernel that cannot train this SAE here.
@@ -36,11 +36,11 @@ def make_kernel(
     if lossy and kernel not in ("auto", "manual"):
         raise MechintError(f"--precision {precision} needs --kernel manual, not {kernel}, which is exact")
     if lossy or kernel == "manual" or (kernel == "auto" and on_cuda):
-        from mechint.kernels import cuda
+        from mechint.kernels.gpu import kernel as gpu
 
-        reason = cuda.misfit(sae, optimizer)
+        reason = gpu.misfit(sae, optimizer)
         if reason is None:
-            return cuda.ManualKernel(sae, optimizer, project_gradient=project_gradient, precision=precision)
+            return gpu.ManualKernel(sae, optimizer, project_gradient=project_gradient, precision=precision)
         if lossy or kernel == "manual":
             raise MechintError(
                 f"--kernel manual cannot train this SAE, {reason}: use --kernel dense and --precision float32"
@@ -61,7 +61,7 @@ def make_kernel(
 def _sparse() -> tuple[ModuleType | None, str]:
     """The sparse kernel, or why it cannot be loaded: it needs numba, which not every platform has."""
     try:
-        from mechint.kernels import sparse
+        from mechint.kernels.cpu import kernel as sparse
     except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: numba finds no place for its cache
         return None, f"its compiler cannot be loaded ({error})"
     return sparse, ""

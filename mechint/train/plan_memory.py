@@ -248,11 +248,11 @@ def measure_miniature(
 
 
 def sparse_bytes(config: SAETrainConfig, dense_step: int, expected_dead: float) -> int:
-    """Step buffers of the sparse kernel: those that are always there (sparse_space.py), the entries at the density up
-    to which it takes them, and where a training starts dense those of its dense route (sparse_dense.py), which stay."""
-    from mechint.kernels import sparse_dense
-    from mechint.kernels.sparse import DENSE_ABOVE, has_bfloat16_products
-    from mechint.kernels.sparse_space import chunk_rows
+    """Step buffers of the sparse kernel: those that are always there (cpu/space.py), the entries at the density up
+    to which it takes them, and where a training starts dense those of cpu/dense_route.py, which stay."""
+    from mechint.kernels.cpu import dense_route
+    from mechint.kernels.cpu.kernel import DENSE_ABOVE, has_bfloat16_products
+    from mechint.kernels.cpu.space import chunk_rows
 
     batch, d_in, d_sae = config.batch_size, config.activation_dim, config.d_sae
     threads, chunk, narrow = torch.get_num_threads(), chunk_rows(d_sae), has_bfloat16_products()
@@ -268,9 +268,9 @@ def sparse_bytes(config: SAETrainConfig, dense_step: int, expected_dead: float) 
     entry = 12 + 20 + {"gated": 12, "jumprelu": 8}.get(config.architecture, 0)
     limit = DENSE_ABOVE * d_sae
     revival = _revival(config, expected_dead)
-    if config.architecture in sparse_dense.KINDS:
+    if config.architecture in dense_route.KINDS:
         arrays = 3 if config.architecture == "gated" else 2
-        rows = threads * (arrays - 1) * sparse_dense.ROWS * d_sae * FLOAT + -(-batch // sparse_dense.ROWS) * d_sae * 20
+        rows = threads * (arrays - 1) * dense_route.ROWS * d_sae * FLOAT + -(-batch // dense_route.ROWS) * d_sae * 20
         dense = arrays * batch * d_sae * FLOAT + 4 * batch * d_in * FLOAT + rows + 4 * matrix
         return always + dense + int(entry * batch * limit) + revival
     if (k := config.k or 32) < limit:

@@ -1,0 +1,1 @@
+"""Training steps for a GPU, captured whole, that can skip the zeros."""
