@@ -110,7 +110,7 @@ class Setting:
 
 def ours(setting: Setting, architecture: str, sparse: bool | None) -> Callable[[int], Any]:
     from mechint.kernels import StepSettings
-    from mechint.kernels.gpu.kernel import ManualKernel
+    from mechint.kernels.gpu import ManualKernel
     from mechint.sae import Objective, build_sae
 
     options = {"k": setting.k} if architecture == "topk" else {}

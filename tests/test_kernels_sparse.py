@@ -7,12 +7,11 @@ import sys
 import pytest
 import torch
 
-from mechint.kernels import DenseKernel, StepSettings, make_kernel
-from mechint.kernels.cpu import kernel as cpu_kernel
-from mechint.kernels.cpu.kernel import SparseKernel
+from mechint.kernels import DenseKernel, StepSettings, cpu, make_kernel
+from mechint.kernels.cpu import SparseKernel
 from mechint.kernels.cpu.loops import TILED_ABOVE
 from mechint.kernels.cpu.space import Space
-from mechint.kernels.cpu.threads import Pool
+from mechint.kernels.threads import Pool
 from mechint.sae import Objective, build_sae
 
 # architecture and options; each is held against the reference in every test below
@@ -360,14 +359,14 @@ def test_without_numba_training_is_dense_and_says_so_once(monkeypatch, caplog):
 
 
 def test_a_kernel_that_computes_nonsense_is_not_used(monkeypatch, caplog):
-    cpu_kernel.broken.cache_clear()
+    cpu.broken.cache_clear()
     monkeypatch.setattr(Space, "weights", lambda self, grads, *rest: 1.0)
     sae = make("topk")
     try:
         with caplog.at_level(logging.WARNING):
             assert make_kernel(sae, adam(sae)).name == "dense"
     finally:
-        cpu_kernel.broken.cache_clear()
+        cpu.broken.cache_clear()
     assert "does not work here" in caplog.text
 
 

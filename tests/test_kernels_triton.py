@@ -26,8 +26,7 @@ from manual_cases import (
 )
 
 from mechint.kernels import StepSettings
-from mechint.kernels.gpu import products, skip_zeros
-from mechint.kernels.gpu.kernel import ManualKernel
+from mechint.kernels.gpu import ManualKernel, products, skip_zeros
 from mechint.kernels.gpu.products import Products
 from mechint.sae.architectures.topk import TopKSAE
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechint.kernels.cpu import loops
-from mechint.kernels.cpu.threads import Pool
+from mechint.kernels.threads import Pool
 from mechint.sae import SAE
 from mechint.sae.base import MIN_DECODER_NORM
 

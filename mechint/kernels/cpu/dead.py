@@ -16,7 +16,7 @@ from mechint.kernels.cpu.choice import kth_largest
 from mechint.kernels.cpu.dense_route import product_error
 from mechint.kernels.cpu.loops import compiled
 from mechint.kernels.cpu.space import product
-from mechint.kernels.cpu.threads import Pool
+from mechint.kernels.threads import Pool
 from mechint.sae import SAE, Objective
 
 VALUES = 2**18  # pre-activations of a chunk

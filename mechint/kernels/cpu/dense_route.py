@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mechint.kernels.cpu.loops import compiled
 from mechint.kernels.cpu.space import product
-from mechint.kernels.cpu.threads import Pool
+from mechint.kernels.threads import Pool
 from mechint.sae import SAE, Objective
 
 ROWS = 256  # of a chunk

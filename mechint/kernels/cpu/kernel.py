@@ -31,8 +31,8 @@ from mechint.kernels.cpu.dead import DeadRoom, add_dead
 from mechint.kernels.cpu.dense_route import KINDS, DenseRoute, gain_of
 from mechint.kernels.cpu.plans import PLANS, widths_of
 from mechint.kernels.cpu.space import Space
-from mechint.kernels.cpu.threads import Pool, pool
 from mechint.kernels.dense import DenseKernel
+from mechint.kernels.threads import Pool, pool
 from mechint.sae import SAE, Objective, build_sae
 
 # Share of active entries from which dense products are faster (docs/performance.md, "Where dense wins").

@@ -15,7 +15,7 @@ import torch
 from mechint.kernels.cpu import choice
 from mechint.kernels.cpu.dense_route import gain_of, jump_penalty
 from mechint.kernels.cpu.space import Space
-from mechint.kernels.cpu.threads import Pool
+from mechint.kernels.threads import Pool
 from mechint.sae import Objective
 from mechint.sae.architectures.matryoshka_batchtopk import check_widths
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from mechint.kernels.cpu import choice, loops
-from mechint.kernels.cpu.threads import Pool
 from mechint.kernels.cpu.vector import LANES
+from mechint.kernels.threads import Pool
 from mechint.sae import SAE
 
 LATENTS = 256  # a unit of work over latents
