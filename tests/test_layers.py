@@ -59,6 +59,14 @@ def group_of(path: Path) -> str:
 
 def imports_of(path: Path) -> list[tuple[int, str]]:
     """`(line, group)` of every import of our own package, at any depth of the file."""
+    return [
+        (line, DOOR if f"{name}.".startswith(f"mechint.{DOOR}.") else name.split(".")[1])
+        for line, name in names_imported(path)
+    ]
+
+
+def names_imported(path: Path) -> list[tuple[int, str]]:
+    """`(line, full name)` of everything that a file takes from our own package, at any depth of the file."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = []
@@ -67,10 +75,7 @@ def imports_of(path: Path) -> list[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: a relative import hides where it goes"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            if name.startswith("mechint."):
-                door = f"{name}.".startswith("mechint.sae.load.")
-                found.append((node.lineno, DOOR if door else name.split(".")[1]))
+        found += [(node.lineno, name) for name in names if name.startswith("mechint.")]
     return found
 
 
@@ -118,6 +123,22 @@ def test_light_modules_import_nothing_heavy(module: str):
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'datasets', 'pandas'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_kernels_are_sealed():
+    """Outside, only what a box of kernels gives is used; the boxes know each other not at all."""
+    wrong = []
+    for box in ("cpu", "gpu"):
+        folder = PACKAGE / "kernels" / box
+        inside = {f"mechint.kernels.{box}.{path.stem}" for path in folder.glob("*.py")}
+        for path in PACKAGE.rglob("*.py"):
+            if folder in path.parents:
+                continue
+            reached = [name for _, name in names_imported(path) if name.rpartition(".")[0] in inside or name in inside]
+            wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in reached]
+            if "kernels" in path.parts and path.parent.parent == folder.parent:  # the other box
+                wrong += [f"{path.relative_to(ROOT)}: {n}" for _, n in names_imported(path) if f"kernels.{box}" in n]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_no_path_hacks_and_no_postponed_annotations():

@@ -1,8 +1,8 @@
 """Proof that a conversion changed nothing: probe vectors through both sides, and the largest difference.
 
-Both sides are computed in float64 from the float32 tensors, by `oracle.py`: what is written is read back by the format's
-own reader first, so a wrong key, orientation or setting shows. Probes lie where this SAE works: around its `b_dec`, at
-sizes from well below to well above those at which its latents begin to fire.
+Both sides are computed in float64 from the float32 tensors, by `oracle.py`: what is written is read back first, by the
+format's own reader, so a wrong key, orientation or setting shows. Probes lie where this SAE works: around its `b_dec`,
+at sizes from well below to well above those at which its latents begin to fire.
 """
 
 from dataclasses import asdict, dataclass

@@ -111,7 +111,6 @@ def other_ways(repo_id: str) -> str:
 
 ```python
 from mechint.hub import load_pretrained_sae
-from mechint.sae import SAE
 
 sae, config = load_pretrained_sae("{repo_id}")
 print(config["model_name"], config["hook_site"], config["n_features"])
