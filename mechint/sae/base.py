@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -154,7 +154,7 @@ class SAE(Hooked, ABC):
             raise TypeError(f"two classes call themselves architecture {name!r}")
         ARCHITECTURES[name] = cls
 
-    def __new__(cls, cfg: Any = None, *_: Any, **__: Any) -> Self:
+    def __new__(cls, cfg: Any = None, *_: Any, **__: Any) -> "SAE":
         if cls is not SAE:
             return super().__new__(cls)
         if not isinstance(cfg, SAEConfig):
@@ -670,7 +670,7 @@ class SAE(Hooked, ABC):
         """`sae_<model>_<hook>_<d_sae>`."""
         return f"sae_{self.cfg.model_name}_{self.cfg.hook_name}_{self.d_sae}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SAE":
         super()._apply(fn, recurse)
         self.cfg.device, self.cfg.dtype = str(self.device), str(self.dtype).removeprefix("torch.")
         return self
