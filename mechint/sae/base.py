@@ -140,12 +140,18 @@ class SAE(nn.Module, ABC):
         """`feature_acts` to reconstructed activations."""
         return self.peers.sum_latents(feature_acts @ self.W_dec) + self.b_dec
 
+    def run(
+        self, x: Float[Tensor, "*batch d_in"]
+    ) -> tuple[Float[Tensor, "*batch d_in"], Float[Tensor, "*batch d_sae"]]:
+        """`(x_hat, feature_acts)` in one pass: what code of this package uses, whatever calling the SAE returns."""
+        feature_acts = self.encode(x)
+        return self.decode(feature_acts), feature_acts
+
     def forward(
         self, x: Float[Tensor, "*batch d_in"]
     ) -> tuple[Float[Tensor, "*batch d_in"], Float[Tensor, "*batch d_sae"]]:
         """`(x_hat, feature_acts)`."""
-        feature_acts = self.encode(x)
-        return self.decode(feature_acts), feature_acts
+        return self.run(x)
 
     def penalty_scale(self) -> Float[Tensor, " d_sae"] | None:
         """Norms of the decoder rows where they are free, None where they are all 1."""

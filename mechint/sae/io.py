@@ -17,7 +17,9 @@ from torch import Tensor
 from mechint import __version__
 from mechint.errors import MechintError, one_line
 from mechint.provenance import atomic_path, make_dir, read_json, write_json
+from mechint.sae.architectures.standard import StandardSAE
 from mechint.sae.base import ARCHITECTURES, MIN_DECODER_NORM, SAE
+from mechint.sae.legacy import SparseAutoEncoder
 
 CFG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
@@ -143,20 +145,22 @@ def _metadata_beside(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def load_sae_checkpoint(
-    path: str | Path,
-    activation_dim: int | None = None,
-    expansion: int | None = None,
-    device: str | None = "cpu",
+    checkpoint_path: str | Path, activation_dim: int, expansion: int | None = None, device: str | torch.device = "cpu"
 ) -> SAE:
-    """`load_sae` under its old name; a given `activation_dim` or `expansion` must fit the weights."""
-    sae = load_sae(path, device=device or "cpu")
-    if activation_dim is not None and sae.d_in != activation_dim:
-        raise MechintError(f"{path} has d_in {sae.d_in}, but activation_dim {activation_dim} was asked for")
+    """`load_sae` as the original had it: a plain checkpoint opens as the class whose call is `(x_hat, feature_acts)`.
+
+    Raises:
+        MechintError: as `load_sae`, and for weights of another width, or of another number of latents than
+            `expansion * activation_dim` where an expansion is given.
+    """
+    sae = load_sae(checkpoint_path, device=str(device))
+    if sae.d_in != activation_dim:
+        raise MechintError(f"{checkpoint_path} has d_in {sae.d_in}, but activation_dim {activation_dim} was asked for")
     if expansion is not None and sae.d_sae != expansion * sae.d_in:
         raise MechintError(
-            f"{path} has {sae.d_sae} latents for d_in {sae.d_in}, but expansion {expansion} was asked for"
+            f"{checkpoint_path} has {sae.d_sae} latents for d_in {sae.d_in}, but expansion {expansion} was asked for"
         )
-    return sae
+    return SparseAutoEncoder.of(sae) if type(sae) is StandardSAE else sae
 
 
 def read_state_dict(path: str | Path) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class TopKSAE(SAE):
     def loss(self, x: Float[Tensor, "batch d_in"], objective: Objective) -> Loss:
         if not self.relu:
             raise MechintError("a topk SAE without ReLU can be applied here, not trained: train one with ReLU instead")
-        x_hat, feature_acts = self(x)
+        x_hat, feature_acts = self.run(x)
         loss = Loss({"mse": mean_squared_error(x, x_hat)}, {"mse": 1.0}, feature_acts)
         return add_auxk(loss, self, x, x_hat, objective)
 
