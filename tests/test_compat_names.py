@@ -276,7 +276,7 @@ def test_ablation_calls(sae: SparseAutoEncoder, model: LanguageModel, tiny_neox_
     names: list[str] = []
     unchanged = compute_text_kl(model, "the cat sat", HOOK, lambda value, hook: names.append(hook.name))
     assert names == [HOOK] and unchanged["max_kl"] == pytest.approx(0, abs=1e-12)
-    with pytest.raises(MechintError, match="no hook 'blocks.3.hook_resid_pots'"):
+    with pytest.raises(MechintError, match="'blocks.3.hook_resid_pots'.*nearest: blocks.3.hook_resid_post"):
         compute_text_kl(model, "the cat sat", "blocks.3.hook_resid_pots", hook)
 
     bridge = build_transformer_model(str(tiny_neox_dir), device="cpu")

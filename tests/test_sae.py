@@ -184,7 +184,7 @@ def test_old_class_and_its_state_dict():
         ((512, 64), {}, "not an expansion", "SparseAutoEncoder(512, 32768)"),
         ((64, 2), {}, "or SparseAutoEncoder(64, m=2)", "SparseAutoEncoder(64, 128)"),
         ((768, 10), {}, "not an expansion", "SparseAutoEncoder(768, 7680)"),
-        ((), {"activation_dim": 512, "expansion": 8}, "activation_dim=512, expansion=8", "SparseAutoEncoder(512, 4096)"),
+        ((), {"activation_dim": 512, "expansion": 8}, "activation_dim=512", "SparseAutoEncoder(512, 4096)"),
         ((512,), {"expansion": 4}, "(512, expansion=4)", "SparseAutoEncoder(512, 2048)"),
         ((512,), {}, "(512)", "SparseAutoEncoder(512, 4096)"),
         ((512,), {"d_sae": 1000}, "(512, d_sae=1000)", "SparseAutoEncoder(512, 1000)"),
