@@ -13,8 +13,8 @@ PACKAGE = ROOT / "mechint"
 # A file imports only from groups above its own. Groups on one line do not import one another.
 GROUPS = [
     ["errors", "lazy"],
-    ["config"],
     ["provenance"],
+    ["config"],
     ["huggingface"],
     ["builtin"],
     ["models"],
@@ -35,7 +35,7 @@ GROUPS = [
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(GROUPS) for name in names}
-# config needs the error class only; builtin's recipe is a command and writes files as commands do.
+# config needs errors and JSON files only; builtin's recipe is a command and writes files as commands do.
 LIGHT = (
     "mechint",
     "mechint.errors",

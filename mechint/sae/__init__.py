@@ -2,6 +2,7 @@
 
 import mechint.sae.architectures  # noqa: F401  (registers every architecture)
 from mechint.lazy import lazy_names
+from mechint.sae.architectures.standard import StandardSAE
 from mechint.sae.base import ARCHITECTURES, SAE, Loss, Objective, build_sae, find_architecture
 from mechint.sae.checkpoint import save_checkpoint
 from mechint.sae.config import SAEConfig
@@ -19,6 +20,7 @@ __all__ = [
     "SAEConfig",
     "SAEloss",
     "SparseAutoEncoder",
+    "StandardSAE",
     "build_sae",
     "find_architecture",
     "load_sae",  # noqa: F822

@@ -160,7 +160,7 @@ class SAETrainingRunner:
         config = cfg.collect_config("x", max(math.ceil(rows / (sum(lengths) / len(lengths))), 2))
         name = f"saelens-{sha256_json({k: v for k, v in config.to_dict().items() if k != 'output'})[:12]}"
         config = CollectConfig.from_dict({**config.to_dict(), "output": str(self.activations_root / name)})
-        return collect_activations(config, progress=cfg.verbose)
+        return collect_activations(config, progress=cfg.verbose)[0]
 
     def _sae(self, run: Run) -> SAE:
         sae = SAE.load_from_disk(run.path, device="cpu")

@@ -18,7 +18,7 @@ from mechint.kernels.gpu.products import Products, has_triton, kernels
 from mechint.sae import SAE
 from mechint.sae.architectures.batchtopk import BatchTopKSAE
 from mechint.sae.architectures.jumprelu import JumpReLUSAE
-from mechint.sae.architectures.standard import SparseAutoEncoder
+from mechint.sae.architectures.standard import StandardSAE
 from mechint.sae.architectures.topk import TopKSAE
 from mechint.sae.base import MIN_DECODER_NORM
 
@@ -75,7 +75,7 @@ def sparse_pass(sae: SAE, inputs: Inputs, mm: Products) -> Outcome:
     dense_slots, slots = entries.slots is None, entries.rows if entries.slots is None else entries.slots
     shape = {"ENTRIES": max(1, 4096 // _block(d_in)), "BLOCK_D": _block(d_in), "num_warps": 8 if d_in > 1024 else 4}
     error, d_acts, code_sums = torch.empty_like(x), torch.empty_like(entries.pre), torch.empty_like(x[:, 0])
-    scale, saturation = 2 / x.numel(), sae.saturation if isinstance(sae, SparseAutoEncoder) else 0.0
+    scale, saturation = 2 / x.numel(), sae.saturation if isinstance(sae, StandardSAE) else 0.0
     kernels().reconstruct[(batch,)](
         x, sae.W_dec, sae.b_dec, entries.pre, threshold, entries.starts, entries.counts, entries.latents,
         error, d_acts, code_sums, scale, saturation, sae.d_sae, d_in, JUMP=jump, DENSE_SLOTS=dense_slots, **shape,
