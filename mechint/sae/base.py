@@ -33,6 +33,8 @@ from mechint.sae.peers import ALONE, Peers
 MIN_DECODER_NORM = 1e-12
 # SAELens and OpenAI's sparse_autoencoder: what layer norm adds to the standard deviation.
 LAYER_NORM_EPS = 1e-5
+# Settings of `SAEConfig` that an SAE of any architecture may have.
+SETTINGS = {"apply_b_dec_to_input", "normalize_activations", "input_scale", "rescale_acts_by_decoder_norm", "metadata"}
 # In SAELens, and not here: what does the same.
 ELSEWHERE = {
     "fold_activation_norm_scaling_factor": "a constant input scale is sae.cfg.input_scale; mechint.formats.fold_scale",
@@ -192,6 +194,8 @@ class SAE(Hooked, ABC):
         self.check_options()
         if "k" in self.options:
             self.cfg.k = self.k  # type: ignore[attr-defined]
+        usual = {**self.options, **self.departures, "k": given.get("k")}
+        self.cfg.options = {name: value for name, value in given.items() if value != usual.get(name)}
         for name in ("sae_input", "sae_acts_pre", "sae_acts_post", "sae_recons", "sae_error", "sae_output"):
             self.add_module(f"hook_{name}", HookPoint(f"hook_{name}"))
         # False: rows of W_dec are free, every penalty and selection weighs feature_acts by their norms, and saving
@@ -215,9 +219,8 @@ class SAE(Hooked, ABC):
         if d_sae is None:
             raise MechintError(f"{type(self).__name__}(d_in, d_sae): d_sae is missing; or give it an SAEConfig")
         own = {name: value for name, value in settings.items() if name in (*self.options, *self.departures)}
-        known = {part.name for part in dataclasses.fields(SAEConfig)} - {"options", "architecture"}
-        for name in settings.keys() - own.keys() - known:
-            names = (*self.options, *sorted(known))
+        for name in settings.keys() - own.keys() - SETTINGS:
+            names = (*self.options, *sorted(SETTINGS))
             raise MechintError(f"{type(self).__name__} has no setting {name!r}; {nearest(name, names)}")
         rest = {name: value for name, value in settings.items() if name not in own}
         k = own.pop("k", None)
@@ -377,6 +380,10 @@ class SAE(Hooked, ABC):
         metadata = SAEMetadata(metadata or {})
         given = {name: value for name, value in settings.items() if name in (*kind.options, *kind.departures)}
         rest = {name: value for name, value in settings.items() if name not in given}
+        if "k" in kind.saved_tensors and (isinstance(k := given.get("k"), bool) or not isinstance(k, (int, float))):
+            raise MechintError(f"{source}: {architecture} needs k, the number of active latents; found {k!r}")
+        for name in rest.keys() - SETTINGS:
+            raise MechintError(f"{source}: {architecture} has no setting {name!r}; {nearest(name, SETTINGS)}")
         cfg = SAEConfig(
             d_in,
             d_sae,
@@ -388,8 +395,6 @@ class SAE(Hooked, ABC):
             metadata=metadata,
             **rest,
         )
-        if "k" in kind.saved_tensors and cfg.k is None:
-            raise MechintError(f"{source}: {architecture} without k, the number of active latents")
         try:
             with torch.device("meta"):  # shapes only: the values follow
                 sae = kind(cfg)
@@ -405,27 +410,21 @@ class SAE(Hooked, ABC):
     ) -> "SAE":
         """An SAE with other tensors or settings; what is not named stays. A rescaled or reordered dictionary, say."""
         cfg = self.cfg
-        settings: dict[str, Any] = {
-            "apply_b_dec_to_input": cfg.apply_b_dec_to_input,
-            "normalize_activations": cfg.normalize_activations,
-            "input_scale": cfg.input_scale,
-            "rescale_acts_by_decoder_norm": cfg.rescale_acts_by_decoder_norm,
-        }
+        settings: dict[str, Any] = {name: getattr(cfg, name) for name in SETTINGS}
         if architecture in (None, self.architecture):
             settings |= {name: getattr(self, name) for name in (*self.options, *self.departures)}
-        said = {"metadata": self.metadata, "notes": self.notes, "sparsity": self.sparsity}
+        said = {"notes": self.notes, "sparsity": self.sparsity}
         given = {**settings, **said, "transcoder": self.is_transcoder, **changes}
         return SAE.from_tensors(architecture or self.architecture, tensors or self.weights(), **given)
 
     def weights(self) -> dict[str, Float[Tensor, "..."]]:
-        """The parameters by name, float32 on the CPU; the parameters themselves, not copies, where they are that."""
-        return {name: value.detach().to("cpu", torch.float32) for name, value in self.named_parameters()}
+        """The parameters by name, contiguous float32 on the CPU: what files are made of. Copies only where needed."""
+        return {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in self.named_parameters()}
 
     def tensors(self) -> dict[str, Tensor]:
         """What checkpoint.pt holds: the weights, and options that change what they compute."""
         numbers = {**self.saved_options(), **self.departing()}
-        whole = {name: value.contiguous() for name, value in self.weights().items()}
-        return whole | {name: torch.tensor(value) for name, value in numbers.items()}
+        return self.weights() | {name: torch.tensor(value) for name, value in numbers.items()}
 
     def saved_options(self) -> dict[str, Any]:
         """Options that a file holds, since they change what the trained SAE computes: `k` of topk."""
