@@ -23,10 +23,10 @@ from mechint.eval.reconstruction import measure_activity
 from mechint.models import load_model
 from mechint.provenance import read_json, sha256_json
 from mechint.runs import Run
+from mechint.sae import SAE
+from mechint.sae.base import usable
 from mechint.saelens.config import LanguageModelSAERunnerConfig
-from mechint.saelens.form import usable
 from mechint.saelens.nested import LoggingConfig
-from mechint.saelens.sae import SAE
 from mechint.subject import open_subject
 from mechint.train import resume, train
 
@@ -166,7 +166,7 @@ class SAETrainingRunner:
         sae = SAE.load_from_disk(run.path, device="cpu")
         activations = open_activations(run.activations_path())
         rows = torch.linspace(0, activations.n_rows - 1, min(SPARSITY_ROWS, activations.n_rows)).long()
-        activity = measure_activity(sae.to_mechint(), activations, rows)
+        activity = measure_activity(sae, activations, rows)
         sae.sparsity = (activity.fire_counts.double() / activity.n_rows + 1e-10).log10().float()
         cfg = read_json(run.config_path)
         sae.cfg.metadata.update(

@@ -18,10 +18,11 @@ from mechint.data.batches import CounterBatches, TorchBatches, make_batches
 from mechint.data.store import Activations
 from mechint.errors import MechintError
 from mechint.eval.reconstruction import Activity, evaluate_rows
+from mechint.formats.saelens import save_folder
 from mechint.kernels import Kernel, StepResult, StepSettings, make_kernel
 from mechint.provenance import get_git_commit, set_global_seed, write_json
 from mechint.runs import write_manifest
-from mechint.sae import SAE, Objective, build_sae, save_checkpoint, save_sae_folder
+from mechint.sae import SAE, Objective, build_sae, save_checkpoint
 from mechint.sae.architectures.matryoshka_batchtopk import draw_widths
 from mechint.sae.init import centre, fit_encoder, input_scale, set_density, tie_encoder
 from mechint.train.dead import dead_latents, resample
@@ -264,7 +265,7 @@ def finish(training: Training) -> dict[str, Any]:
     sae = state.sae.saved_form(state.input_scale)
     save_checkpoint(sae, layout.checkpoint)
     if layout.sae_dir is not None:
-        save_sae_folder(sae, layout.sae_dir)
+        save_folder(sae, layout.sae_dir)
     if layout.metadata is not None:
         write_json(layout.metadata, {"sae_metadata": sae.metadata})
     summary = _summary(training, sae)

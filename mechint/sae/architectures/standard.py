@@ -24,29 +24,21 @@ from mechint.sae.base import SAE, Loss, Objective, add_auxk, mean_squared_error,
 
 
 class StandardSAE(SAE):
-    """ReLU SAE. `mechint.sae.legacy` has its form for old code."""
+    """ReLU. `mechint.sae.legacy` has its form for old code."""
 
     architecture = "standard"
     saved_tensors = ("W_enc", "b_enc", "W_dec", "b_dec")
     options = {"saturation": 0.0}
     has_l1 = True
     shardable = True
+    saturation: float
 
-    def __init__(
-        self,
-        d_in: int,
-        d_sae: int,
-        *,
-        saturation: float = 0.0,
-        generator: torch.Generator | None = None,
-    ):
-        super().__init__(d_in, d_sae, generator=generator)
-        if not 0 <= saturation < math.inf:
-            raise MechintError(f"--saturation must be 0 or above, got {saturation:g}")
-        self.saturation = saturation
+    def check_options(self) -> None:
+        if not 0 <= self.saturation < math.inf:
+            raise MechintError(f"--saturation must be 0 or above, got {self.saturation:g}")
 
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        return torch.relu(self.pre_activations(x))
+    def activate(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        return torch.relu(pre)
 
     def loss(self, x: Float[Tensor, "batch d_in"], objective: Objective) -> Loss:
         x_hat, feature_acts = self.run(x)

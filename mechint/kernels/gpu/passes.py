@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from mechint.kernels.contract import Pass
-from mechint.kernels.cuda_products import Products
+from mechint.kernels.gpu.products import Products
 from mechint.sae import SAE
 from mechint.sae.architectures.batchtopk import BatchSelecting
 from mechint.sae.architectures.jumprelu import JumpReLUSAE
