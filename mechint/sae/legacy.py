@@ -75,6 +75,11 @@ class SparseAutoEncoder(StandardSAE):
         vars(legacy).update(vars(sae))
         return legacy
 
+    @property
+    def b_pre(self) -> nn.Parameter:
+        """`b_dec` under its old name."""
+        return self.b_dec
+
     def encoder(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """`encode` under its old name."""
         return self.encode(x)
