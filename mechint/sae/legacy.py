@@ -72,7 +72,7 @@ class SparseAutoEncoder(StandardSAE):
     def of(cls, sae: StandardSAE) -> "SparseAutoEncoder":
         """The same SAE, its parameters shared, with the old call and the old state dict."""
         legacy = cls.__new__(cls)
-        legacy.__dict__.update(sae.__dict__)
+        vars(legacy).update(vars(sae))
         return legacy
 
     @property
