@@ -21,7 +21,7 @@ from mechint.errors import MechintError
 from mechint.formats import FORMATS, plain_form, reference_decode, reference_encode
 from mechint.formats.certificate import certify
 from mechint.formats.convert import convert, held_variant, identify, load
-from mechint.formats.folds import as_jumprelu, as_standard, fold_b_dec, fold_norms, fold_scale, variants
+from mechint.formats.folds import as_jumprelu, as_standard, fold_b_dec, fold_norms, fold_scale, not_plain, variants
 from mechint.sae import SAE, build_sae, load_sae, save_checkpoint
 from mechint.sae.config import NORMALIZE
 
@@ -136,8 +136,10 @@ def test_relu_and_jumprelu_at_zero_are_the_same() -> None:
     [{"normalize_activations": kind} for kind in NORMALIZE[1:]] + [{"transcoder": True}],
 )
 def test_what_no_weights_can_say_is_refused(changes: dict[str, Any]) -> None:
+    sae = make("topk", **changes)
+    assert not_plain(sae) and not_plain(plain_form(sae)) == not_plain(sae)
     with pytest.raises(MechintError, match="would change"):
-        plain_form(make("topk", **changes))
+        held_variant(sae, FORMATS["mechint"])
 
 
 # --- certificates -----------------------------------------------------------------------------------------------------
@@ -546,7 +548,7 @@ def test_broken_and_hostile_files_are_one_line_of_error(name: str, run_dir: Path
 
 def test_opening_does_not_import_transformer_lens(run_dir: Path) -> None:
     code = (
-        "import sys; from mechint.formats.convert import load; from mechint.formats import to_sae\n"
+        "import sys; from mechint.formats.convert import load; from mechint.formats import plain_form\n"
         f"plain_form(load({str(run_dir)!r})[1])\n"
         "heavy = {'transformer_lens', 'transformers', 'datasets', 'pandas', 'torch._dynamo'}\n"
         "print(heavy & set(sys.modules))"

@@ -19,7 +19,7 @@ from mechint.errors import MechintError
 from mechint.formats import FORMATS
 from mechint.formats.convert import convert, convert_each, identify, load, write_proved
 from mechint.formats.mistudio import nearest_logs, of_logs
-from mechint.sae import load_sae
+from mechint.sae import SAE, load_sae
 
 # --- miStudio's thresholds --------------------------------------------------------------------------------------------
 

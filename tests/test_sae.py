@@ -100,7 +100,7 @@ def test_checkpoint_is_the_old_state_dict(sae: StandardSAE, tmp_path: Path):
     save_checkpoint(sae, tmp_path / "a.pt")
     loaded = torch.load(tmp_path / "a.pt", weights_only=True)
     assert set(loaded) == {"b_pre", "b_enc", "W_enc", "W_dec"}
-    again = StandardSAE(16, 64)
+    again = SparseAutoEncoder(16, 64)
     again.load_state_dict(loaded)  # as old code does it
     assert torch.equal(again.b_pre, sae.b_dec) and torch.equal(again.W_dec, sae.W_dec)
     save_checkpoint(sae, tmp_path / "b.pt")
@@ -257,8 +257,8 @@ def test_what_is_not_an_sae_is_refused(sae: StandardSAE, tmp_path: Path):
         "other.pt": "expected W_enc, b_enc, W_dec",
         "shape.pt": r"b_enc has shape \[5\], expected \[64\]",
         "nan.pt": "not finite",
-        "folder": "not a run directory",
-        "absent.pt": "not found",
+        "folder": "none of the formats",
+        "absent.pt": "no SAE at",
     }
     for name, message in expected.items():
         with pytest.raises(MechintError, match=message) as caught:

@@ -196,7 +196,7 @@ def test_unpacks_as_the_triple_of_before_version_6():
 
 
 def test_heads_come_one_by_one_or_side_by_side(tmp_path: Path):
-    sae = SAE(drawn().variant(metadata={"hook_name": "blocks.1.attn.hook_z"}))
+    sae = drawn().variant(metadata={"hook_name": "blocks.1.attn.hook_z"})
     assert sae.cfg.reshape_activations == "hook_z"
     heads = torch.randn(2, 3, 4, 4)
     flat = heads.flatten(-2)

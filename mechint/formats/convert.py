@@ -8,10 +8,9 @@ from typing import Any
 
 from mechint import __version__
 from mechint.errors import MechintError, nearest
-from mechint.formats import FORMATS
+from mechint.formats import FORMATS, mechint
 from mechint.formats.base import Format
 from mechint.formats.certificate import Certificate, certify
-from mechint.formats.files import read_pt
 from mechint.formats.limits import held_variant
 from mechint.formats.mechint import LEGACY_SETTING
 from mechint.provenance import fsync_dir, make_dir, read_json, scratch_folder, sha256_file, write_json
@@ -137,7 +136,7 @@ def load(path: str | Path, *, from_format: str | None = None) -> tuple[Format, S
         chosen = next(iter(candidates), None)
         if chosen is None:
             if path.suffix == ".pt" and path.is_file():
-                read_pt(path)  # says what is wrong with a broken one
+                mechint.read(path)  # says what is wrong with it
             raise MechintError(unknown_in_words(path))
     assert chosen.read is not None
     return chosen, chosen.read(path)

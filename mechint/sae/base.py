@@ -35,6 +35,8 @@ MIN_DECODER_NORM = 1e-12
 LAYER_NORM_EPS = 1e-5
 # Settings of `SAEConfig` that an SAE of any architecture may have.
 SETTINGS = {"apply_b_dec_to_input", "normalize_activations", "input_scale", "rescale_acts_by_decoder_norm", "metadata"}
+# Activation functions of transcoders: SAELens has no top-k ones, EleutherAI's sparsify has.
+BASES = ("standard", "jumprelu", "topk")
 # In SAELens, and not here: what does the same.
 ELSEWHERE = {
     "fold_activation_norm_scaling_factor": "a constant input scale is sae.cfg.input_scale; mechint.formats.fold_scale",
@@ -161,7 +163,11 @@ class SAE(Hooked, ABC):
             return super().__new__(cls)
         if not isinstance(cfg, SAEConfig):
             raise MechintError("SAE(cfg) makes a new SAE from an SAEConfig; SAE.load(path or name) opens one")
-        return super().__new__(find_architecture(cfg.base_architecture))  # type: ignore[return-value]
+        kinds = [Architecture.of_transcoder(base, skip=skip) for base in BASES for skip in (False, True)]
+        if cfg.architecture not in (*ARCHITECTURES, *kinds):
+            known = (*ARCHITECTURES, *kinds)
+            raise MechintError(f"unknown architecture {str(cfg.architecture)!r}; {nearest(cfg.architecture, known)}")
+        return super().__new__(ARCHITECTURES[cfg.base_architecture])
 
     def __init__(
         self,
@@ -213,7 +219,7 @@ class SAE(Hooked, ABC):
         with torch.no_grad():
             self._draw(generator)
         if isinstance(d_in, SAEConfig):
-            self.to(device=cfg.device, dtype=dtype_of(cfg.dtype))
+            self.to(device=usable(cfg.device), dtype=dtype_of(cfg.dtype))
 
     def _config(self, d_in: int, d_sae: int | None, settings: dict[str, Any]) -> SAEConfig:
         if d_sae is None:
