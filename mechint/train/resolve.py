@@ -56,8 +56,8 @@ def _check_same(config: SAETrainConfig, key: str, recorded: Any, activations: Ac
         return
     flag = f"--{key.replace('_', '-')}"
     raise MechintError(
-        f"{config.activations_path} was collected with {key} {recorded!r}, but {flag} is {given!r}: leave the"
-        " flag out, or collect other activations"
+        f"{config.activations_path} was collected with {key} {recorded!r}, but {flag} (or {key} in --config) says"
+        f" {given!r}: leave it out, or collect other activations"
     )
 
 

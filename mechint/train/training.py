@@ -39,7 +39,7 @@ READ_EVERY = {"cuda": 50}
 # Metrics of an evaluation that need each latent's number of firings.
 OF_FREQUENCY = ("dense_features", "dense_fraction", "features_over_1_percent")
 # What the SAE's own record says of the activations it was trained on, as it is only valid on such: what the config has,
-# null where nobody knows it, so that no reader takes it for something else; and what only the activations can say.
+# and what only the activations can say.
 IDENTITY_KEYS = ("model_name", "model_source", "hook_name", "processing", "prepend_bos", "dataset_name")
 ACTIVATION_KEYS = ("model_revision", "model_sha256", "keep_bos", "context_size")
 
@@ -122,7 +122,8 @@ def make_sae(config: SAETrainConfig, activations: Activations, team: Team) -> SA
     sae = team.build(lambda: build_sae(*shape, options=options)).to(config.device)
     sae.unit_decoder = config.decoder == "unit"
     sae.metadata = {
-        **{key: getattr(config, key) for key in IDENTITY_KEYS},
+        **{key: value for key in IDENTITY_KEYS if (value := getattr(config, key)) is not None},
+        "processing": config.processing,  # null where nobody knows it: a record that lacks the key is an older one
         **{key: activations.info[key] for key in ACTIVATION_KEYS if activations.info.get(key) is not None},
         "activations_sha256": activations.sha256,
     }
