@@ -204,7 +204,7 @@ class _Reconstruct:
     def __call__(self, value: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos d_in"]:
         used = self.batch.real if self.rows is not None else self.batch.seen
         x = value[used.to(value.device)].float()
-        x_hat, feature_acts = self.sae(x)
+        x_hat, feature_acts = self.sae.run(x)
         if self.rows is not None:
             self.rows.add(x, x_hat, feature_acts, self.kinds[used], self.batch.seen[used])
         edited = value.clone()

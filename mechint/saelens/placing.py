@@ -5,7 +5,7 @@ from typing import Any
 
 from mechint.errors import MechintError
 from mechint.models import LanguageModel
-from mechint.saelens.sae import SAE
+from mechint.sae import SAE
 
 # Hooks that hold the residual stream or what is added to it, which is all that centring changes.
 _CENTRED = re.compile(r"(.*\.)?hook_(resid_(pre|mid|post)|mlp_out|attn_out)")

@@ -17,11 +17,12 @@ from mechint.config import SAETrainConfig
 from mechint.data.batches import CounterBatches, TorchBatches, make_batches
 from mechint.data.store import Activations
 from mechint.errors import MechintError
-from mechint.eval.reconstruction import Activity, evaluate_sae
+from mechint.eval.reconstruction import Activity, evaluate_rows
+from mechint.formats.saelens import save_folder
 from mechint.kernels import Kernel, StepResult, StepSettings, make_kernel
 from mechint.provenance import get_git_commit, set_global_seed, write_json
-from mechint.runs import write_run_manifest
-from mechint.sae import SAE, Objective, build_sae, save_checkpoint, save_sae_folder
+from mechint.runs import write_manifest
+from mechint.sae import SAE, Objective, build_sae, save_checkpoint
 from mechint.sae.architectures.matryoshka_batchtopk import draw_widths
 from mechint.sae.init import centre, fit_encoder, input_scale, set_density, tie_encoder
 from mechint.train.dead import dead_latents, resample
@@ -39,7 +40,7 @@ READ_EVERY = {"cuda": 50}
 # Metrics of an evaluation that need each latent's number of firings.
 OF_FREQUENCY = ("dense_features", "dense_fraction", "features_over_1_percent")
 # What the SAE's own record says of the activations it was trained on, as it is only valid on such: what the config has,
-# and what only the activations can say.
+# and what only the activations can say. What nobody knows is left out.
 IDENTITY_KEYS = ("model_name", "model_source", "hook_name", "processing", "prepend_bos", "dataset_name")
 ACTIVATION_KEYS = ("model_revision", "model_sha256", "keep_bos", "context_size")
 
@@ -123,7 +124,6 @@ def make_sae(config: SAETrainConfig, activations: Activations, team: Team) -> SA
     sae.unit_decoder = config.decoder == "unit"
     sae.metadata = {
         **{key: value for key in IDENTITY_KEYS if (value := getattr(config, key)) is not None},
-        "processing": config.processing,  # null where nobody knows it: a record that lacks the key is an older one
         **{key: activations.info[key] for key in ACTIVATION_KEYS if activations.info.get(key) is not None},
         "activations_sha256": activations.sha256,
     }
@@ -254,13 +254,13 @@ def finish(training: Training) -> dict[str, Any]:
     sae = state.sae.saved_form(state.input_scale)
     save_checkpoint(sae, layout.checkpoint)
     if layout.sae_dir is not None:
-        save_sae_folder(sae, layout.sae_dir)
+        save_folder(sae, layout.sae_dir)
     if layout.metadata is not None:
         write_json(layout.metadata, {"sae_metadata": sae.metadata})
     summary = _summary(training, sae)
     write_json(layout.summary, summary)
     if layout.manifest is not None:
-        write_run_manifest(
+        write_manifest(
             layout.root,
             config,
             summary,
@@ -302,7 +302,7 @@ def _summary(training: Training, sae: SAE) -> dict[str, Any]:
     if len(training.val_indices):
         # "dead" in a summary means: in no batch of the training (docs/metrics.md)
         seen = Activity(fired.long().cpu(), torch.zeros(sae.d_in, dtype=torch.float64), len(training.train_indices))
-        summary |= evaluate_sae(
+        summary |= evaluate_rows(
             sae,
             training.activations,
             training.val_indices,
