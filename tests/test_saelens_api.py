@@ -417,7 +417,7 @@ def test_the_nested_form_becomes_our_settings():
     nested = MatryoshkaBatchTopKTrainingSAEConfig(d_in=32, d_sae=64, matryoshka_widths=[16, 32])
     assert LanguageModelSAERunnerConfig(sae=nested, hook_name=HOOK).train_config("x", 32).widths == (16, 32, 64)
     by_dict = LanguageModelSAERunnerConfig(sae={"architecture": "gated", "d_in": 8, "d_sae": 16}, hook_name=HOOK)
-    assert by_dict.sae_architecture == "gated" and by_dict.expansion(8) == 2
+    assert by_dict.sae_architecture == "gated" and by_dict.latents(8) == 16
 
 
 @pytest.mark.parametrize(
@@ -478,12 +478,22 @@ def test_short_forms_are_enough():
     assert by_function.train_config("x", 64).architecture == "topk" and by_function.train_config("x", 64).k == 50
 
 
-def test_widths_that_do_not_fit_are_refused():
-    with pytest.raises(MechintError, match="take 128 or 256"):
-        LanguageModelSAERunnerConfig(d_sae=200).expansion(128)
+def test_widths():
     with pytest.raises(MechintError, match="d_in is 64"):
-        LanguageModelSAERunnerConfig(d_in=64).expansion(128)
-    assert LanguageModelSAERunnerConfig(expansion_factor=16).expansion(128) == 16
+        LanguageModelSAERunnerConfig(d_in=64).latents(128)
+    with pytest.raises(MechintError, match="d_sae 200 and expansion_factor 2 contradict each other.* 256"):
+        LanguageModelSAERunnerConfig(d_sae=200, expansion_factor=2).latents(128)
+    for given, latents, expansion in (
+        ({}, 512, 4),
+        ({"expansion_factor": 16}, 2048, 16),
+        ({"d_sae": 256}, 256, 2),
+        ({"d_sae": 256, "expansion_factor": 2}, 256, 2),
+        ({"d_sae": 200}, 200, None),  # no multiple of d_in
+        ({"sae": TopKTrainingSAEConfig(d_in=128, d_sae=200)}, 200, None),
+    ):
+        cfg = LanguageModelSAERunnerConfig(**given)
+        train = cfg.train_config("x", 128)
+        assert (cfg.latents(128), train.num_features, train.d_sae, train.expansion) == (*[latents] * 3, expansion)
 
 
 class StandInWandb(types.ModuleType):

@@ -152,7 +152,7 @@ class SAETrainingRunner:
         sample = model.tokenize(texts, prepend_bos=cfg.prepend_bos, context_size=cfg.context_size)
         lengths = [len(row) for row in sample]
         d_in = hook_width(model, cfg.hook_name)
-        cfg.expansion(d_in)  # widths that do not fit are known before anything is collected
+        cfg.latents(d_in)  # widths that do not fit are known before anything is collected
         most = MOST_BYTES // (4 * d_in)
         # a tenth more: what is held out for validation, and texts that are shorter than those at the beginning
         rows = min(math.ceil(cfg.training_tokens * 1.1), most)
