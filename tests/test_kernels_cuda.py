@@ -61,7 +61,7 @@ def test_two_hundred_steps(name: str) -> None:
 def test_whole_runs_end_alike(name: str) -> None:
     """200 steps by themselves: the same loss, L0 and latents that never fire as the reference's, within its spread."""
 
-    def run(kind: type[DenseKernel] | type[cuda.ManualKernel], seed: int) -> list[float]:
+    def run(kind: type[DenseKernel] | type[manual.ManualKernel], seed: int) -> list[float]:
         sae, objective = make_case(name)
         kernel = kind(sae, adam_for(sae))
         losses, active, fired = [], [], torch.zeros(D_SAE, dtype=torch.int64)
@@ -73,7 +73,7 @@ def test_whole_runs_end_alike(name: str) -> None:
                 fired += result.fire_counts.cpu()
         return [sum(losses) / 50, sum(active) / 50, float((fired == 0).sum())]
 
-    assert_end_alike(*([run(kind, seed) for seed in range(3)] for kind in (cuda.ManualKernel, DenseKernel)))
+    assert_end_alike(*([run(kind, seed) for seed in range(3)] for kind in (manual.ManualKernel, DenseKernel)))
 
 
 def test_a_loss_that_is_not_finite_moves_nothing() -> None:

@@ -28,9 +28,10 @@ from mechint.sae.init import centre, fit_encoder, input_scale, set_density, tie_
 from mechint.train.dead import dead_latents, resample
 from mechint.train.layout import Layout
 from mechint.train.log import MetricsLog
-from mechint.train.parallel import Team, describe
+from mechint.train.parallel import Team
 from mechint.train.schedule import learning_rate_at, penalty_weight, sparsity_at
 from mechint.train.state import TrainState, load_state, save_state
+from mechint.train.team import describe
 
 # Training rows, evenly spaced, that decide where training starts and how inputs are scaled.
 SAMPLE_ROWS = 65_536
