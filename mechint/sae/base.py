@@ -208,7 +208,10 @@ class SAE(Hooked, ABC):
         if self.is_transcoder and not cfg.d_out:
             raise MechintError("a transcoder needs d_out, the width of what it writes")
         if self.is_transcoder and (cfg.normalize_activations != "none" or cfg.input_scale != 1.0):
-            raise MechintError("a transcoder whose input is changed before encoding has no definition here")
+            changed = f"normalize_activations {cfg.normalize_activations!r}, input_scale {cfg.input_scale:g}"
+            raise MechintError(
+                f"a transcoder whose input is changed before encoding ({changed}) has no definition here"
+            )
         if cfg.rescale_acts_by_decoder_norm and self.architecture != "topk":
             raise MechintError(f"rescale_acts_by_decoder_norm belongs to topk, this is {self.architecture}")
         given = dict(cfg.options) if cfg.k is None else {**cfg.options, "k": cfg.k}
