@@ -50,8 +50,8 @@ class Base(DeclarativeBase):
     """The tables' metadata."""
 
 
-class SAE(Base):
-    """One SAE of the library. Its files lie in `<data>/saes/<id>/` once it is ready, and only then."""
+class SharedSAE(Base):
+    """An SAE of the library. Its files lie in `<data>/saes/<id>/` once it is ready, and only then."""
 
     __tablename__ = "saes"
     __table_args__ = (Index("ix_saes_status_created", "status", "created_at"),)
