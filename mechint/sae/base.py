@@ -807,7 +807,7 @@ def mean_squared_error(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "bat
     return (x_hat - x).pow(2).mean()
 
 
-def weighted_acts(sae: SAE, feature_acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
+def weighted_acts(sae: SAE, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
     """`feature_acts` in units of what they add to the reconstruction: times the norm of their decoder row."""
     scale = sae.penalty_scale()
     return feature_acts if scale is None else feature_acts * scale
