@@ -21,6 +21,7 @@ from mechint.huggingface.client import (
     tree,
 )
 from mechint.huggingface.files import Listed, difference, fetch_rest, listed, place_of
+from mechint.locks import lock
 from mechint.provenance import check_output_path, disk_full, fsync_dir, make_dir, read_json, sha256_file
 from mechint.saelens.releases import is_inside
 
@@ -97,15 +98,9 @@ def pull(repo_id: str, output: str | Path | None = None, *, revision: str | None
 @contextlib.contextmanager
 def _alone(stage: Path) -> Iterator[None]:
     """While the block runs, no other process downloads into the same hidden folder."""
-    import fcntl
-
     with open(stage / "lock", "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise MechintError(f"another process is pulling into {stage}: wait for it, or stop it") from None
-        except OSError:
-            pass  # a file system without locks
+        if lock(file.fileno()) is False:
+            raise MechintError(f"another process is pulling into {stage}: wait for it, or stop it")
         yield
 
 
