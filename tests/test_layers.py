@@ -12,7 +12,7 @@ PACKAGE = ROOT / "mechint"
 
 # A file imports only from groups above its own. Groups on one line do not import one another.
 GROUPS = [
-    ["errors", "lazy"],
+    ["errors", "lazy", "locks"],
     ["provenance"],
     ["config"],
     ["huggingface"],

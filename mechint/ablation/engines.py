@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechint.ablation.kl import Effect, Unembedding, effect_of_log_probs, float32_limit
+from mechint.ablation.kl import ChangedHead, Effect, effect_of_log_probs, float32_limit
 from mechint.models.suffix import CleanPass, EntryPoint, NeoXSuffix, Span, flat_positions
 from mechint.sae import SAE
 
@@ -59,7 +59,7 @@ class NeoXEngine:
         # Apple's GPUs have no float64: there the reference runs on the processor.
         self.precise_device = torch.device("cpu") if device.type == "mps" else device
         self.precise_suffix = NeoXSuffix(hf_model, entry, dtype=torch.float64, device=self.precise_device)
-        self.unembedding = Unembedding(self.suffix.head_weight.to(device), self.suffix.head_bias)
+        self.unembedding = ChangedHead(self.suffix.head_weight.to(device), self.suffix.head_bias)
         self.limit = 0.0
 
     @functools.cached_property

@@ -17,9 +17,7 @@ SOURCES = ("huggingface", "local", "trained")
 STATUSES = ("pending", "downloading", "converting", "ready", "error", "deleted")
 FORMATS = ("community_standard", "gemma_scope", "mistudio", "custom")
 KINDS = ("download", "upload", "publish", "import_training", "import_file")
-STATES = ("queued", "running", "done", "error", "cancelled")
 LIVE = ("queued", "running")
-STAGES = ("queued", "download", "convert", "upload", "complete")
 
 
 def utc_now() -> datetime.datetime:
