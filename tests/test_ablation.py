@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import mechint.subject
+import mechint.inside
 from mechint import ablation
 from mechint.ablation import engines, kl, rank, subject
 from mechint.ablation.engines import GeneralEngine, NeoXEngine, Pair
@@ -571,7 +571,7 @@ def test_command(run_dir, rows, capsys):
     ],
 )
 def test_mistakes_are_found_before_the_model_is_loaded(run_dir, changes, message, monkeypatch, capsys):
-    monkeypatch.setattr(mechint.subject, "load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(mechint.inside, "load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     assert main(flags(run_dir, **changes)) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
@@ -591,7 +591,7 @@ def test_device_reaches_the_model(run_dir, monkeypatch, capsys):
         asked.append(settings["device"])
         return load_model(name, **settings)
 
-    monkeypatch.setattr(mechint.subject, "load_model", spy)
+    monkeypatch.setattr(mechint.inside, "load_model", spy)
     assert main(flags(run_dir, feature_subset="1")) == 0
     assert asked == ["cpu"]
     assert main([*flags(run_dir, feature_subset="1", device="no-such-device"), "--overwrite"]) == 2

@@ -22,7 +22,7 @@ GROUPS = [
     ["kernels"],
     ["data"],
     ["runs"],
-    ["subject"],
+    ["inside"],
     ["eval"],
     ["train"],
     ["ablation", "analysis", "compare", "concepts", "steering"],

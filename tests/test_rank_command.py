@@ -225,7 +225,7 @@ def test_mistakes_are_found_before_the_model_is_loaded(run_dir, more, message, m
     def never(*args, **kwargs):
         raise AssertionError("the model was loaded first")
 
-    monkeypatch.setattr("mechint.subject.load_model", never)
+    monkeypatch.setattr("mechint.inside.load_model", never)
     assert main(flags(run_dir, *more)) == 2
     assert message in capsys.readouterr().err
     assert not (run_dir / "ranking.csv").exists()

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechint.ablation.engines import Pair
+from mechint.ablation.engines import Pair, make_engine
 from mechint.ablation.rank import feature_indices
-from mechint.ablation.subject import as_model, check_fit, make_engine
+from mechint.inside import as_model, check_fit
 from mechint.models import load_model
 from mechint.models.matmul import full_float32
 from mechint.sae import SAE
@@ -58,21 +58,21 @@ def compute_text_kl(
         `max_kl_token_position`, `n_active_positions`; `ce_change`, per position, of the text's own next token (0 at the
         last). In float64 from the embedding on for a GPT-NeoX.
     """
-    subject = as_model(model)
+    known = as_model(model)
     features = feature_indices([feature_idx] if isinstance(feature_idx, int) else feature_idx, sae.d_sae)
     if prepend_bos is None:
         prepend_bos = bool(sae.metadata.get("prepend_bos", True))
-    (tokens,) = subject.tokenize([text], prepend_bos=prepend_bos, context_size=context_size)
+    (tokens,) = known.tokenize([text], prepend_bos=prepend_bos, context_size=context_size)
     with torch.inference_mode(), full_float32():
-        check_fit(sae, subject, hook_name)
-        engine = make_engine(sae, subject, hook_name, tokens)
+        check_fit(sae, known, hook_name)
+        engine = make_engine(sae, known, hook_name, tokens)
         acts = engine.open([tokens])[0][:, features].cpu()
         active = torch.nonzero((acts != 0).any(1)).flatten().tolist()
         kl = ce_change = torch.zeros(len(tokens), dtype=torch.float64)
         if active:
             kl, ce_change = (part[0] for part in engine.precise_effect([Pair(0, tuple(features), active[0])]))
             kl = kl.clamp(min=0)
-    names = [subject.tokenizer.decode([token]) for token in tokens]
+    names = [known.tokenizer.decode([token]) for token in tokens]
     highest = int(kl.argmax())
     rest = kl[int(prepend_bos) :]
     return {

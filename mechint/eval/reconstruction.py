@@ -178,7 +178,7 @@ def measure_rows(
             of_row = None if groups is None else groups[start : start + len(x)]
             start += len(x)
             x = x.to(sae.W_enc.device)
-            x_hat, feature_acts = sae(x)
+            x_hat, feature_acts = sae.run(x)
             sums.add(x, x_hat, feature_acts, of_row)
     return sums
 

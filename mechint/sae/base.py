@@ -147,6 +147,26 @@ class SAE(nn.Module, ABC):
         feature_acts = self.encode(x)
         return self.decode(feature_acts), feature_acts
 
+    run = forward
+
+    @property
+    def hook_in(self) -> str | None:
+        """The hook that is read, if that is known."""
+        return self.metadata.get("hook_name")
+
+    @property
+    def hook_out(self) -> str | None:
+        """The hook that is replaced: the one that is read, but for transcoders."""
+        return self.metadata.get("hook_name_out") if self.is_transcoder else self.hook_in
+
+    @property
+    def is_transcoder(self) -> bool:
+        return self.metadata.get("hook_name_out") not in (None, self.hook_in)
+
+    @property
+    def d_out(self) -> int:
+        return self.W_dec.shape[1]
+
     def penalty_scale(self) -> Float[Tensor, " d_sae"] | None:
         """Norms of the decoder rows where they are free, None where they are all 1."""
         return None if self.unit_decoder else self.W_dec.norm(dim=1)

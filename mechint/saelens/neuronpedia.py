@@ -22,11 +22,11 @@ from mechint.analysis import Latents, bin_edges, context_values, contexts, load_
 from mechint.analysis.logits import output_weights
 from mechint.data import Activations, open_activations
 from mechint.errors import MechintError
+from mechint.inside import open_inside
 from mechint.models import LanguageModel
 from mechint.provenance import make_dir, write_json
 from mechint.runs import Run
 from mechint.sae import SAE
-from mechint.subject import open_subject
 
 LOGIT_BINS = 50
 SITE = "https://www.neuronpedia.org"
@@ -128,8 +128,8 @@ def neuronpedia_features(
     name = parse_neuronpedia(sae_id)
     run = Run(run_dir)
     activations = open_activations(run.activations_path())
-    subject = open_subject(run.path, device="cpu")
-    gathered = load_or_gather(run, sae=subject.sae, activations=activations, progress=progress)
+    inside = open_inside(run.path, device="cpu")
+    gathered = load_or_gather(run, sae=inside.sae, activations=activations, progress=progress)
     chosen = [int(latent) for latent in (latents if latents is not None else gathered.counts.nonzero().flatten())]
     for latent in chosen:
         gathered.check_latent(latent)
@@ -172,7 +172,7 @@ def neuronpedia_features(
             "sae_id_suffix": suffix or None,
             "features": [
                 {**feature, **texts}
-                for feature in _features(subject.sae, subject.model, activations, gathered, part, window, n_logits)
+                for feature in _features(inside.sae, inside.model, activations, gathered, part, window, n_logits)
             ],
         }
         path = folder / f"batch-{number}.json"

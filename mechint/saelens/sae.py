@@ -316,6 +316,26 @@ class SAE(nn.Module):
     # --- small things that code relies on -----------------------------------------------------------------------------
 
     @property
+    def metadata(self) -> Any:
+        return self.cfg.metadata
+
+    @property
+    def d_in(self) -> int:
+        return self.cfg.d_in
+
+    @property
+    def hook_in(self) -> str | None:
+        return self.cfg.metadata.get("hook_name")
+
+    @property
+    def hook_out(self) -> str | None:
+        return self.cfg.metadata.get("hook_name_out") if self.is_transcoder else self.hook_in
+
+    @property
+    def is_transcoder(self) -> bool:
+        return self.cfg.is_transcoder
+
+    @property
     def d_out(self) -> int:
         """The width of what it writes: `d_in`, but for transcoders."""
         return self.W_dec.shape[1]
