@@ -5,6 +5,7 @@ whoever reads a hook gets `[batch, pos, d_in]`, and what an edit returns is put 
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -79,7 +80,8 @@ def editing(
 
 def wrong_order(hook_in: str, hook_out: str) -> MechintError:
     return MechintError(
-        f"an SAE that reads {hook_in} cannot replace {hook_out}: the model computes {hook_out} before {hook_in}"
+        f"an SAE cannot read {hook_in} and replace {hook_out}, which the model computes first: are hook_name and"
+        " hook_name_out the wrong way around?"
     )
 
 
@@ -94,7 +96,8 @@ def shape_at(model: Any, hook_name: str) -> tuple[int, ...]:
     found = []
     for n_pos in {min(length, model.n_ctx) for length in (7, 4)}:
         tokens = (torch.arange(2 * n_pos).view(2, n_pos) % model.d_vocab).to(model.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of hooks that are switched off; the error says it
             value = read_hook(model.bridge, tokens, hook_name)
         if value.ndim not in (3, 4) or value.shape[:2] != (2, n_pos) or not value.is_floating_point():
             raise MechintError(

@@ -284,12 +284,13 @@ class HookedSAETransformer:
     def _through(self, attachment: Attachment, value: Tensor, at: Callable[[str, Tensor], Tensor]) -> Tensor:
         """What the hook holds from now on."""
         sae = attachment.sae
-        target = self._side_by_side(value, sae.d_out, attachment.writes)
+        d_out = "d_in" if attachment.writes == attachment.reads else "d_out"
+        target = self._side_by_side(value, sae.d_out, attachment.writes, d_out)
         x = target
         if attachment.writes != attachment.reads:
             if attachment.seen is None:
                 raise wrong_order(attachment.reads, attachment.writes)
-            x, attachment.seen = self._side_by_side(attachment.seen, sae.d_in, attachment.reads), None
+            x, attachment.seen = self._side_by_side(attachment.seen, sae.d_in, attachment.reads, "d_in"), None
         mean = None
         if attachment.centres_out:
             # given back afterwards, so that the error term makes up for all that is lost
@@ -310,7 +311,7 @@ class HookedSAETransformer:
             out = out + mean
         return out.to(value.dtype).reshape(value.shape)
 
-    def _side_by_side(self, value: Tensor, width: int, hook_name: str) -> Tensor:
+    def _side_by_side(self, value: Tensor, width: int, hook_name: str, dimension: str) -> Tensor:
         """What an SAE of this width is given of a hook's value: of one on single heads, `[batch, pos, head, d_head]`,
         all heads side by side, or one head after the other to an SAE of one head."""
         cfg = self.bridge.cfg
@@ -322,7 +323,7 @@ class HookedSAETransformer:
                 value = value.flatten(-2)
         if value.shape[-1] != width:
             raise MechintError(
-                f"the SAE is {width} wide there, but {hook_name} of {self.language_model.name} is"
+                f"the SAE has {dimension} {width}, but {hook_name} of {self.language_model.name} is"
                 f" {value.shape[-1]} wide"
             )
         return value
