@@ -43,8 +43,8 @@ _OF_A_RUN = ("checkpoint.pt", "metrics.csv", "state")
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id")
 
 
-class ModelNotFound(MechintError):
-    """The model that an SAE belongs in is not known, or cannot be loaded."""
+class NotPlaced(MechintError):
+    """Nothing says which model or hook an SAE belongs to, or that model cannot be loaded."""
 
 
 @final
@@ -255,7 +255,7 @@ def put_inside(
     what it does not record itself.
 
     Raises:
-        ModelNotFound: the model is not known or cannot be loaded.
+        NotPlaced: model or hook are not known, or the model cannot be loaded.
         MechintError: the rest.
     """
     said = {key: value for key, value in (known or {}).items() if key != "legacy"}
@@ -281,7 +281,7 @@ def put_inside(
             revision=None if model else said.get("model_revision"),
         )
     except MechintError as error:
-        raise ModelNotFound(str(error)) from error
+        raise NotPlaced(str(error)) from error
     check_fit(sae, loaded, hook_name, said)
     if said.get("model_sha256") not in (None, loaded.weights_sha256()):
         told.append(
@@ -323,7 +323,7 @@ def _hook_name(
     if sae.metadata.get("legacy"):
         notes.append(f"nothing says which hook {path} belongs to: taken as the original pipeline's")
         return SAETrainConfig().hook_name
-    raise MechintError(f"nothing says which hook {path} belongs to: give --hook, such as blocks.3.hook_resid_post")
+    raise NotPlaced(f"nothing says which hook {path} belongs to: give --hook, such as blocks.3.hook_resid_post")
 
 
 def _model_name(said: Mapping[str, Any], notes: list[str]) -> str:
@@ -336,7 +336,7 @@ def _model_name(said: Mapping[str, Any], notes: list[str]) -> str:
     if said.get("legacy"):
         notes.append("nothing says which model the SAE belongs in: taken as the original pipeline's")
         return SAETrainConfig().model_name
-    raise ModelNotFound("nothing says which model the SAE belongs in: give --model, a Hub id or a folder")
+    raise NotPlaced("nothing says which model the SAE belongs in: give --model, a Hub id or a folder")
 
 
 def _processing(said: Mapping[str, Any], given: str | None, hook_name: str, model_name: str, notes: list[str]) -> str:
@@ -356,7 +356,7 @@ def _processing(said: Mapping[str, Any], given: str | None, hook_name: str, mode
 # --- what must fit ----------------------------------------------------------------------------------------------------
 
 
-def read_hook(sae: SAE) -> str:
+def read_hook(sae: Any) -> str:
     """The hook that an SAE says it reads."""
     if not sae.hook_in:
         raise MechintError(
@@ -366,7 +366,7 @@ def read_hook(sae: SAE) -> str:
     return sae.hook_in
 
 
-def written_hook(sae: SAE, hook_name: str) -> str:
+def written_hook(sae: Any, hook_name: str) -> str:
     """The hook whose value the output of an SAE that reads `hook_name` takes the place of."""
     if not sae.is_transcoder:
         return hook_name
@@ -481,7 +481,7 @@ def _same_processing(said: Mapping[str, Any], processing: str, model_name: str) 
         )
 
 
-def centres(sae: SAE, hook_name: str, model: LanguageModel) -> bool:
+def centres(sae: Any, hook_name: str, model: LanguageModel) -> bool:
     """Whether the mean over d_model has to be taken off what `hook_name` holds for this SAE.
 
     Raises:

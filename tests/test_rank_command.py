@@ -253,7 +253,7 @@ def test_what_is_no_finished_run(run_dir, tmp_path, capsys):
         capsys.readouterr().err
     )
     assert main(["--device", "cpu"]) == 2
-    assert "give --run-dir, or --checkpoint" in capsys.readouterr().err
+    assert "Provide --checkpoint or --run-dir" in capsys.readouterr().err
 
 
 def test_an_sae_of_another_width_names_both(run_dir, tmp_path, capsys):

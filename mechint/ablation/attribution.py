@@ -240,11 +240,11 @@ def _seeds(way: Way, final: Tensor, batch: Sequence[Text], target: LogitTarget |
         if target is None:
             next_token, w = following[rows], weight[rows]
             gradient = (mean - way.row(next_token.clamp(min=0).to(here.device), here)) * w.to(here)[:, None]
-            quantity[at] = gradient * (next_token >= 0).to(here)[:, None]
+            quantity[at] = (gradient * (next_token >= 0).to(here)[:, None]).to(final)
         if draws:
             tokens, factor = _draw(p, uniform[rows].to(p))
             for index in range(draws):
-                drawn[index][at] = (way.row(tokens[:, index], here) - mean) * factor[:, index, None]
+                drawn[index][at] = ((way.row(tokens[:, index], here) - mean) * factor[:, index, None]).to(final)
     return Seeds(quantity, drawn)
 
 

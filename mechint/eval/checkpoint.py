@@ -17,7 +17,7 @@ from mechint.eval.from_texts import evaluate_texts
 from mechint.eval.histograms import DENSE, activity_metrics, density_histogram, l0_histogram
 from mechint.eval.reconstruction import measure_activity, measure_rows
 from mechint.eval.texts import Text, texts_from_rows, texts_from_tokens
-from mechint.inside import SETTING, Inside, ModelNotFound, check_same_setting, named_sae, put_inside, run_of
+from mechint.inside import SETTING, Inside, NotPlaced, check_same_setting, named_sae, put_inside, run_of
 from mechint.provenance import check_output_path, detect_device, get_git_commit, read_json
 from mechint.runs import Run
 from mechint.sae import SAE, load_sae
@@ -273,7 +273,7 @@ def prepare_language(
             backend=config.backend,
             device=detect_device(config.device),
         )
-    except ModelNotFound as error:
+    except NotPlaced as error:
         if config.model is not None:
             raise
         return None, [f"cross-entropy left out: {error} (with --model)"]

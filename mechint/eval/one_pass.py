@@ -40,9 +40,7 @@ class Predictor(Protocol):
 
     def logits(self, tokens: Tensor) -> Tensor: ...
 
-    def logits_with(
-        self, tokens: Tensor, hook_name: str, edit: Callable[..., Tensor], *, reads: str | None = None
-    ) -> Tensor: ...
+    def logits_with(self, tokens: Tensor, hook_name: str, edit: Callable[..., Tensor]) -> Tensor: ...
 
 
 class LanguageSums:
@@ -88,7 +86,8 @@ class WholeModel:
         return self.model.logits(tokens)
 
     def edited(self, edit: Edit) -> Float[Tensor, "batch pos width"]:
-        return self.model.logits_with(self.tokens, self.hook_name, edit, reads=self.reads)
+        more = {} if self.reads is None else {"reads": self.reads}  # which a model of one's own need not know
+        return self.model.logits_with(self.tokens, self.hook_name, edit, **more)
 
 
 class FromHook:
