@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from mechint.ablation import build_transformer_model, engines, rank_features_by_ablation, single_feature_ablation_hook
 from mechint.models import LanguageModel, load_model, matmul
-from mechint.sae import SparseAutoEncoder
+from mechint.sae import StandardSAE
 
 HOOK = "blocks.3.hook_resid_post"
 VOCAB = 50304
@@ -59,10 +59,10 @@ def save_model(folder: str) -> None:
     )
 
 
-def build_sae(model: LanguageModel, texts: list[str], l0: float) -> SparseAutoEncoder:
+def build_sae(model: LanguageModel, texts: list[str], l0: float) -> StandardSAE:
     """4096 random latents whose common encoder bias gives this L0 on the texts."""
     torch.manual_seed(1)
-    sae = SparseAutoEncoder(512, 8)
+    sae = StandardSAE(512, 4096)
     rows = torch.cat([model.activations(torch.tensor([t]), HOOK)[0] for t in model.tokenize(texts, prepend_bos=True)])
     with torch.no_grad():
         sae.b_dec.copy_(rows.mean(0))
@@ -98,7 +98,7 @@ def build_hooked_transformer():
 
 
 @torch.no_grad()
-def original_pair(lens, sae: SparseAutoEncoder, tokens: torch.Tensor, feature: int) -> torch.Tensor:
+def original_pair(lens, sae: StandardSAE, tokens: torch.Tensor, feature: int) -> torch.Tensor:
     """KL per position, in the original's way."""
     clean = lens.run_with_hooks(tokens, fwd_hooks=[], return_type="logits")
     hook = single_feature_ablation_hook(sae, feature)
@@ -108,7 +108,7 @@ def original_pair(lens, sae: SparseAutoEncoder, tokens: torch.Tensor, feature: i
 
 
 @torch.no_grad()
-def float64_pair(hf64, sae64: SparseAutoEncoder, tokens: torch.Tensor, feature: int) -> torch.Tensor:
+def float64_pair(hf64, sae64: StandardSAE, tokens: torch.Tensor, feature: int) -> torch.Tensor:
     """KL per position, all in float64, by transformers and a plain hook."""
 
     def remove(module, args, out):
@@ -121,7 +121,7 @@ def float64_pair(hf64, sae64: SparseAutoEncoder, tokens: torch.Tensor, feature: 
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def describe(model: LanguageModel, sae: SparseAutoEncoder, texts: list[str]) -> None:
+def describe(model: LanguageModel, sae: StandardSAE, texts: list[str]) -> None:
     n_active, share, rows_share = [], [], []
     for tokens in model.tokenize(texts, prepend_bos=True):
         active = sae.encode(model.activations(torch.tensor([tokens]), HOOK)[0]) > 0
@@ -135,7 +135,7 @@ def describe(model: LanguageModel, sae: SparseAutoEncoder, texts: list[str]) -> 
     )
 
 
-def accuracy(model: LanguageModel, sae: SparseAutoEncoder, bridge, texts: list[str], n: int, scale: float) -> None:
+def accuracy(model: LanguageModel, sae: StandardSAE, bridge, texts: list[str], n: int, scale: float) -> None:
     """Worst errors of per-pair mean and max KL, with the decoder scaled to make the effects larger."""
     sae = copy.deepcopy(sae)
     with torch.no_grad():
@@ -207,7 +207,7 @@ def main() -> None:
         save_model(folder)
         model = load_model(folder, device="cpu")
         # A model of its own: TransformerLens puts its modules into the one that it is given.
-        bridge = build_transformer_model(folder, "cpu", processing="raw")
+        bridge = build_transformer_model(folder, device="cpu", processing="raw")
     originals = {"HookedTransformer": build_hooked_transformer(), "TransformerBridge": bridge}
     originals = {name: lens for name, lens in originals.items() if lens is not None}
     sae = build_sae(model, texts, args.l0)

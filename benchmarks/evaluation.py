@@ -32,7 +32,7 @@ from mechint.eval.sums import ReconstructionSums
 from mechint.eval.texts import batches
 from mechint.models import LanguageModel, load_model, matmul
 from mechint.models.matmul import FastLinear, onednn_pays
-from mechint.sae import SAE, SparseAutoEncoder
+from mechint.sae import SAE, StandardSAE
 
 BATCH = 16
 
@@ -73,7 +73,7 @@ def builtin_world(n_texts: int) -> tuple[LanguageModel, SAE, list[Text]]:
 
     model = load_model("builtin/pythia-tiny", device="cpu", hook_name=HOOK)
     lines = [" ".join(tale(index, "heldout", 0).text.split()) for index in range(n_texts)]
-    sae = SparseAutoEncoder(model.d_model, 8)
+    sae = StandardSAE(model.d_model, 8 * model.d_model)
     return model, sae, texts_from_tokens(model.tokenize(lines, prepend_bos=True), prepend_bos=True, keep_bos=False)
 
 

@@ -66,7 +66,7 @@ def make_run(root: Path, n_rows: int, d_sae: int) -> Path:
     """The run's directory; model, store and run are made if they are not there."""
     from mechint.config import SAETrainConfig
     from mechint.data import open_activations
-    from mechint.runs import write_run_manifest
+    from mechint.runs import write_manifest
     from mechint.sae import save_checkpoint, save_sae_folder
 
     make_model(root / "model")
@@ -90,7 +90,7 @@ def make_run(root: Path, n_rows: int, d_sae: int) -> Path:
     (run / "summary.json").write_text(json.dumps(summary))
     write_tables(run, d_sae)
     inputs = {"activations": {"path": os.path.relpath(store, run), "sha256": activations.sha256, "n_rows": n_rows}}
-    write_run_manifest(run, config, summary, inputs=inputs)
+    write_manifest(run, config, summary, inputs=inputs)
     return run
 
 

@@ -81,7 +81,7 @@ class Setting:
         self.cut = float(pre.topk(max(1, min(len(pre), round(self.l0 * 64)))).values[-1])
 
     def product_rate(self) -> float:
-        from mechint.kernels.cuda_products import Products
+        from mechint.kernels.gpu.products import Products
 
         mm = Products(self.precision, torch.device(self.device))
         a, b = mm.cast(self.x[0]), mm.cast(self.W_dec).t()
@@ -110,7 +110,7 @@ class Setting:
 
 def ours(setting: Setting, architecture: str, sparse: bool | None) -> Callable[[int], Any]:
     from mechint.kernels import StepSettings
-    from mechint.kernels.cuda import ManualKernel
+    from mechint.kernels.gpu import ManualKernel
     from mechint.sae import Objective, build_sae
 
     options = {"k": setting.k} if architecture == "topk" else {}
@@ -157,13 +157,13 @@ def peer(setting: Setting, family: str, architecture: str) -> Callable[[int], An
 
 def contenders(args: argparse.Namespace, architecture: str) -> dict[str, Callable[[Setting], Callable[[int], Any]]]:
     """Ours by both ways and by its own choice, and the peers that this environment has."""
-    from mechint.kernels import cuda_sparse
+    from mechint.kernels.gpu import skip_zeros
 
     found: dict[str, Callable[[Setting], Callable[[int], Any]]] = {
         "ours": lambda setting: ours(setting, architecture, None),
         "ours, dense": lambda setting: ours(setting, architecture, False),
     }
-    if args.device == "cuda" and cuda_sparse.has_triton(torch.device(args.device)):
+    if args.device == "cuda" and skip_zeros.has_triton(torch.device(args.device)):
         found["ours, zeros skipped"] = lambda setting: ours(setting, architecture, True)
     if args.peers and importlib.util.find_spec("sae_lens"):
         found["SAELens"] = lambda setting: peer(setting, "saelens", architecture)

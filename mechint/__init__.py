@@ -13,9 +13,9 @@ _PUBLIC = {
     "SAETrainConfig": "mechint.config",
     "SparseAutoEncoder": "mechint.sae",
     "SAEloss": "mechint.sae",
+    "SAE": "mechint.sae",
+    "SAEConfig": "mechint.sae",
     # the SAELens-style API: docs/saelens.md
-    "SAE": "mechint.saelens",
-    "SAEConfig": "mechint.saelens",
     "HookedSAETransformer": "mechint.saelens",
     "ActivationsStore": "mechint.saelens",
     "LanguageModelSAERunnerConfig": "mechint.saelens",

@@ -21,13 +21,13 @@ import torch
 from mechint.config import ReadsSAE, SAETrainConfig
 from mechint.data.store import Activations
 from mechint.errors import MechintError
+from mechint.formats.saelens import CFG_FILE
 from mechint.models import BridgedModel, LanguageModel, load_model
 from mechint.models.bridge import is_bridge
 from mechint.models.language_model import DTYPES, backend_for
 from mechint.provenance import read_json
 from mechint.runs import Run
-from mechint.sae import SAE, load_sae
-from mechint.sae.io import CFG_FILE
+from mechint.sae import SAE
 
 Model = LanguageModel | BridgedModel
 ConfigT = TypeVar("ConfigT", bound=ReadsSAE)
@@ -135,8 +135,11 @@ def place_of(config: ReadsSAE) -> Path:
         run = Run(config.run_dir)
         _ = run.checkpoint_path
         return run.path
-    assert config.checkpoint is not None
-    return config.checkpoint
+    path = config.checkpoint
+    assert path is not None
+    if config.sae is None and not path.exists():
+        raise MechintError(f"checkpoint not found: {path}; `ls runs/*/checkpoint.pt` shows those of your runs")
+    return path
 
 
 def run_of(path: Path) -> Run | None:
@@ -182,6 +185,13 @@ def open_named(config: ReadsSAE, *, check: Callable[[SAE], object] | None = None
 # --- opening ----------------------------------------------------------------------------------------------------------
 
 
+def open_sae(path: Path, *, config: Path | None = None) -> SAE:
+    """`SAE.load` of what a command names; what was assumed is in `sae.notes` alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return SAE.load(path if path.exists() or config is not None else str(path), config=config)
+
+
 def open_inside(
     checkpoint: str | Path,
     *,
@@ -213,9 +223,7 @@ def open_inside(
     run = run_of(path)
     if path.is_dir() and (path / "checkpoint.pt").is_file():
         path = path / "checkpoint.pt"
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        sae = load_sae(path, config=config)
+    sae = open_sae(path, config=config)
     if check is not None:
         check(sae)
     return put_inside(
@@ -230,7 +238,7 @@ def open_inside(
         context_size=context_size,
         dtype=dtype,
         device=device,
-        notes=tuple(str(warning.message) for warning in caught),
+        notes=sae.notes,
     )
 
 
@@ -356,7 +364,7 @@ def _processing(said: Mapping[str, Any], given: str | None, hook_name: str, mode
 # --- what must fit ----------------------------------------------------------------------------------------------------
 
 
-def read_hook(sae: Any) -> str:
+def read_hook(sae: SAE) -> str:
     """The hook that an SAE says it reads."""
     if not sae.hook_in:
         raise MechintError(
@@ -366,7 +374,7 @@ def read_hook(sae: Any) -> str:
     return sae.hook_in
 
 
-def written_hook(sae: Any, hook_name: str) -> str:
+def written_hook(sae: SAE, hook_name: str) -> str:
     """The hook whose value the output of an SAE that reads `hook_name` takes the place of."""
     if not sae.is_transcoder:
         return hook_name
@@ -481,7 +489,7 @@ def _same_processing(said: Mapping[str, Any], processing: str, model_name: str) 
         )
 
 
-def centres(sae: Any, hook_name: str, model: LanguageModel) -> bool:
+def centres(sae: SAE, hook_name: str, model: LanguageModel) -> bool:
     """Whether the mean over d_model has to be taken off what `hook_name` holds for this SAE.
 
     Raises:

@@ -209,8 +209,8 @@ def sha256_json(value: Any) -> str:
 
 
 @functools.cache
-def get_git_commit() -> str:
-    """Short commit of the checkout that this package runs from, with `-dirty` if it has changes; else "unknown".
+def get_git_commit(default: str = "unknown") -> str:
+    """Short commit of the checkout that this package runs from, with `-dirty` if it has changes; else `default`.
 
     Asked of the code's own folder, not of the current one: a run started elsewhere must not record a stranger's commit.
     """
@@ -219,8 +219,8 @@ def get_git_commit() -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+        return default
+    return done.stdout.strip() or default
 
 
 def package_versions() -> dict[str, str]:
@@ -239,20 +239,20 @@ def timestamp_slug() -> str:
     return datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
 
 
-def detect_device(device: str | None = None) -> str:
-    """`device` if given, else the first of cuda, mps, cpu that works. Raises `MechintError` if it cannot be used."""
+def detect_device(explicit: str | None = None) -> str:
+    """`explicit` if given, else the first of cuda, mps, cpu that works. Raises `MechintError` if it cannot be used."""
     import torch
 
-    if device is None:
+    if explicit is None:
         if torch.cuda.is_available():
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=explicit)
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).splitlines()[0]
-        raise MechintError(f"device {device!r} cannot be used here ({first_line}): try --device cpu") from error
-    return device
+        raise MechintError(f"device {explicit!r} cannot be used here ({first_line}): try --device cpu") from error
+    return explicit
 
 
 def set_global_seed(seed: int) -> None:

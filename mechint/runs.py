@@ -35,7 +35,7 @@ HASHED_FILES = (
 MANIFEST_VERSION = 1
 
 
-def make_run_dir(runs_root: str | Path = "runs", run_name: str | None = None) -> Path:
+def make_run_dir(runs_root: str | Path, run_name: str | None = None) -> Path:
     """Make and return a new directory `runs_root/run_name`; an existing name gets -1, -2, ... appended.
 
     The name defaults to the date and time. Raises `MechintError` for a name that is not one plain folder name.
@@ -99,7 +99,7 @@ class Run:
 
     @functools.cached_property
     def config(self) -> SAETrainConfig:
-        return SAETrainConfig.from_dict(read_json(self.config_path, "config file"), source=str(self.config_path))
+        return SAETrainConfig.from_json(self.config_path)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -151,7 +151,14 @@ def latest_run(runs_root: str | Path | None = None, *, prefer: str = "ablation.c
     raise MechintError(f"no finished run {looked}: `make pipeline` makes one on the built-in world, in minutes")
 
 
-def write_run_manifest(
+def write_run_manifest(run_dir: str | Path, manifest: dict[str, Any]) -> Path:
+    """Write manifest.json as it is given; `write_manifest` makes one. Returns its path."""
+    path = Path(run_dir) / "manifest.json"
+    write_json(path, manifest)
+    return path
+
+
+def write_manifest(
     run_dir: str | Path, config: Any, summary: dict[str, Any], *, inputs: dict[str, Any] | None = None, **extra: Any
 ) -> Path:
     """Write manifest.json: config, summary and commit as the original had them, and the hash chain.
@@ -171,9 +178,7 @@ def write_run_manifest(
         "outputs": {name: sha256_file(run_dir / name) for name in HASHED_FILES if (run_dir / name).is_file()},
         **extra,
     }
-    path = run_dir / "manifest.json"
-    write_json(path, manifest)
-    return path
+    return write_run_manifest(run_dir, manifest)
 
 
 def verify(run: Run) -> list[tuple[str, str]]:

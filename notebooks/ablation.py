@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from IPython.display import HTML, display
 
-from mechint.ablation import compute_text_kl, rank_run, single_feature_ablation_hook
+from mechint.ablation import latent_text_kl, rank_run, single_feature_ablation_hook
 from mechint.ablation.interventions import continuation, intervene, mean_of, remove, resample_of, scale
 from mechint.analysis import highlight_html
 from mechint.config import RankConfig
@@ -107,7 +107,7 @@ def without(latents, tokens):
 
 effects = {}
 for latent in LATENTS:
-    found = [compute_text_kl(sae, model, hook_name, text, latent) for text in TEXTS[:N_TEXTS]]
+    found = [latent_text_kl(sae, model, hook_name, text, latent) for text in TEXTS[:N_TEXTS]]
     effect = max(found, key=lambda effect: effect["max_kl"])
     tokens = torch.tensor(effect["token_ids"])
     before, after = model.logits(tokens[None])[0], without([latent], tokens)

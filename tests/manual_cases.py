@@ -15,8 +15,8 @@ if not ON_CUDA:  # read when the kernels are imported, which is later
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from mechint.kernels import DenseKernel, StepSettings  # noqa: E402
-from mechint.kernels.cuda import ManualKernel  # noqa: E402
-from mechint.kernels.cuda_products import triton_kernels  # noqa: E402
+from mechint.kernels.gpu import ManualKernel  # noqa: E402
+from mechint.kernels.gpu.products import triton_kernels  # noqa: E402
 from mechint.sae import SAE, Objective, build_sae  # noqa: E402
 
 DEVICE = "cuda" if ON_CUDA else "cpu"

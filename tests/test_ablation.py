@@ -19,7 +19,7 @@ from mechint.config import AblateConfig
 from mechint.errors import MechintError
 from mechint.models import load_model, matmul
 from mechint.models.suffix import NeoXSuffix
-from mechint.sae import SparseAutoEncoder, save_checkpoint, save_sae_folder
+from mechint.sae import StandardSAE, save_checkpoint, save_sae_folder
 
 HOOK = "blocks.3.hook_resid_post"
 TEXTS = ["the cat sat on the mat", 'and the dog, "far" away', "home", "ran far far away from home again and again"]
@@ -46,10 +46,10 @@ def model(sharp_neox_dir):
 
 
 @pytest.fixture(scope="module")
-def sae(model) -> SparseAutoEncoder:
+def sae(model) -> StandardSAE:
     """Latents from imperceptible to overwhelming: their activations span eight powers of ten; the last six are dead."""
     torch.manual_seed(5)
-    sae = SparseAutoEncoder(model.d_model, d_sae=D_SAE)
+    sae = StandardSAE(model.d_model, D_SAE)
     bos = model.activations(torch.tensor([[model.bos_token_id]]), HOOK)[0, 0]
     with torch.no_grad():
         sae.b_dec.copy_(0.1 * torch.randn(model.d_model))
@@ -226,7 +226,7 @@ def test_large_effects_are_computed_again_in_float64(sae, model, monkeypatch):
 
 def test_overflow_in_float32_is_no_harm(sae, model, sharp_neox_dir):
     """A latent that throws logits by hundreds: exp overflows float32, and even a token's whole probability."""
-    loud = SparseAutoEncoder(model.d_model, d_sae=4)
+    loud = StandardSAE(model.d_model, 4)
     loud.load_state_dict(
         {
             name: value[..., :4] if name != "W_dec" else value[:4]
@@ -250,7 +250,7 @@ def test_overflow_in_float32_is_no_harm(sae, model, sharp_neox_dir):
 @pytest.mark.parametrize("centred", [False, True], ids=["raw", "centred"])
 def test_other_hooks_and_processing(sae, sharp_neox_dir, hook, layer, centred):
     model = load_model(str(sharp_neox_dir), device="cpu", processing="centred" if centred else "raw")
-    plain = SparseAutoEncoder(sae.d_in, d_sae=sae.d_sae)
+    plain = StandardSAE(sae.d_in, sae.d_sae)
     plain.load_state_dict(sae.state_dict())
     features = list(range(0, D_SAE, 7))
     tokens = model.tokenize(TEXTS[:2], prepend_bos=False)
@@ -274,28 +274,28 @@ def test_context_size_cuts_the_texts(sae, model, sharp_neox_dir):
     assert worst_error(found, wanted) < 1e-6
 
 
-def test_compute_text_kl(sae, model, sharp_neox_dir, expected):
-    result = ablation.compute_text_kl(sae, model, HOOK, TEXTS[0], 3)
+def test_latent_text_kl(sae, model, sharp_neox_dir, expected):
+    result = ablation.latent_text_kl(sae, model, HOOK, TEXTS[0], 3)
     torch.testing.assert_close(
         torch.tensor(result["kl"], dtype=torch.float64), by_feature(expected)[3]["kl"][0], rtol=1e-6, atol=1e-10
     )
     assert result["mean_kl"] == pytest.approx(float(by_feature(expected)[3]["kl"][0].mean()))
     assert len(result["tokens"]) == len(result["kl"]) == len(result["feature_acts"])
     assert result["tokens"][result["max_kl_token_position"]] == result["max_kl_token"]
-    dead = ablation.compute_text_kl(sae, model, HOOK, TEXTS[0], D_SAE - 1)
+    dead = ablation.latent_text_kl(sae, model, HOOK, TEXTS[0], D_SAE - 1)
     assert dead["mean_kl"] == 0 and dead["n_active_positions"] == 0
 
 
 def test_several_latents_together_by_both_engines(sae, model, monkeypatch):
     features = [0, 3, 17, 40]
-    fast = ablation.compute_text_kl(sae, model, HOOK, TEXTS[3], features)
+    fast = ablation.latent_text_kl(sae, model, HOOK, TEXTS[3], features)
     tokens = torch.tensor(model.tokenize(TEXTS[3:], prepend_bos=True))
     hook = ablation.single_feature_ablation_hook(sae, features)
     logits = model.logits_with(tokens, HOOK, hook)
     wanted = kl.kl_of_log_probs(model.logits(tokens)[0], logits[0])
     torch.testing.assert_close(torch.tensor(fast["kl"], dtype=torch.float64), wanted, rtol=1e-4, atol=2e-5)
     monkeypatch.setattr(engines, "entry_point", lambda hf_model, hook_name: "it was asked for")
-    general = ablation.compute_text_kl(sae, model, HOOK, TEXTS[3], features)
+    general = ablation.latent_text_kl(sae, model, HOOK, TEXTS[3], features)
     torch.testing.assert_close(torch.tensor(general["kl"], dtype=torch.float64), wanted, rtol=1e-6, atol=1e-6)
 
 
@@ -317,7 +317,7 @@ def test_built_in_model_within_1e_6_of_float64():
     token_lists = tiny.tokenize(texts, prepend_bos=True)
     values = torch.cat([tiny.activations(torch.tensor([tokens]), HOOK)[0] for tokens in token_lists])
     directions = values - values.mean(0)
-    trained = SparseAutoEncoder(tiny.d_model, d_sae=2 * len(values))
+    trained = StandardSAE(tiny.d_model, 2 * len(values))
     with torch.no_grad():
         trained.b_dec.copy_(values.mean(0))
         trained.W_dec.copy_(F.normalize(directions, dim=1).repeat(2, 1))
@@ -469,13 +469,13 @@ def test_mismatches_name_both(sae, model, sharp_neox_dir):
         ablation.rank_features_by_ablation(sae, model, hook, TEXTS, [0], show_progress=False)
 
     with pytest.raises(MechintError, match="d_in 20.*32 wide"):
-        rank_with(SparseAutoEncoder(20), model)
+        rank_with(StandardSAE(20, 160), model)
     with pytest.raises(MechintError, match="blocks.3.hook_resid_post.*blocks.2.hook_resid_post"):
         rank_with(sae, model, "blocks.2.hook_resid_post")
     with pytest.raises(MechintError, match="trained on raw.*processing centred"):
         rank_with(sae, load_model(str(sharp_neox_dir), device="cpu", processing="centred"))
     with pytest.raises(MechintError, match="blocks.6|layers"):
-        rank_with(SparseAutoEncoder(model.d_model), model, "blocks.6.hook_resid_post")
+        rank_with(StandardSAE(model.d_model, 8 * model.d_model), model, "blocks.6.hook_resid_post")
     with pytest.raises(MechintError, match="LanguageModel.*got str"):
         rank_with(sae, "pythia-70m")
     with pytest.raises(MechintError, match="no texts"):
@@ -483,7 +483,7 @@ def test_mismatches_name_both(sae, model, sharp_neox_dir):
 
 
 def test_not_finite_is_an_error_that_names_the_latent(model):
-    broken = SparseAutoEncoder(model.d_model, d_sae=3)
+    broken = StandardSAE(model.d_model, 3)
     with torch.no_grad():
         broken.b_enc.fill_(1.0)
         broken.W_dec[1] = float("inf")
@@ -680,8 +680,8 @@ def test_block_is_bounded(max_positions, max_texts, size):
 @pytest.mark.parametrize("processing", ["raw", "centred"])
 def test_a_bridge_gives_the_same_ranking(sae, rows, sharp_neox_dir, processing, caplog):
     """Raw weights are recognised and take the fast way; folded ones do not, and agree all the same."""
-    bridge = ablation.build_transformer_model(str(sharp_neox_dir), "cpu", processing=processing)
-    plain = SparseAutoEncoder(sae.d_in, d_sae=sae.d_sae)
+    bridge = ablation.build_transformer_model(str(sharp_neox_dir), device="cpu", processing=processing)
+    plain = StandardSAE(sae.d_in, sae.d_sae)
     plain.load_state_dict(sae.state_dict())
     plain.metadata = {"hook_name": HOOK, "processing": processing}
     features = list(range(0, D_SAE, 3))
@@ -709,7 +709,7 @@ def test_hooks_off_the_residual_stream(sae, sharp_neox_dir, hook, caplog):
     tokens = torch.tensor(model.tokenize(TEXTS[3:], prepend_bos=True))
     width = model.activations(tokens, hook).shape[-1]
     torch.manual_seed(0)
-    plain = SparseAutoEncoder(width, d_sae=8)
+    plain = StandardSAE(width, 8)
     remove = [ablation.single_feature_ablation_hook(plain, feature) for feature in range(8)]
     with torch.inference_mode():
         wanted = [

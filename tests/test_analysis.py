@@ -25,11 +25,11 @@ from mechint.analysis import (
 )
 from mechint.data import Activations, open_activations
 from mechint.errors import MechintError
-from mechint.sae import SparseAutoEncoder
+from mechint.sae import StandardSAE
 
 
-def make_sae(d_in: int, d_sae: int, seed: int = 0) -> SparseAutoEncoder:
-    sae = SparseAutoEncoder(d_in, d_sae=d_sae, generator=torch.Generator().manual_seed(seed))
+def make_sae(d_in: int, d_sae: int, seed: int = 0) -> StandardSAE:
+    sae = StandardSAE(d_in, d_sae, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         sae.b_enc.uniform_(-1.0, 0.2)
     return sae

@@ -18,6 +18,7 @@ from mechint.analysis.entries import active_entries
 from mechint.analysis.tables import Tables, mixed
 from mechint.data import open_activations
 from mechint.errors import MechintError
+from mechint.kernels import entry_finder
 from mechint.runs import Run
 from mechint.sae import SAE, build_sae, load_sae, save_checkpoint
 from tests.small_run import make_small_run
@@ -46,7 +47,7 @@ def rows(n: int, d_in: int, seed: int = 1) -> torch.Tensor:
 @pytest.fixture(params=["sparse", "dense"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if request.param == "dense":
-        monkeypatch.setattr(entries_module, "_finder", lambda sae: None)
+        monkeypatch.setattr(entries_module, "entry_finder", lambda sae: None)
     yield request.param
 
 
@@ -70,12 +71,12 @@ def test_entries_are_those_of_encode(architecture: str, way: str) -> None:
 
 def test_the_kernel_is_left_where_it_would_be_wrong() -> None:
     sae = make_sae("jumprelu", 8, 32)
-    assert entries_module._finder(sae) is not None
+    assert entry_finder(sae) is not None
     with torch.no_grad():
         sae.get_parameter("threshold")[3] = -0.1  # lets negative values pass
-    assert entries_module._finder(sae) is None
-    assert entries_module._finder(make_sae("standard", 8, 8)) is None  # too few for its vectors
-    assert entries_module._finder(make_sae("standard", 8, 32).double()) is None
+    assert entry_finder(sae) is None
+    assert entry_finder(make_sae("standard", 8, 8)) is None  # too few for its vectors
+    assert entry_finder(make_sae("standard", 8, 32).double()) is None
 
 
 def test_a_dense_batch_is_encoded_densely() -> None:

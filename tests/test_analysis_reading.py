@@ -29,7 +29,7 @@ from mechint.data import Activations
 from mechint.errors import MechintError
 from mechint.inside import Inside
 from mechint.models import LanguageModel, load_model
-from mechint.sae import SAE, SparseAutoEncoder, build_sae
+from mechint.sae import SAE, StandardSAE, build_sae
 from tests.test_analysis import write_store
 
 HOOK = "blocks.1.hook_resid_post"
@@ -41,7 +41,7 @@ def model() -> LanguageModel:
 
 
 def random_sae(d_in: int, d_sae: int, seed: int = 0) -> SAE:
-    return SparseAutoEncoder(d_in, d_sae=d_sae, generator=torch.Generator().manual_seed(seed))
+    return StandardSAE(d_in, d_sae, generator=torch.Generator().manual_seed(seed))
 
 
 # --- effects on the output --------------------------------------------------------------------------------------------

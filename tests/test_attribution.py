@@ -11,7 +11,7 @@ from mechint.ablation import LogitTarget, attribute, attribution, attribution_ma
 from mechint.errors import MechintError
 from mechint.eval import Text
 from mechint.models import load_model, matmul
-from mechint.sae import SparseAutoEncoder
+from mechint.sae import StandardSAE
 
 HOOK = "blocks.3.hook_resid_post"
 D_SAE = 48
@@ -35,7 +35,7 @@ def model(tiny_neox_dir):
 @pytest.fixture(scope="module")
 def sae(model):
     torch.manual_seed(3)
-    sae = SparseAutoEncoder(model.d_model, d_sae=D_SAE)
+    sae = StandardSAE(model.d_model, D_SAE)
     with torch.no_grad():
         sae.b_dec.copy_(0.1 * torch.randn(model.d_model))
         sae.b_enc.copy_(torch.linspace(-3, 1, D_SAE))
@@ -245,7 +245,7 @@ def test_mistakes(model, sae, change, message):
 
 
 def test_not_finite_is_an_error(model, sae):
-    broken = SparseAutoEncoder(model.d_model, d_sae=4).double().requires_grad_(False)
+    broken = StandardSAE(model.d_model, 4).double().requires_grad_(False)
     broken.W_dec[1] = float("nan")
     with pytest.raises(MechintError, match="not finite"):
         attribute(broken, model, HOOK, TEXTS)

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from mechint.cli import COMMANDS
 from mechint.config import CollectConfig, SAETrainConfig
 from mechint.data import collect_activations
-from mechint.sae import SparseAutoEncoder, save_checkpoint
+from mechint.sae import StandardSAE, save_checkpoint
 from mechint.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,7 +111,7 @@ def make_bad_files(bad: Path, good: Path) -> None:
     weights = torch.load(good / "runs/a/checkpoint.pt", weights_only=True)
     torch.save({**weights, "b_enc": torch.zeros(5)}, bad / "shapes.pt")
     torch.save({**weights, "b_enc": weights["b_enc"] + float("nan")}, bad / "nan_weights.pt")
-    save_checkpoint(SparseAutoEncoder(2 * D_IN, 2), bad / "wide_sae.pt")
+    save_checkpoint(StandardSAE(2 * D_IN, 4 * D_IN), bad / "wide_sae.pt")
     shutil.copytree(good / "store", bad / "cut_store")
     shard = bad / "cut_store" / "shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])

@@ -207,14 +207,14 @@ def test_our_steps_are_timed_at_the_l0_they_state(architecture: str):
 def test_original_loop_is_the_dense_reference_step():
     """The same weights and rows: loss, clipping, Adam and renormalisation agree with our reference kernel."""
     from mechint.kernels import DenseKernel, StepSettings
-    from mechint.sae import Objective, SparseAutoEncoder
+    from mechint.sae import Objective, StandardSAE
 
     rows, weights = planted()
     rows = rows * 10  # large enough gradients for the clipping to matter
     theirs = train_rows.OriginalSAE(weights, 32, 96)
     torch.nn.init.constant_(theirs.b_enc, -weights.cut[20.0])
     loop = train_rows.OriginalLoop(rows, theirs, 64)
-    ours = SparseAutoEncoder(32, d_sae=96)
+    ours = StandardSAE(32, 96)
     with torch.no_grad():
         for name, value in {"W_enc": theirs.W_enc, "b_enc": theirs.b_enc, "W_dec": theirs.W_dec}.items():
             ours.get_parameter(name).copy_(value)

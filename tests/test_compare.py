@@ -20,11 +20,11 @@ from mechint.compare import (
 )
 from mechint.config import CompareConfig
 from mechint.errors import MechintError
-from mechint.sae import SparseAutoEncoder, save_checkpoint
+from mechint.sae import StandardSAE, save_checkpoint
 
 
 def save_decoder(path: Path, rows: torch.Tensor) -> Path:
-    sae = SparseAutoEncoder(rows.shape[1], d_sae=len(rows))
+    sae = StandardSAE(rows.shape[1], len(rows))
     with torch.no_grad():
         sae.W_dec.copy_(rows)
     save_checkpoint(sae, path)

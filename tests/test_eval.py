@@ -16,7 +16,7 @@ from mechint.eval import (
     Text,
     append_metrics_row,
     collect_feature_activity,
-    evaluate_sae,
+    evaluate_rows,
     language_metrics,
     measure_activity,
     one_pass,
@@ -27,12 +27,12 @@ from mechint.eval import (
     save_eval_summary,
     texts_from_tokens,
 )
-from mechint.sae import SparseAutoEncoder
+from mechint.sae import StandardSAE
 
 
-def by_hand_sae() -> SparseAutoEncoder:
+def by_hand_sae() -> StandardSAE:
     """f = relu([x0, x1, -x0, x0 - 100]); x_hat = 0.5 * (f0, f1)."""
-    sae = SparseAutoEncoder(2, d_sae=4)
+    sae = StandardSAE(2, 4)
     with torch.no_grad():
         sae.W_enc.copy_(torch.tensor([[1.0, 0, -1, 1], [0, 1, 0, 0]]))
         sae.b_enc.copy_(torch.tensor([0.0, 0, 0, -100]))
@@ -51,7 +51,7 @@ def defined(metrics: dict[str, Any]) -> dict[str, Any]:
 def test_each_metric_by_hand() -> None:
     # rows (4, 0), (0, 2), (-2, 0); f = (4,0,0,0), (0,2,0,0), (0,0,2,0); x_hat = (2,0), (0,1), (0,0)
     rows = torch.tensor([[4.0, 0], [0, 2], [-2, 0]])
-    found = evaluate_sae(by_hand_sae(), rows, batch_size=2)
+    found = evaluate_rows(by_hand_sae(), rows, batch_size=2)
     squared_error = 4.0 + 1.0 + 4.0
     mean = (2 / 3, 2 / 3)
     scatter = (4 - mean[0]) ** 2 + mean[1] ** 2 + mean[0] ** 2 + (2 - mean[1]) ** 2 + (-2 - mean[0]) ** 2 + mean[1] ** 2
@@ -85,10 +85,10 @@ def test_each_metric_by_hand() -> None:
 
 def test_dead_features_are_those_of_the_training_rows() -> None:
     rows = torch.tensor([[4.0, 0], [0, 2], [-2, 0]])
-    found = evaluate_sae(by_hand_sae(), rows, val_indices=torch.tensor([2]), train_indices=torch.tensor([0]))
+    found = evaluate_rows(by_hand_sae(), rows, val_indices=torch.tensor([2]), train_indices=torch.tensor([0]))
     assert (found["dead_features"], found["n_dead_val"], found["n_val"], found["n_train"]) == (3, 3, 1, 1)
     assert found["dead_fraction"] == 0.75
-    activity = collect_feature_activity(by_hand_sae(), rows, torch.tensor([0, 2]))
+    activity = collect_feature_activity(by_hand_sae(), rows, "cpu", indices=torch.tensor([0, 2]))
     assert activity.tolist() == [True, False, True, False]
 
 
@@ -97,12 +97,12 @@ def test_dead_features_are_those_of_the_training_rows() -> None:
 def test_the_batch_size_does_not_matter(n: int, batch_size: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(n, 3, generator=generator) * 2 + 5
-    sae = SparseAutoEncoder(3, d_sae=7, generator=generator)
-    whole = evaluate_sae(sae, rows, batch_size=n)
-    parts = evaluate_sae(sae, rows, batch_size=batch_size)
+    sae = StandardSAE(3, 7, generator=generator)
+    whole = evaluate_rows(sae, rows, batch_size=n)
+    parts = evaluate_rows(sae, rows, batch_size=batch_size)
     assert defined(parts) == pytest.approx(defined(whole), rel=1e-5)
     x = rows.double()
-    x_hat = sae(rows)[0].detach().double()
+    x_hat = sae.run(rows)[0].detach().double()
     assert whole["val_mse"] == pytest.approx(float((x - x_hat).square().mean()), rel=1e-5)
     if n > 1:
         fvu = float((x - x_hat).square().sum() / (x - x.mean(dim=0)).square().sum())
@@ -120,21 +120,21 @@ def test_fvu_survives_a_mean_far_larger_than_the_spread() -> None:
 
 
 def test_fvu_of_equal_rows_is_undefined_not_nan(capsys: pytest.CaptureFixture[str]) -> None:
-    found = evaluate_sae(by_hand_sae(), torch.ones(3, 2))
+    found = evaluate_rows(by_hand_sae(), torch.ones(3, 2))
     assert found["fvu"] is None and found["explained_variance"] is None
     print_eval_summary(found)
     assert "fvu: undefined" in capsys.readouterr().out
-    assert evaluate_sae(by_hand_sae(), torch.zeros(3, 2))["l2_ratio"] is None
+    assert evaluate_rows(by_hand_sae(), torch.zeros(3, 2))["l2_ratio"] is None
 
 
 def test_blocks_of_features_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.randn(50, 2)
-    whole = evaluate_sae(by_hand_sae(), rows)
+    whole = evaluate_rows(by_hand_sae(), rows)
     monkeypatch.setattr(reconstruction, "MAX_BLOCK_ELEMENTS", 4 * 3)
     seen: list[int] = []
-    plain = SparseAutoEncoder.encode
-    monkeypatch.setattr(SparseAutoEncoder, "encode", lambda sae, x: seen.append(len(x)) or plain(sae, x))
-    assert evaluate_sae(by_hand_sae(), rows, batch_size=1000) == pytest.approx(whole, rel=1e-6)
+    plain = StandardSAE.encode
+    monkeypatch.setattr(StandardSAE, "encode", lambda sae, x: seen.append(len(x)) or plain(sae, x))
+    assert evaluate_rows(by_hand_sae(), rows, batch_size=1000) == pytest.approx(whole, rel=1e-6)
     assert max(seen) == 3
 
 
@@ -148,13 +148,13 @@ def test_mean_and_counts_of_the_training_pass() -> None:
 def test_unusable_activations_are_refused() -> None:
     sae = by_hand_sae()
     with pytest.raises(MechintError, match="3 wide.*expects 2"):
-        evaluate_sae(sae, torch.ones(4, 3))
+        evaluate_rows(sae, torch.ones(4, 3))
     with pytest.raises(MechintError, match="no held-out rows"):
-        evaluate_sae(sae, torch.ones(4, 2), val_indices=torch.tensor([], dtype=torch.int64))
+        evaluate_rows(sae, torch.ones(4, 2), val_indices=torch.tensor([], dtype=torch.int64))
     rows = torch.ones(10, 2)
     rows[7, 1] = math.nan
     with pytest.raises(MechintError, match="row 7 "):
-        evaluate_sae(sae, rows, torch.tensor([1]), torch.tensor([9, 7, 2, 3]), batch_size=2)
+        evaluate_rows(sae, rows, torch.tensor([1]), torch.tensor([9, 7, 2, 3]), batch_size=2)
 
 
 # --- in the language model -------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def expected_language(texts: list[Text], mean: torch.Tensor) -> dict[str, float]
     model, sae = OneStep(), by_hand_sae()
     edits = {
         "clean": lambda x: x,
-        "sae": lambda x: sae(x[None])[0][0].detach(),
+        "sae": lambda x: sae.run(x[None])[0][0].detach(),
         "zero": lambda x: x * 0,
         "mean": lambda x: mean,
     }
@@ -247,14 +247,14 @@ def test_batches_hold_the_texts_and_the_logits_asked_for(monkeypatch: pytest.Mon
 
 def test_a_perfect_and_a_useless_sae_recover_all_and_nothing() -> None:
     texts = [Text([1] * 6 + [2] * 4 + [0] * 4, [True] * 14)]
-    perfect = SparseAutoEncoder(2, d_sae=4)
+    perfect = StandardSAE(2, 4)
     with torch.no_grad():
         perfect.W_enc.copy_(torch.tensor([[1.0, -1, 0, 0], [0, 0, 1, -1]]))
         perfect.W_dec.copy_(perfect.W_enc.T)
     found = language_metrics(perfect, OneStep(), texts, torch.zeros(2), "hook")
     assert found["ce_recovered_zero"] == found["ce_recovered_mean"] == 1.0
     assert found["kl_clean_sae"] == 0.0 and found["ce_sae"] == found["ce_clean"]
-    useless = SparseAutoEncoder(2, d_sae=4)
+    useless = StandardSAE(2, 4)
     with torch.no_grad():
         useless.W_dec.zero_()
     found = language_metrics(useless, OneStep(), texts, torch.tensor([1.0, 1.0]), "hook")

@@ -13,7 +13,7 @@ from mechint.config import CollectConfig, SAETrainConfig
 from mechint.data import collect_activations, open_activations, split_indices
 from mechint.eval import print_eval_summary, texts_from_rows
 from mechint.provenance import read_json, write_json
-from mechint.sae import SparseAutoEncoder, load_sae, save_checkpoint
+from mechint.sae import StandardSAE, load_sae, save_checkpoint
 from mechint.train import train
 
 OLD_KEYS = {
@@ -250,7 +250,7 @@ def test_an_old_checkpoint_without_any_record(place: Path, tiny_neox_dir: Path) 
     """saved_models/*.pt of any width beside a bare .pt: the original's default split, and a hint for the rest."""
     rows = torch.randn(101, 32, generator=torch.Generator().manual_seed(1))
     torch.save(rows, place / "old.pt")
-    sae = SparseAutoEncoder(32, d_sae=37, generator=torch.Generator().manual_seed(2))
+    sae = StandardSAE(32, 37, generator=torch.Generator().manual_seed(2))
     save_checkpoint(sae, place / "saved_models" / "sae_model_odd.pt")
     flags = ["--checkpoint", place / "saved_models" / "sae_model_odd.pt", "--activations-path", place / "old.pt"]
     found = run_eval(place / "x", *flags)
@@ -316,7 +316,7 @@ def test_what_does_not_belong_together_is_refused_with_both_named(
         error = last_error(capsys)
         assert all(word in error for word in [*words, str(folder), store]), error
 
-    save_checkpoint(SparseAutoEncoder(16, 2), tmp_path / "narrow.pt")
+    save_checkpoint(StandardSAE(16, 32), tmp_path / "narrow.pt")
     assert main(["--checkpoint", str(tmp_path / "narrow.pt"), "--activations-path", store]) == 2
     error = last_error(capsys)
     assert "width 32" in error and "d_in 16" in error
@@ -394,12 +394,14 @@ def test_bad_input(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_load_and_evaluate_from_python(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The library path of the first version: tensors, indices, a dict, and the printed block."""
     from mechint.data import load_activations_with_splits
-    from mechint.eval import evaluate_sae
+    from mechint.eval import collect_feature_activity, evaluate_sae
 
     activations, train_indices, val_indices = load_activations_with_splits(place / "store", 0.1, 7)
     sae = load_sae(place / "run")
-    metrics = evaluate_sae(sae, activations, val_indices, train_indices, batch_size=10)
+    active = collect_feature_activity(sae, activations, "cpu", 10, train_indices)
+    metrics = evaluate_sae(sae, activations, active, sae.d_sae, "cpu", 10, val_indices=val_indices)
     x = activations[val_indices]
     assert metrics["val_l0"] == pytest.approx(float((sae.encode(x) > 0).float().mean()))
+    assert metrics["dead_features"] == int((~active).sum())
     print_eval_summary(metrics)
     assert capsys.readouterr().out.startswith("\n---\nval_mse: ")

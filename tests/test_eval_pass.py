@@ -15,7 +15,7 @@ from mechint.eval.predictions import Unembedding, WholeLogits, compare, fix
 from mechint.inside import Inside, special_tokens
 from mechint.models import LanguageModel, load_model
 from mechint.models.splice import Splice, make_splice
-from mechint.sae import SAE, SparseAutoEncoder
+from mechint.sae import SAE, StandardSAE
 
 # --- predictions -----------------------------------------------------------------------------------------------------
 
@@ -154,7 +154,7 @@ def model(tiny_neox_dir: Path) -> LanguageModel:
 def sae(model: LanguageModel) -> SAE:
     """Reconstructs well enough to matter, and has latents that never fire."""
     rows = model.activations(torch.arange(100)[None], HOOK)[0]
-    made = SparseAutoEncoder(32, d_sae=64, generator=torch.Generator().manual_seed(5))
+    made = StandardSAE(32, 64, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         made.b_dec.copy_(rows.mean(dim=0))
         made.W_enc.copy_(made.W_dec.T)
@@ -316,7 +316,7 @@ def test_fixed_predictions_only_where_they_are_the_same_in_all_texts(model: Lang
     assert one_pass.fixed_baselines(forward, holes, [torch.zeros_like]) is None
     # An edit that does not put the same value everywhere: the proof on other tokens finds it.
     assert one_pass.fixed_baselines(forward, same, [torch.zeros_like, lambda value: 2 * value]) is None
-    found = language_metrics(SparseAutoEncoder(32, d_sae=64), model, holes, torch.zeros(32), HOOK)
+    found = language_metrics(StandardSAE(32, 64), model, holes, torch.zeros(32), HOOK)
     assert found["n_predicted"] == sum(LENGTHS) - len(LENGTHS) + 2
 
 
@@ -324,7 +324,7 @@ def test_hooks_inside_a_layer_go_through_the_whole_model(tiny_neox_dir: Path) ->
     hook_name = "blocks.2.hook_mlp_out"
     model = load_model(str(tiny_neox_dir), device="cpu", hook_name=hook_name)
     assert isinstance(make_splice(model, hook_name, [0, 1]), str)
-    sae = SparseAutoEncoder(32, d_sae=64, generator=torch.Generator().manual_seed(1))
+    sae = StandardSAE(32, 64, generator=torch.Generator().manual_seed(1))
     texts = random_texts([6, 4, 6])
     found = evaluate_texts(subject_of(model, sae, hook_name), texts, mean=torch.zeros(32), n_resamples=0)
     x = torch.cat([model.activations(torch.tensor([text.tokens]), hook_name)[0, 1:] for text in texts])

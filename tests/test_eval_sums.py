@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from mechint.eval import ReconstructionSums, bootstrap, density_histogram, evaluate_sae, l0_histogram, measure_rows
+from mechint.eval import ReconstructionSums, bootstrap, density_histogram, evaluate_rows, l0_histogram, measure_rows
 from mechint.eval.bootstrap import group_of_texts, reconstruction_intervals, resample
 from mechint.eval.histograms import LOG10_EDGES, activity_metrics
 from mechint.eval.sums import COLUMNS, reconstruction_metrics
-from mechint.sae import SparseAutoEncoder
+from mechint.sae import StandardSAE
 
 METRICS = (
     *("l0", "l1", "mse_per_dim", "mse_per_token", "fvu", "explained_variance", "explained_variance_legacy"),
@@ -16,12 +16,12 @@ METRICS = (
 )
 
 
-def world(n: int = 60, n_texts: int = 7) -> tuple[SparseAutoEncoder, torch.Tensor, torch.Tensor]:
+def world(n: int = 60, n_texts: int = 7) -> tuple[StandardSAE, torch.Tensor, torch.Tensor]:
     """An SAE, rows whose mean is far from 0, and the text of each row."""
     generator = torch.Generator().manual_seed(3)
     rows = torch.randn(n, 5, generator=generator) * torch.tensor([3.0, 1, 1, 1, 0.2]) + 4
     texts = torch.randint(0, n_texts, (n,), generator=generator).sort().values * 10 + 3  # ids with gaps
-    return SparseAutoEncoder(5, d_sae=12, generator=generator), rows, texts
+    return StandardSAE(5, 12, generator=generator), rows, texts
 
 
 def test_a_weighted_sum_of_texts_is_the_evaluation_of_those_texts() -> None:
@@ -37,10 +37,10 @@ def test_a_weighted_sum_of_texts_is_the_evaluation_of_those_texts() -> None:
     assert found.keys() == set(METRICS)
     for index, weight in enumerate(weights):
         repeated = torch.cat([rows[groups == group].repeat(int(n), 1) for group, n in enumerate(weight)])
-        expected = evaluate_sae(sae, repeated)
+        expected = evaluate_rows(sae, repeated)
         for name in METRICS:
             if name == "explained_variance_legacy":  # about the centre of all texts, in every resample
-                x_hat = sae(repeated)[0].detach()
+                x_hat = sae.run(repeated)[0].detach()
                 squared = (repeated - rows.double().mean(dim=0)).square().sum(dim=1)
                 about_all = 1 - (repeated - x_hat).double().square().sum(dim=1) / squared
                 assert found[name][index] == pytest.approx(float(about_all.mean()), rel=1e-6)
@@ -64,7 +64,7 @@ def test_sums_by_text_add_up_to_the_sums() -> None:
 
 def test_rows_that_are_not_counted_are_summed_but_do_not_fire() -> None:
     sae, rows, _ = world(12)
-    x_hat, acts = (part.detach() for part in sae(rows))
+    x_hat, acts = (part.detach() for part in sae.run(rows))
     counted = torch.arange(12) % 3 > 0
     sums = ReconstructionSums(5, 12)
     sums.add(rows, x_hat, acts, counted=counted)

@@ -14,7 +14,7 @@ from small_run import make_small_run
 
 from mechint.errors import MechintError
 from mechint.report import figures, panels, tables
-from mechint.sae import SparseAutoEncoder
+from mechint.sae import StandardSAE
 
 
 def metrics(n: int = 11) -> list[dict]:
@@ -90,9 +90,9 @@ def test_activation_histogram_leaves_zeros_out():
     assert "does not fire" in ax.texts[0].get_text()
 
 
-def planted_sae() -> SparseAutoEncoder:
+def planted_sae() -> StandardSAE:
     torch.manual_seed(0)
-    sae = SparseAutoEncoder(16, d_sae=40)
+    sae = StandardSAE(16, 40)
     with torch.no_grad():
         sae.W_dec[30] = sae.W_dec[3]
         sae.W_dec[31] = -sae.W_dec[4]
@@ -126,7 +126,7 @@ def test_decoder_similarity_shows_the_planted_pairs():
     assert shown[0, 1] == pytest.approx(-1.0) and abs(shown[0, 2]) < 0.9
     with pytest.raises(MechintError, match="latent 40 is not among the 40"):
         figures.decoder_similarity(sae, [1, 40])
-    figures.decoder_similarity(SparseAutoEncoder(4, d_sae=1))
+    figures.decoder_similarity(StandardSAE(4, 1))
 
 
 def test_ranking_sorts_what_a_csv_holds():

@@ -18,6 +18,7 @@ from hub_material import (
     make_vector,
     write,
 )
+from mechint.saelens.sae_config import SAEMetadata
 from safetensors.torch import load_file, save_file
 
 from mechint.errors import MechintError
@@ -38,7 +39,6 @@ from mechint.hub.steering_bundle import steering_bundle, steering_repo_name
 from mechint.provenance import sha256_file
 from mechint.runs import Run
 from mechint.saelens import SAE, SAEConfig
-from mechint.saelens.sae_config import SAEMetadata
 
 
 def stage(bundle: Bundle, repo_id: str, target: Path) -> tuple[dict[str, bytes], dict[str, Any], str]:

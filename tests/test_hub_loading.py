@@ -137,7 +137,7 @@ def test_revisions_are_pinned_and_mistakes_told(hub: LoopbackHub, tmp_path: Path
     mine = {"saes": {"pinned": pinned, "other": {**pinned, "config": {**config, "k": K + 1}}}}
     (tmp_path / "mechint-registry.json").write_text(json.dumps(mine))
     script = f"""
-    from mechint.hub.sae_loading import load_pretrained_sae as sae
+    from mechint.sae.load import load_pretrained_sae as sae
     from mechint.hub.steering_loading import load_steering_vector as vector
     def weights(*args, **kwargs):
         found, config = sae(*args, **kwargs)
@@ -226,7 +226,7 @@ def test_files_that_are_not_what_was_published_are_refused(hub: LoopbackHub, tmp
     hub.add_repo("lab/vector", bundle | {"direction.safetensors.json": b'{"license": "MIT"}'})
     script = f"""
     from pathlib import Path
-    from mechint.hub.sae_loading import load_pretrained_sae, open_pretrained_sae
+    from mechint.sae.load import load_pretrained_sae, open_pretrained_sae
     from mechint.hub.steering_loading import load_steering_vector
     opened = open_pretrained_sae("{RUN51}")
     out["verified"], file = sorted(opened.verified), Path(opened.config["weights_path"])
@@ -266,7 +266,7 @@ def test_every_format_is_recognised_after_download(hub: LoopbackHub, tmp_path: P
             del expected[name]  # the SAE lies in the folder below
     hub.add_repo("lab/formats", folder)
     script = f"""
-    from mechint.hub.sae_loading import load_pretrained_sae
+    from mechint.sae.load import load_pretrained_sae
     for where in {sorted(expected)!r}:
         sae, config = load_pretrained_sae("lab/formats/" + where)
         x = torch.randn(8, config["input_dim"], generator=torch.Generator().manual_seed(2))

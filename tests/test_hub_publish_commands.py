@@ -293,7 +293,7 @@ def test_what_was_published_computes_the_same_in_a_new_process(published, world:
     import json, sys
     import torch
     from mechint import SAE
-    from mechint.hub.sae_loading import load_pretrained_sae
+    from mechint.sae.load import load_pretrained_sae
     from mechint.hub.steering_loading import load_steering_vector
 
     out = {{}}

@@ -20,7 +20,7 @@ from published import RUN51, platform_bundle, platform_tensors
 
 from mechint.errors import MechintError
 from mechint.hub.pull import pull
-from mechint.hub.sae_loading import load_pretrained_sae
+from mechint.sae.load import load_pretrained_sae
 
 pytest_plugins = ["hub_online"]
 ROOT = Path(__file__).resolve().parent.parent

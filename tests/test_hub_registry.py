@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from mechint.cli import apply_steering, list_saes, list_steering
 from mechint.errors import MechintError
 from mechint.hub import registry as registries
-from mechint.hub.registry import (
+from mechint.hub.steering_loading import load_steering_vector
+from mechint.huggingface.registry import (
     SAE_REGISTRY,
     STEERING_REGISTRY,
     SAEDescriptor,
@@ -31,8 +32,7 @@ from mechint.hub.registry import (
     sae_registry,
     steering_registry,
 )
-from mechint.hub.sae_loading import load_pretrained_sae
-from mechint.hub.steering_loading import load_steering_vector
+from mechint.sae.load import load_pretrained_sae
 from mechint.steering import save_direction
 
 # --- registries -------------------------------------------------------------------------------------------------------

@@ -121,8 +121,9 @@ def test_two_tokens_are_not_taken_for_heads(tiny: LanguageModel):
     """2 tokens of 64 numbers are no vector of 128, whatever else looks at the last two dimensions."""
     with pytest.raises(MechintError, match="d_in 256, but blocks.3.hook_resid_post .* is 128 wide"):
         check_fit(make_sae(256), tiny, HOOK)
-    from mechint.saelens.hooked import HookedSAETransformer
     from mechint.saelens.sae import SAE as ForSAELens
+
+    from mechint.saelens.hooked import HookedSAETransformer
 
     hooked = HookedSAETransformer(tiny)
     twice = ForSAELens.from_mechint(make_sae(256, hook_name=HOOK))

@@ -20,7 +20,7 @@ from mechint.ablation.interventions import (
 from mechint.errors import MechintError
 from mechint.eval import Text
 from mechint.models import load_model
-from mechint.sae import SparseAutoEncoder
+from mechint.sae import StandardSAE
 
 HOOK = "blocks.3.hook_resid_post"
 D_SAE = 24
@@ -40,7 +40,7 @@ def model(tiny_neox_dir, request):
 @pytest.fixture(scope="module")
 def sae(model):
     torch.manual_seed(3)
-    sae = SparseAutoEncoder(model.d_model, d_sae=D_SAE)
+    sae = StandardSAE(model.d_model, D_SAE)
     with torch.no_grad():
         sae.b_dec.copy_(0.1 * torch.randn(model.d_model))
         sae.b_enc.copy_(torch.linspace(-2, 1, D_SAE))

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from mechint.kernels.sparse_choice import kth_largest
-from mechint.kernels.sparse_loops import TILED_ABOVE, candidates, decode_rows, decode_twice
+from mechint.kernels.cpu.choice import kth_largest
+from mechint.kernels.cpu.loops import TILED_ABOVE, candidates, decode_rows, decode_twice
 
 # finite, of any size, and often equal
 NUMBERS = st.one_of(

@@ -28,7 +28,8 @@ from manual_cases import (
 
 from mechint.config import SAETrainConfig
 from mechint.errors import MechintError
-from mechint.kernels import DenseKernel, StepResult, StepSettings, cuda, make_kernel
+from mechint.kernels import DenseKernel, StepResult, StepSettings, make_kernel
+from mechint.kernels.gpu import kernel as manual
 
 needs_cuda = pytest.mark.skipif(not ON_CUDA, reason="needs a CUDA device")
 
@@ -75,7 +76,7 @@ def test_a_loss_that_is_not_finite_moves_nothing() -> None:
 class FakeGraph:
     """Replays as a CUDA graph does: from the buffers it was captured over, into the results of its capture."""
 
-    def __init__(self, kernel: cuda.ManualKernel, held: Any, skips: bool, max_grad_norm: float):
+    def __init__(self, kernel: manual.ManualKernel, held: Any, skips: bool, max_grad_norm: float):
         self.run = lambda: kernel._whole(held, skips, max_grad_norm)
         self.result: Any = None
 
@@ -93,14 +94,14 @@ def test_what_changes_between_replays_reaches_the_graph(name: str, monkeypatch: 
     """Batch, learning rate, sparsity and dead latents differ in every step; another shape is another graph."""
     reference, kernel = pair(name)
 
-    def capture(inputs: Any, skips: bool, max_grad_norm: float) -> cuda._Captured:
-        held = cuda._copies(inputs)
+    def capture(inputs: Any, skips: bool, max_grad_norm: float) -> manual._Captured:
+        held = manual._copies(inputs)
         graph = FakeGraph(kernel, held, skips, max_grad_norm)
         zero, counts = torch.zeros(()), torch.zeros(D_SAE, dtype=torch.int64)
         extra = {"l1": 1, "l0_penalty": 1, "pre_act": 1, "auxk": 1}
         terms = [term for term in ("mse", *extra) if term in expected.terms]
         graph.result = StepResult({t: zero.clone() for t in ("loss", *terms)}, counts[0].clone(), counts, zero.clone())
-        return cuda._Captured(graph.replay, held, graph.result)
+        return manual._Captured(graph.replay, held, graph.result)
 
     kernel.captures = True
     monkeypatch.setattr(kernel, "_capture", capture)

@@ -7,10 +7,11 @@ import sys
 import pytest
 import torch
 
-from mechint.kernels import DenseKernel, StepSettings, make_kernel, sparse, sparse_pool
-from mechint.kernels.sparse import SparseKernel
-from mechint.kernels.sparse_loops import TILED_ABOVE
-from mechint.kernels.sparse_space import Space
+from mechint.kernels import DenseKernel, StepSettings, cpu, make_kernel
+from mechint.kernels.cpu import SparseKernel
+from mechint.kernels.cpu.loops import TILED_ABOVE
+from mechint.kernels.cpu.space import Space
+from mechint.kernels.threads import Pool
 from mechint.sae import Objective, build_sae
 
 # architecture and options; each is held against the reference in every test below
@@ -305,7 +306,7 @@ def test_what_a_kernel_remembers_changes_no_bit(case):
 
 def test_workers_leave_torch_s_threads_as_they_were():
     before = torch.get_num_threads()
-    sparse_pool.Pool(before)
+    Pool(before)
     assert torch.get_num_threads() == before
 
 
@@ -345,9 +346,9 @@ def test_auto_takes_the_sparse_kernel_where_it_fits():
 
 def test_without_numba_training_is_dense_and_says_so_once(monkeypatch, caplog):
     for name in list(sys.modules):
-        if name.startswith("mechint.kernels.sparse"):
+        if name.startswith("mechint.kernels.cpu"):
             monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(sys.modules["mechint.kernels"], "sparse")
+    monkeypatch.delattr(sys.modules["mechint.kernels"], "cpu")
     monkeypatch.setitem(sys.modules, "numba", None)
     sae = make("standard")
     with caplog.at_level(logging.WARNING):
@@ -358,14 +359,14 @@ def test_without_numba_training_is_dense_and_says_so_once(monkeypatch, caplog):
 
 
 def test_a_kernel_that_computes_nonsense_is_not_used(monkeypatch, caplog):
-    sparse.broken.cache_clear()
-    monkeypatch.setattr(sparse.Space, "weights", lambda self, grads, *rest: 1.0)
+    cpu.broken.cache_clear()
+    monkeypatch.setattr(Space, "weights", lambda self, grads, *rest: 1.0)
     sae = make("topk")
     try:
         with caplog.at_level(logging.WARNING):
             assert make_kernel(sae, adam(sae)).name == "dense"
     finally:
-        sparse.broken.cache_clear()
+        cpu.broken.cache_clear()
     assert "does not work here" in caplog.text
 
 

@@ -25,9 +25,9 @@ from manual_cases import (
     pair,
 )
 
-from mechint.kernels import StepSettings, cuda_products, cuda_sparse
-from mechint.kernels.cuda import ManualKernel
-from mechint.kernels.cuda_products import Products
+from mechint.kernels import StepSettings
+from mechint.kernels.gpu import ManualKernel, products, skip_zeros
+from mechint.kernels.gpu.products import Products
 from mechint.sae.architectures.topk import TopKSAE
 
 
@@ -58,13 +58,13 @@ def test_a_loss_that_is_not_finite_moves_nothing() -> None:
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_one_pass_after_a_product_is_the_same(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles that stand out over the edges, several parts of the batch, and a NaN, which has to stay one."""
-    monkeypatch.setattr(cuda_products, "SHARE", 32)
+    monkeypatch.setattr(products, "SHARE", 32)
     generator = torch.Generator().manual_seed(3)
     pre, d_acts = (torch.randn(75, 150, generator=generator).to(DEVICE) for _ in range(2))
     bias, shift = torch.randn(150, generator=generator).to(DEVICE), torch.tensor(0.3, device=DEVICE)
     plain, fused = (Products(precision, pre.device, fuse=fuse) for fuse in (False, True))
     (code, counts, total), (fused_code, fused_counts, fused_total) = (
-        products.relu(pre.clone(), bias, 0.7) for products in (plain, fused)
+        mm.relu(pre.clone(), bias, 0.7) for mm in (plain, fused)
     )
     assert fused_code.dtype == code.dtype
     # the interpreter cuts what a GPU rounds: the last of bfloat16's 8 bits
@@ -72,9 +72,7 @@ def test_one_pass_after_a_product_is_the_same(precision: str, monkeypatch: pytes
     torch.testing.assert_close(fused_code, code, **tolerance)
     assert torch.equal(fused_counts, counts)
     torch.testing.assert_close(fused_total, total)
-    for expected, got in zip(
-        *(products.mask(d_acts.clone(), code, shift, 0.7) for products in (plain, fused)), strict=True
-    ):
+    for expected, got in zip(*(mm.mask(d_acts.clone(), code, shift, 0.7) for mm in (plain, fused)), strict=True):
         assert got.dtype == expected.dtype
         torch.testing.assert_close(got, expected, rtol=max(1e-5, tolerance["rtol"]), atol=1e-5)
     pre[40, 100] = torch.nan
@@ -103,13 +101,13 @@ def test_zeros_are_skipped_where_that_is_less_work() -> None:
     """By the estimates: TopK always in float32, at one in 300 in bf16; ReLU once its density is known."""
     topk, _ = make_case("topk")
     standard, _ = make_case("standard")
-    assert not cuda_sparse.pays(standard, "float32", None)
+    assert not skip_zeros.pays(standard, "float32", None)
     for sae, l0 in ((topk, None), (standard, 5.0)):
         sae.d_sae = 4096
-        assert cuda_sparse.pays(sae, "float32", l0)
+        assert skip_zeros.pays(sae, "float32", l0)
         sae.d_sae = 1024
-        assert not cuda_sparse.pays(sae, "bf16", l0)
-    assert not cuda_sparse.pays(standard, "float32", 500.0)
+        assert not skip_zeros.pays(sae, "bf16", l0)
+    assert not skip_zeros.pays(standard, "float32", 500.0)
 
 
 @needs_triton
@@ -133,7 +131,7 @@ def test_largest_is_topk(n: int, k: int) -> None:
         torch.randn(6, n, generator=generator),
         torch.randint(0, 4, (6, n), generator=generator).float(),
     ):
-        top, index = cuda_sparse.largest(values, k)
+        top, index = skip_zeros.largest(values, k)
         assert torch.equal(top.sort(dim=1, descending=True).values, values.topk(k, dim=1).values)
         assert torch.equal(values.gather(1, index), top)
         assert all(len(set(row.tolist())) == k for row in index)
@@ -143,9 +141,9 @@ def test_topk_from_blocks_is_topk_of_all(monkeypatch: pytest.MonkeyPatch) -> Non
     sae, _ = make_case("topk")
     assert isinstance(sae, TopKSAE)
     x = batch_of(0)
-    monkeypatch.setattr(cuda_sparse, "SELECT_CHUNK", 25)  # the last block is smaller than k = 5 would like: 21 is not
+    monkeypatch.setattr(skip_zeros, "SELECT_CHUNK", 25)  # the last block is smaller than k = 5 would like: 21 is not
     with torch.no_grad():
-        values, latents = cuda_sparse.select_topk(sae, x - sae.b_dec, Products("float32", x.device))
+        values, latents = skip_zeros.select_topk(sae, x - sae.b_dec, Products("float32", x.device))
         acts = torch.zeros(BATCH, D_SAE, device=DEVICE).scatter(1, latents, values.relu())
         torch.testing.assert_close(acts, sae.encode(x), rtol=0, atol=1e-5)
         assert torch.equal(acts > 0, sae.encode(x) > 0)

@@ -257,7 +257,7 @@ def test_old_config_trains_as_it_did_and_evaluates(folder: Path, capsys: pytest.
     rows = torch.load(folder / "activations" / "activations_50000.pt", weights_only=True)
     held_out = rows[torch.randperm(N_ROWS, generator=torch.Generator().manual_seed(42))[: N_ROWS // 10]]
     with torch.no_grad():
-        x_hat, _ = load_sae(folder / "runs" / "a")(held_out)
+        x_hat, _ = load_sae(folder / "runs" / "a").run(held_out)
     summary = json.loads((folder / "runs" / "a" / "summary.json").read_text())
     assert summary["val_mse"] == pytest.approx((x_hat - held_out).square().mean().item(), rel=1e-5)
 

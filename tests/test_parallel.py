@@ -23,7 +23,7 @@ from mechint.data.ranks import Ranks, launcher
 from mechint.data.watch import limit_seconds
 from mechint.errors import MechintError
 from mechint.runs import Run
-from mechint.sae import SparseAutoEncoder, load_sae
+from mechint.sae import StandardSAE, load_sae
 from mechint.train import resume, train
 from mechint.train.parallel import DataTeam, check_same, make_team
 from mechint.train.parallel_latents import LatentPeers, LatentTeam
@@ -392,7 +392,7 @@ def test_what_cannot_be_dealt_out():
 
 
 def test_weights_that_differ_between_processes_are_noticed(monkeypatch: pytest.MonkeyPatch):
-    sae = SparseAutoEncoder(3, d_sae=8)
+    sae = StandardSAE(3, 8)
     state = TrainState(sae, torch.optim.Adam(sae.parameters()), torch.full((8,), -1))
     sent: list[torch.Tensor] = []
     # the other process sends what this one sent first

@@ -16,9 +16,9 @@ import torch
 from loopback_hub import LoopbackHub
 from test_saelens_api import D_IN, IN, OUT, TRANSCODERS, drawn, drawn_transcoder
 
+from mechint.huggingface.releases import KNOWN, find_release
 from mechint.models import load_model
 from mechint.saelens import SAE, ActivationsStore, HookedSAETransformer
-from mechint.saelens.releases import KNOWN, find_release
 from mechint.saelens.windows import token_windows
 
 pytestmark = pytest.mark.skipif(

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -16,11 +17,12 @@ import torch
 from mechint import SAEloss, SAETrainConfig, SparseAutoEncoder
 from mechint.data import (
     deterministic_split_indices,
+    iter_activation_batches,
     load_activations_with_splits,
     random_batch_iterator,
     split_batch_iterator,
 )
-from mechint.eval import collect_feature_activity
+from mechint.eval import collect_feature_activity, evaluate_sae
 
 ROOT = Path(__file__).resolve().parent.parent
 D_IN = 16
@@ -34,19 +36,25 @@ def run_script(name: str, *flags: object, cwd: Path) -> subprocess.CompletedProc
 
 class Model(unittest.TestCase):
     def test_shapes(self):
-        sae = SparseAutoEncoder(D_IN, 4)
-        x_hat, f = sae(torch.randn(5, D_IN))
-        self.assertEqual((x_hat.shape, f.shape), ((5, D_IN), (5, 4 * D_IN)))
+        sae = SparseAutoEncoder(d=4, m=12)
+        x = torch.randn(5, 4)
+        x_hat, f = sae(x)
+        self.assertEqual((x_hat.shape, f.shape), ((5, 4), (5, 12)))
+        self.assertEqual((sae.encoder(x).shape, sae.decoder(f).shape), ((5, 12), (5, 4)))
         self.assertTrue(bool((f >= 0).all()))
-        loss, mse, l1 = SAEloss(torch.zeros(5, D_IN), x_hat, f, 2.0)
-        self.assertAlmostEqual(loss.item(), mse.item() + 2.0 * l1.item(), places=5)
+        shapes = {name: tuple(getattr(sae, name).shape) for name in ("b_pre", "b_enc", "W_enc", "W_dec")}
+        self.assertEqual(shapes, {"b_pre": (4,), "b_enc": (12,), "W_enc": (4, 12), "W_dec": (12, 4)})
+        self.assertEqual({name: tuple(value.shape) for name, value in sae.state_dict().items()}, shapes)
+        loss = SAEloss(x_hat, x, f, lam=2.0)
+        self.assertEqual(loss.shape, ())
+        self.assertAlmostEqual(loss.item(), ((x_hat - x).square().mean() + 2.0 * f.mean()).item(), places=5)
 
     def test_renormalisation(self):
-        sae = SparseAutoEncoder(D_IN, 4)
+        sae = SparseAutoEncoder(d=4, m=12)
         with torch.no_grad():
-            sae.W_dec.mul_(5.0)
+            sae.W_dec.mul_(3)
         sae.renormalize_decoder()
-        torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(4 * D_IN))
+        torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(12))
 
     def test_old_import_path(self):
         code = "import sae, mechint.sae as m\n"
@@ -55,41 +63,53 @@ class Model(unittest.TestCase):
         self.assertEqual(done.stdout.strip(), "True True")
 
     def test_latents_that_cannot_fire_are_dead(self):
-        sae = SparseAutoEncoder(D_IN, 4)
+        sae = SparseAutoEncoder(d=4, m=12)
         with torch.no_grad():
-            sae.b_enc[:10] = -100.0
-        alive = collect_feature_activity(sae, torch.randn(4000, D_IN))
-        self.assertFalse(bool(alive[:10].any()))
-        self.assertTrue(bool(alive[10:].all()))
+            sae.b_enc.fill_(-100)
+        acts = torch.randn(64, 4)
+        active = collect_feature_activity(sae, acts, torch.device("cpu"), eval_batch_size=16)
+        self.assertEqual((active.dtype, tuple(active.shape)), (torch.bool, (12,)))
+        self.assertFalse(bool(active.any()))
+        summary = evaluate_sae(sae, acts, active, 12, torch.device("cpu"), eval_batch_size=16)
+        self.assertEqual((summary["dead_features"], summary["dead_fraction"], summary["val_l0"]), (12, 1.0, 0.0))
 
 
 class Data(unittest.TestCase):
     def test_split_is_deterministic_disjoint_and_complete(self):
         train, val = deterministic_split_indices(1000, 0.05, 42)
-        again = deterministic_split_indices(1000, 0.05, 42)
+        again = deterministic_split_indices(n=1000, val_fraction=0.05, seed=42)
         self.assertTrue(torch.equal(train, again[0]) and torch.equal(val, again[1]))
         self.assertEqual(len(val), 50)
         self.assertEqual(sorted([*train.tolist(), *val.tolist()]), list(range(1000)))
         self.assertFalse(torch.equal(val, deterministic_split_indices(1000, 0.05, 43)[1]))
 
-    def test_batches(self):
-        rows = torch.arange(100.0)[:, None].expand(100, D_IN)
-        stream = random_batch_iterator(rows, torch.arange(50), 8, seed=1)
-        first, second = next(stream), next(stream)
-        self.assertEqual(first.shape, (8, D_IN))
-        self.assertLess(float(torch.cat([first, second]).max()), 50)
-        self.assertTrue(torch.equal(first, next(random_batch_iterator(rows, torch.arange(50), 8, seed=1))))
-        sizes = [len(batch) for batch in split_batch_iterator(rows, torch.arange(30), 8)]
-        self.assertEqual(sizes, [8, 8, 8, 6])
+    def test_random_batches(self):
+        batch = next(random_batch_iterator(torch.randn(100, 4), 8, "cpu", seed=42))
+        self.assertEqual((tuple(batch.shape), batch.device.type), ((8, 4), "cpu"))
+        rows = torch.arange(100.0)[:, None].expand(100, 4)
+        streams = [random_batch_iterator(rows, 8, torch.device("cpu"), seed=seed) for seed in (1, 1, 2)]
+        for first, second, other in itertools.islice(zip(*streams, strict=True), 20):
+            self.assertTrue(torch.equal(first, second))
+            self.assertFalse(torch.equal(first, other))
 
-    def test_loading_with_splits(self):
+    def test_batches_of_a_split(self):
+        rows = torch.arange(100.0)[:, None].expand(100, 4)
+        stream = split_batch_iterator(rows, torch.arange(50, 60), 8, "cpu", seed=1)
+        seen = torch.cat(list(itertools.islice(stream, 30)))  # endless
+        self.assertEqual(sorted(set(seen[:, 0].tolist())), list(range(50, 60)))
+        sizes = [len(batch) for batch in iter_activation_batches(rows, torch.arange(30), 8, "cpu")]
+        self.assertEqual(sizes, [8, 8, 8, 6])
+        self.assertEqual(len(list(iter_activation_batches(rows, None, 8, "cpu"))), 13)
+
+    def test_loading_with_splits_keeps_the_tensor_whole(self):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "acts.pt"
             rows = torch.randn(200, D_IN)
             torch.save(rows, path)
-            activations, train, val = load_activations_with_splits(path, 0.1, 7)
-            self.assertTrue(torch.equal(activations, rows))
-            self.assertEqual((len(train), len(val)), (180, 20))
+            for mmap in (True, False):
+                activations, train, val = load_activations_with_splits(path, val_fraction=0.1, seed=7, mmap=mmap)
+                self.assertTrue(torch.equal(activations, rows))
+                self.assertEqual((len(train), len(val)), (180, 20))
 
 
 class Commands(unittest.TestCase):
@@ -135,6 +155,17 @@ class Commands(unittest.TestCase):
         rows = list(csv.DictReader(io.StringIO((self.folder / "c.csv").read_text())))
         self.assertEqual([int(row["left_feature"]) for row in rows], list(range(2 * D_IN)))
         self.assertTrue(all(-1.0001 <= float(row["cosine_similarity"]) <= 1.0001 for row in rows))
+
+    def test_compare_checkpoints_made_by_hand(self):
+        paths = []
+        for m in (12, 20):
+            paths.append(f"m{m}.pt")
+            torch.save(SparseAutoEncoder(d=4, m=m).state_dict(), self.folder / paths[-1])
+        flags = ["--checkpoints", *paths, "--activation-dim", 4, "--output", "by_hand.csv"]
+        done = run_script("scripts/compare_expansions.py", *flags, cwd=self.folder)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        rows = list(csv.DictReader(io.StringIO((self.folder / "by_hand.csv").read_text())))
+        self.assertEqual([int(row["left_feature"]) for row in rows], list(range(12)))
 
     def test_legacy_wrapper(self):
         done = run_script("train.py", *self.flags, "--expansion", 3, cwd=self.folder)

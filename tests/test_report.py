@@ -30,7 +30,7 @@ from mechint.report.page import page
 from mechint.report.side_by_side import compare_facts, differing_settings
 from mechint.report.story import story, where
 from mechint.runs import Run
-from mechint.sae import SparseAutoEncoder
+from mechint.sae import StandardSAE
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
@@ -124,8 +124,8 @@ def make_activations(folder: Path, lengths: tuple[int, ...] = (9, 3, 14, 1, 6), 
     )
 
 
-def make_sae(d_sae: int = 12, d_in: int = 8, *, dead: tuple[int, ...] = ()) -> SparseAutoEncoder:
-    sae = SparseAutoEncoder(d_in, d_sae=d_sae, generator=torch.Generator().manual_seed(3))
+def make_sae(d_sae: int = 12, d_in: int = 8, *, dead: tuple[int, ...] = ()) -> StandardSAE:
+    sae = StandardSAE(d_in, d_sae, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         for latent in dead:
             sae.b_enc[latent] = -100.0
@@ -176,7 +176,7 @@ def test_contexts_hold_tokens_and_values_of_their_rows(tmp_path: Path):
     assert shown > 40
 
 
-def look_at(sae: SparseAutoEncoder, gathered: Latents, activations: Activations, **more: Any) -> Look:
+def look_at(sae: StandardSAE, gathered: Latents, activations: Activations, **more: Any) -> Look:
     given = {"effects": {}, "concepts": {}, **more}
     return look(sae, gathered, activations, None, **given)
 

@@ -17,12 +17,12 @@ from loopback_hub import LoopbackHub
 from mechint import SAE, LanguageModelSAERunnerConfig, SAEConfig, SAETrainingRunner
 from mechint.errors import MechintError
 from mechint.formats import Loaded, reference_decode, reference_encode
+from mechint.huggingface.releases import VARIABLE, find_release
 from mechint.runs import Run
 from mechint.sae import save_sae_folder
 from mechint.saelens import LoggingConfig, StandardTrainingSAEConfig, TopKTrainingSAEConfig, upload
 from mechint.saelens.nested import JumpReLUTrainingSAEConfig, MatryoshkaBatchTopKTrainingSAEConfig
 from mechint.saelens.neuronpedia import neuronpedia_id, neuronpedia_url, parse_neuronpedia
-from mechint.saelens.releases import VARIABLE, find_release
 from mechint.saelens.windows import mixed, token_windows
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from mechint.saelens.sae import HOOKS
 from test_saelens_api import IN, OUT, drawn_transcoder
 
 from mechint.errors import MechintError
 from mechint.formats import Loaded
 from mechint.models import load_model
 from mechint.saelens import SAE, ActivationsStore, HookedSAETransformer
-from mechint.saelens.sae import HOOKS
 
 HOOK = "blocks.3.hook_resid_post"
 POST = f"{HOOK}.hook_sae_acts_post"

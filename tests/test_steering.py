@@ -14,7 +14,7 @@ from mechint import steering
 from mechint.builtin import world
 from mechint.errors import MechintError
 from mechint.models import LanguageModel, load_model
-from mechint.sae import SparseAutoEncoder
+from mechint.sae import StandardSAE
 from mechint.steering import Direction
 
 HOOK = "blocks.3.hook_resid_post"
@@ -104,7 +104,7 @@ def test_edits_do_what_they_say_at_the_hook(d_in: int, value: float, seed: int):
 
 def test_a_latent_is_clamped_and_removed_by_its_own_activation():
     torch.manual_seed(0)
-    sae = SparseAutoEncoder(6, d_sae=10)
+    sae = StandardSAE(6, 10)
     x = torch.randn(2, 4, 6)
     acts = sae.encode(x)
     assert 0 < int((acts[..., 3] > 0).sum()) < 8

@@ -12,7 +12,7 @@ from mechint import steering
 from mechint.cli.extract import main as extract
 from mechint.cli.steer import main as steer
 from mechint.models import load_model
-from mechint.sae import SparseAutoEncoder, save_checkpoint, save_sae_folder
+from mechint.sae import StandardSAE, save_checkpoint, save_sae_folder
 
 HOOK = "blocks.3.hook_resid_post"
 PEOPLE = {"female": ("Anna", "Mary", "Emma", "Lucy", "Sara"), "male": ("Paul", "John", "Omar", "Mark", "Adam")}
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert extract([*files, "--model", "builtin/pythia-tiny", "--output", str(root / "gender"), "--device", "cpu"]) == 0
     vector = steering.load_direction(root / "gender").vector
     torch.manual_seed(0)
-    sae = SparseAutoEncoder(128, d_sae=8)
+    sae = StandardSAE(128, 8)
     with torch.no_grad():
         sae.W_dec[3] = vector
         sae.W_enc[:, 3] = vector

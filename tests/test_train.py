@@ -20,7 +20,7 @@ from mechint.config import SAETrainConfig
 from mechint.errors import MechintError
 from mechint.provenance import set_global_seed
 from mechint.runs import Run, verify
-from mechint.sae import SparseAutoEncoder, load_sae
+from mechint.sae import StandardSAE, load_sae
 from mechint.train import resume, train, training
 from mechint.train.schedule import l1_weight, learning_rate
 
@@ -112,7 +112,7 @@ def test_mech_int_preset_is_the_original_for_a_hundred_steps(activations_path: P
     config = dataclasses.replace(config, batch_order="torch")
     layout = train(config, progress=False)
     set_global_seed(config.seed)
-    start = SparseAutoEncoder(D_IN, 4)
+    start = StandardSAE(D_IN, 4 * D_IN)
     weights = {name: value.detach().double().numpy().copy() for name, value in start.named_parameters()}
     rows = torch.load(activations_path, weights_only=True).double().numpy()
     expected = reference_training(rows, config, weights)

@@ -9,7 +9,7 @@ from typing import Any
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from mechint.kernels import triton_kernels
+from mechint.kernels.gpu import triton_kernels
 
 # What arguments are, by name; all others point to float32.
 KINDS = dict.fromkeys(

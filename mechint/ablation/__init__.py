@@ -6,7 +6,12 @@ from mechint.ablation.command import Ablation, ablate, partial_path
 from mechint.ablation.correlation import spearman
 from mechint.ablation.rank import COLUMNS, feature_indices, rank_features_by_ablation, save_ablation_rows
 from mechint.ablation.rank_command import Ranking, rank_run
-from mechint.ablation.single import build_transformer_model, compute_text_kl, single_feature_ablation_hook
+from mechint.ablation.single import (
+    build_transformer_model,
+    compute_text_kl,
+    latent_text_kl,
+    single_feature_ablation_hook,
+)
 from mechint.sae import load_sae_checkpoint
 
 __all__ = [
@@ -22,6 +27,7 @@ __all__ = [
     "build_transformer_model",
     "compute_text_kl",
     "feature_indices",
+    "latent_text_kl",
     "load_sae_checkpoint",
     "partial_path",
     "rank_run",

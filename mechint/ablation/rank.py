@@ -193,10 +193,10 @@ def feature_indices(subset: Iterable[Any] | str | None, d_sae: int) -> list[int]
     return list(dict.fromkeys(found))
 
 
-def save_ablation_rows(rows: Sequence[dict[str, Any]], path: str | Path, *, overwrite: bool = True) -> None:
+def save_ablation_rows(rows: Sequence[dict[str, Any]], output_path: str | Path, *, overwrite: bool = True) -> None:
     """Write the rows as CSV, atomically; the original's columns come first."""
     with (
-        atomic_path(path, overwrite=overwrite) as temporary,
+        atomic_path(output_path, overwrite=overwrite) as temporary,
         open(temporary, "w", encoding="utf-8", newline="") as file,
     ):
         writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else COLUMNS, lineterminator="\n")

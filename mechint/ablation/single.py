@@ -1,23 +1,23 @@
 """One text at a time: the hook that removes a latent, its effect position by position."""
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechint.ablation.engines import Pair, make_engine
+from mechint.ablation.engines import Pair, following, make_engine
+from mechint.ablation.kl import Effect, effect_of_log_probs
 from mechint.ablation.rank import feature_indices
-from mechint.inside import as_model, check_fit
+from mechint.inside import Model, as_model, check_fit
 from mechint.models import load_model
 from mechint.models.matmul import full_float32
 from mechint.sae import SAE
 
 
-def build_transformer_model(
-    model_name: str = "pythia-70m", device: str | None = None, *, processing: str = "centred"
-) -> Any:
+def build_transformer_model(model_name: str, *, device: str | None = None, processing: str = "centred") -> Any:
     """A `TransformerBridge` of a model by Hub id, alias, local folder or builtin/pythia-tiny.
 
     `processing` "centred", the default here, is what the original pipeline worked on (LayerNorm folded, residual
@@ -41,6 +41,36 @@ def single_feature_ablation_hook(
 
 
 def compute_text_kl(
+    model: Any, text: str, hook_name: str, hook_fn: Callable[..., Float[Tensor, "*batch d_in"] | None]
+) -> dict[str, Any]:
+    """What an edit at a hook does to the predictions at each position of a text, BOS prepended; in nats.
+
+    Args:
+        model: a `LanguageModel`, or a `TransformerBridge`.
+        hook_fn: called as TransformerLens calls it, `hook_fn(value, hook=point)`, where the point has the `name` of the
+            hook; such as `single_feature_ablation_hook` makes. If it returns None, the value stays.
+
+    Returns:
+        `text`, `token_ids`, `tokens`, `kl` (clean || edited), `ce_change`, `mean_kl`, `mean_kl_no_bos`, `max_kl`,
+        `max_kl_token`, `max_kl_token_position`, as `latent_text_kl` has them, from the model's own float32 logits.
+    """
+    known = as_model(model)
+    shape = known.hook_shape(hook_name)
+    (tokens,) = known.tokenize([text], prepend_bos=True)
+    point = SimpleNamespace(name=hook_name)
+
+    def edit(value: Tensor) -> Tensor:
+        edited = hook_fn(value.unflatten(-1, shape), hook=point)  # heads one by one, as TransformerLens has them
+        return value if edited is None else edited.flatten(2)
+
+    whole, length = torch.tensor([tokens]), len(tokens)
+    with torch.inference_mode(), full_float32():
+        clean, edited = known.logits(whole)[0], known.logits_with(whole, hook_name, edit)[0]
+        effect = effect_of_log_probs(clean, edited, following([tokens], length)[0])
+    return _by_position(known, text, tokens, effect, n_bos=1)
+
+
+def latent_text_kl(
     sae: SAE,
     model: Any,
     hook_name: str,
@@ -68,25 +98,32 @@ def compute_text_kl(
         engine = make_engine(sae, known, hook_name, tokens)
         acts = engine.open([tokens])[0][:, features].cpu()
         active = torch.nonzero((acts != 0).any(1)).flatten().tolist()
-        kl = ce_change = torch.zeros(len(tokens), dtype=torch.float64)
+        nothing = torch.zeros(len(tokens), dtype=torch.float64)
+        effect = Effect(nothing, nothing)
         if active:
-            kl, ce_change = (part[0] for part in engine.precise_effect([Pair(0, tuple(features), active[0])]))
-            kl = kl.clamp(min=0)
-    names = [known.tokenizer.decode([token]) for token in tokens]
-    highest = int(kl.argmax())
-    rest = kl[int(prepend_bos) :]
+            pair = Pair(0, tuple(features), active[0])
+            effect = Effect(*(part[0] for part in engine.precise_effect([pair])))
+    return {
+        **_by_position(known, text, tokens, effect, n_bos=int(prepend_bos)),
+        "features": features,
+        "feature_acts": acts.sum(1).tolist(),
+        "n_active_positions": len(active),
+    }
+
+
+def _by_position(model: Model, text: str, tokens: list[int], effect: Effect, n_bos: int) -> dict[str, Any]:
+    kl = effect.kl.cpu().clamp(min=0)
+    names = [model.tokenizer.decode([token]) for token in tokens]
+    highest, rest = int(kl.argmax()), kl[n_bos:]
     return {
         "text": text,
-        "features": features,
         "token_ids": tokens,
         "tokens": names,
         "kl": kl.tolist(),
-        "ce_change": ce_change.tolist(),
-        "feature_acts": acts.sum(1).tolist(),
+        "ce_change": effect.ce_change.tolist(),
         "mean_kl": float(kl.mean()),
         "mean_kl_no_bos": float(rest.mean()) if len(rest) else 0.0,
         "max_kl": float(kl[highest]),
         "max_kl_token": names[highest],
         "max_kl_token_position": highest,
-        "n_active_positions": len(active),
     }

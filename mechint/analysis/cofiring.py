@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mechint.analysis.entries import Entries
 from mechint.analysis.tables import mixed, numba_loops
+from mechint.kernels import pool
 
 MAX_ENTRIES = 2**23  # of the sample: 32 MB, and twice that while they are sorted
 MAX_PAIRS = 2**29  # sum over the sample's rows of L0 squared: about a second of work
@@ -75,8 +76,6 @@ class RowSample:
             by_latent = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[np.argsort(cols, kind="stable")]
             _partners(starts, by_latent, row_starts, cols, fired, n, least, best, shares, both)
         else:
-            from mechint.kernels.sparse_pool import pool
-
             by_latent = loops.rows_by_latent(starts.copy(), row_starts, cols)
             size = 64
 

@@ -11,6 +11,7 @@ from typing import final
 import numpy as np
 
 from mechint.analysis.entries import Entries
+from mechint.kernels import pool
 
 # Activation histogram: four bins an octave, from 2^-12 to 2^12; values outside are counted in the first and last bin.
 OCTAVES = (-12, 12)
@@ -65,8 +66,6 @@ class Tables:
         if self._loops is None:
             self._add_flat(*entries.flat(), entries.row)
             return
-        from mechint.kernels.sparse_pool import pool
-
         loops = self._loops
         tables = (
             self.counts, self.sums, self.top_keys, self.top_values, self.sample_keys, self.sample_values, self.histogram

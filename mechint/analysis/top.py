@@ -1,5 +1,7 @@
 """The strongest activations of every latent, from one pass over stored activations."""
 
+import copy
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -14,10 +16,10 @@ from mechint.sae import SAE
 
 def collect_top_activations(
     sae: SAE,
-    acts: Float[Tensor, "n d_in"] | Activations,
+    activations: Float[Tensor, "n d_in"] | Activations,
     k: int = 20,
     batch_size: int = 4096,
-    device: str | None = None,
+    device: str | torch.device = "cpu",
 ) -> tuple[Float[Tensor, "d_sae k"], Int[Tensor, "d_sae k"]]:
     """For each latent its `k` highest values over all rows and the rows they are on, highest first.
 
@@ -26,14 +28,14 @@ def collect_top_activations(
     with row -1. Results are on the CPU. `gather` finds the same and more, in one pass too.
 
     Raises:
-        MechintError: `acts` is not as wide as the SAE, `k` is below 1, or a row holds NaN or Inf.
+        MechintError: `activations` is not as wide as the SAE, `k` is below 1, or a row holds NaN or Inf.
     """
     if k < 1:
         raise MechintError(f"k must be at least 1, got {k}")
-    if device is not None:
-        sae = sae.to(device)
+    if sae.W_enc.device != torch.device(device):
+        sae = copy.deepcopy(sae).to(device)  # the caller's stays where it is
     tables, silent, n_rows = Tables(sae.d_sae, n_top=k), _Silent(sae.d_sae, 2 * k), 0
-    for entries in active_entries(sae, acts, batch_size=batch_size):
+    for entries in active_entries(sae, activations, batch_size=batch_size):
         silent.note(entries)
         tables.add(entries)
         n_rows += entries.n_rows

@@ -111,24 +111,24 @@ One file in `mechint/formats/`: [extend.md](extend.md#adding-a-format) has an ex
 # What the table of kinds asks each format about.
 KINDS: dict[str, dict[str, Any]] = {
     "standard": {},
-    "topk": {"options": {"k": 2}},
+    "topk": {"k": 2},
     "jumprelu": {},
     "jumprelu with one threshold": {},
     "gated": {},
     "b_dec not subtracted": {"apply_b_dec_to_input": False},
-    "inputs to norm sqrt(d_in)": {"normalize": "sqrt_d"},
-    "inputs layer-normed": {"normalize": "layer_norm"},
-    "constant input scale": {"scale": 2.0},
-    "topk by decoder norm": {"options": {"k": 2}, "rescale_acts_by_decoder_norm": True},
-    "topk without ReLU": {"options": {"k": 2}, "topk_relu": False},
-    "topk, inputs layer-normed": {"options": {"k": 2}, "normalize": "layer_norm"},
-    "topk with k latents of zeros (`--pad-topk`)": {"options": {"k": 2}},
-    "transcoder": {"transcoder": True, "apply_b_dec_to_input": False},
-    "jumprelu transcoder": {"transcoder": True, "apply_b_dec_to_input": False},
-    "topk transcoder": {"options": {"k": 2}, "transcoder": True, "apply_b_dec_to_input": False},
-    "skip transcoder": {"transcoder": True, "apply_b_dec_to_input": False},
-    "jumprelu skip transcoder": {"transcoder": True, "apply_b_dec_to_input": False},
-    "topk skip transcoder": {"options": {"k": 2}, "transcoder": True, "apply_b_dec_to_input": False},
+    "inputs to norm sqrt(d_in)": {"normalize_activations": "constant_norm_rescale"},
+    "inputs layer-normed": {"normalize_activations": "layer_norm"},
+    "constant input scale": {"input_scale": 2.0},
+    "topk by decoder norm": {"k": 2, "rescale_acts_by_decoder_norm": True},
+    "topk without ReLU": {"k": 2, "relu": False},
+    "topk, inputs layer-normed": {"k": 2, "normalize_activations": "layer_norm"},
+    "topk with k latents of zeros (`--pad-topk`)": {"k": 2},
+    "transcoder": {"transcoder": True},
+    "jumprelu transcoder": {"transcoder": True},
+    "topk transcoder": {"k": 2, "transcoder": True},
+    "skip transcoder": {"transcoder": True},
+    "jumprelu skip transcoder": {"transcoder": True},
+    "topk skip transcoder": {"k": 2, "transcoder": True},
 }
 
 
@@ -167,8 +167,8 @@ def example(kind: str) -> Any:
     """A small SAE of a kind of `KINDS`, with nothing zero."""
     import torch
 
-    from mechint.formats.base import Loaded, checked
     from mechint.formats.folds import pad_topk
+    from mechint.sae import SAE
 
     generator = torch.Generator().manual_seed(0)
     architecture = next((name for name in ("topk", "jumprelu", "gated") if name in kind), "standard")
@@ -179,8 +179,8 @@ def example(kind: str) -> Any:
     tensors = {name: torch.rand(shape, generator=generator) + 0.1 for name, shape in shapes.items()}
     if "one threshold" in kind:
         tensors["threshold"] = torch.full((8,), 0.5)
-    loaded = checked(Loaded(architecture, tensors, **KINDS[kind]), kind)
-    return pad_topk(loaded) if "zeros" in kind else loaded
+    sae = SAE.from_tensors(architecture, tensors, kind, **KINDS[kind])
+    return pad_topk(sae) if "zeros" in kind else sae
 
 
 @command

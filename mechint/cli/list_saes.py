@@ -12,7 +12,7 @@ def main(argv: Sequence[str]) -> int:
     config = parse(
         ListConfig, argv, prog="mechint list-saes", description="List the SAEs that registries name." + PLACES
     )
-    from mechint.hub.registry import sae_registry, source_in_words
+    from mechint.huggingface.registry import sae_registry, source_in_words
 
     known = sae_registry(config.registry)
     if config.json:

@@ -15,7 +15,7 @@ def main(argv: Sequence[str]) -> int:
         prog="mechint list-steering",
         description="List the steering vectors that registries name." + PLACES,
     )
-    from mechint.hub.registry import source_in_words, steering_registry
+    from mechint.huggingface.registry import source_in_words, steering_registry
 
     known = steering_registry(config.registry)
     if config.json:

@@ -10,8 +10,8 @@ from mechint.config.registry import LoadSaeConfig
 @command
 def main(argv: Sequence[str]) -> int:
     config = parse(LoadSaeConfig, argv, prog="mechint load-sae")
-    from mechint.hub.sae_loading import open_pretrained_sae
     from mechint.provenance import detect_device
+    from mechint.sae.load import open_pretrained_sae
 
     device = detect_device(config.device)
     opened = open_pretrained_sae(

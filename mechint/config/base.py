@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from tyro.conf import Positional, arg
 
 from mechint.errors import MechintError, nearest
+from mechint.provenance import read_json, write_json
 
 # `openwebtext` alone is a data set with a loading script, which datasets >= 4 refuses; this one is plain parquet.
 DATASET_ALIASES = {"openwebtext": "Skylion007/openwebtext"}
@@ -60,6 +61,16 @@ class Config:
             if field.name in renamed:
                 renamed[field.name] = _checked(field, renamed[field.name], source)
         return cls(**renamed)
+
+    @classmethod
+    def from_json(cls: type[ConfigT], path: str | Path) -> ConfigT:
+        """`from_dict` of a file. Raises `MechintError` if it is missing or broken, too."""
+        return cls.from_dict(read_json(path, "config file"), source=str(path))
+
+    def save_json(self, path: str | Path) -> Path:
+        """Write `to_dict` as a config.json; its path."""
+        write_json(path, self.to_dict())
+        return Path(path)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""

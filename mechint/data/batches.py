@@ -1,5 +1,6 @@
 """Which rows are held out and which rows each training step sees. Every choice follows from a seed."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol, final, runtime_checkable
@@ -23,14 +24,14 @@ class Rows(Protocol):
 
 
 def deterministic_split_indices(
-    n_rows: int, val_fraction: float, seed: int
+    n: int, val_fraction: float, seed: int
 ) -> tuple[Int[Tensor, " n_train"], Int[Tensor, " n_val"]]:
     """The original's split: of a seeded permutation of the rows, the first `int(n * val_fraction)` are held out.
 
     Rows of one text land on both sides; `split_indices(..., by="text")` holds out whole texts instead.
     """
-    permutation = torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed))
-    n_val = int(n_rows * val_fraction)
+    permutation = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    n_val = int(n * val_fraction)
     return permutation[n_val:], permutation[:n_val]
 
 
@@ -126,35 +127,42 @@ def load_activation_tensor(path: str | Path, mmap: bool = True) -> Float[Tensor,
 
 
 def load_activations_with_splits(
-    path: str | Path, val_fraction: float = 0.05, seed: int = 42, mmap: bool = True
+    path: str | Path, val_fraction: float, seed: int, mmap: bool = True
 ) -> tuple[Float[Tensor, "n_rows d_in"], Int[Tensor, " n_train"], Int[Tensor, " n_val"]]:
-    """`(activations, train_indices, val_indices)` with the original's split by row."""
+    """`(activations, train_indices, val_indices)` with the original's split by row; the tensor stays whole."""
     activations = load_activation_tensor(path, mmap=mmap)
     return activations, *deterministic_split_indices(len(activations), val_fraction, seed)
 
 
 def random_batch_iterator(
-    activations: Float[Tensor, "n_rows d_in"], indices: Int[Tensor, " n"], batch_size: int, seed: int = 42
+    activations: Float[Tensor, "n_rows d_in"], batch_size: int, device: str | torch.device, seed: int
 ) -> Iterator[Float[Tensor, "batch d_in"]]:
-    """Endless random batches with replacement, in the original's order."""
-    stream = TorchBatches(indices, batch_size, seed)
-    step = 0
-    while True:
-        yield activations[stream.indices(step)]
-        step += 1
+    """Endless random batches of all rows with replacement, in the original's order, on `device`."""
+    return split_batch_iterator(activations, torch.arange(len(activations)), batch_size, device, seed)
 
 
 def split_batch_iterator(
-    activations: Float[Tensor, "n_rows d_in"], indices: Int[Tensor, " n"], batch_size: int = 8192
+    activations: Float[Tensor, "n_rows d_in"],
+    indices: Int[Tensor, " n"],
+    batch_size: int,
+    device: str | torch.device,
+    seed: int,
 ) -> Iterator[Float[Tensor, "batch d_in"]]:
-    """The rows of `indices` in order, once; the last batch may be short."""
-    for start in range(0, len(indices), batch_size):
-        yield activations[indices[start : start + batch_size]]
+    """As `random_batch_iterator`, of the rows that `indices` names."""
+    if not len(indices) or batch_size < 1:
+        raise MechintError(f"batches of {batch_size} from {len(indices)} rows: there must be at least one of each")
+    stream = TorchBatches(indices, batch_size, seed)
+    return (activations[stream.indices(step)].to(device) for step in itertools.count())
 
 
 def iter_activation_batches(
-    activations: Float[Tensor, "n_rows d_in"], batch_size: int = 8192
+    activations: Float[Tensor, "n_rows d_in"],
+    indices: Int[Tensor, " n"] | None,
+    batch_size: int,
+    device: str | torch.device,
 ) -> Iterator[Float[Tensor, "batch d_in"]]:
-    """All rows in order, once; the last batch may be short."""
-    for start in range(0, len(activations), batch_size):
-        yield activations[start : start + batch_size]
+    """The rows of `indices` (all if None) in order, once, on `device`; the last batch may be short."""
+    for start in range(0, len(activations) if indices is None else len(indices), batch_size):
+        stop = start + batch_size
+        batch = activations[start:stop] if indices is None else activations[indices[start:stop]]
+        yield batch.to(device)

@@ -34,6 +34,7 @@ _ORIGINAL_KEYS = [
     *("legacy_layout", "max_chars", "max_grad_norm", "model_name", "model_source", "num_texts", "run_name"),
     *("runs_root", "seed", "val_fraction", "warmup_steps"),
 ]
+ORIGINAL_CHECKPOINT_EVERY = 5000  # texts
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,54 @@ class Collected:
     already: bool = False
 
 
-def collect_activations(config: CollectConfig, *, progress: bool = True) -> Path:
-    """Collect what `config` says, or go on where a killed collection stopped. Returns the path of the result.
+def collect_activations(
+    config: CollectConfig | SAETrainConfig,
+    output_path: str | Path | None = None,
+    checkpoint_every: int = ORIGINAL_CHECKPOINT_EVERY,
+    *,
+    progress: bool = True,
+) -> tuple[Path, Path]:
+    """Collect what `config` says, or go on where a killed collection stopped. Returns the result's path and that of its
+    record (the sidecar of a .pt, the store.json of a store).
 
     A result that is already whole is left as it is. With `torchrun`, every process calls this.
+
+    Args:
+        config: a `SAETrainConfig`, whose model, hook and texts are then collected as the original pipeline did (preset
+            mech-int: centred, BOS kept) to its `activations_path`.
+        output_path: another place than the config's.
+        checkpoint_every: texts a shard, 0 for the default; a `CollectConfig` keeps its own unless this is changed.
 
     Raises:
         MechintError: any setting, name or file is wrong (before anything is written), the output holds something else
             or was collected with other settings (nothing is touched), the disk is full or the model gave NaN (finished
             shards are kept).
     """
-    return collect(config, progress=progress).path
+    if isinstance(config, CollectConfig):
+        changed = None if checkpoint_every == ORIGINAL_CHECKPOINT_EVERY else checkpoint_every
+        asked = config.with_overrides(output=output_path, checkpoint_every=changed)
+    else:
+        asked = _as_the_original(config, output_path or config.activations_path, checkpoint_every)
+    done = collect(asked, progress=progress)
+    return done.path, done.metadata_path
+
+
+def _as_the_original(config: SAETrainConfig, output: str | Path, checkpoint_every: int) -> CollectConfig:
+    return CollectConfig.from_dict(
+        {
+            "preset": "mech-int",
+            "model": config.model_name,
+            "hook": config.hook_name,  # the layer follows from it
+            "dataset": config.dataset_name,
+            "split": config.dataset_split,
+            "num_texts": config.num_texts,
+            "max_chars": config.max_chars,
+            "seed": config.seed,
+            "device": config.device,
+            "output": str(output),
+            "checkpoint_every": checkpoint_every,
+        }
+    )
 
 
 def collect(config: CollectConfig, *, progress: bool = True) -> Collected:

@@ -4,7 +4,14 @@ from mechint.eval.checkpoint import evaluate_checkpoint
 from mechint.eval.from_texts import evaluate_texts
 from mechint.eval.histograms import density_histogram, l0_histogram
 from mechint.eval.language import language_metrics, language_metrics_of
-from mechint.eval.reconstruction import Activity, collect_feature_activity, evaluate_sae, measure_activity, measure_rows
+from mechint.eval.reconstruction import (
+    Activity,
+    collect_feature_activity,
+    evaluate_rows,
+    evaluate_sae,
+    measure_activity,
+    measure_rows,
+)
 from mechint.eval.rows import METRICS_COLUMNS, append_metrics_row, read_metrics_csv
 from mechint.eval.summary import print_eval_summary, save_eval_summary
 from mechint.eval.sums import ReconstructionSums
@@ -19,6 +26,7 @@ __all__ = [
     "collect_feature_activity",
     "density_histogram",
     "evaluate_checkpoint",
+    "evaluate_rows",
     "evaluate_sae",
     "evaluate_texts",
     "l0_histogram",

@@ -1,6 +1,5 @@
 """`evaluate_checkpoint`: from a run directory or any other SAE to all the numbers of docs/metrics.md."""
 
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,20 @@ from mechint.eval.from_texts import evaluate_texts
 from mechint.eval.histograms import DENSE, activity_metrics, density_histogram, l0_histogram
 from mechint.eval.reconstruction import measure_activity, measure_rows
 from mechint.eval.texts import Text, texts_from_rows, texts_from_tokens
-from mechint.inside import SETTING, Inside, NotPlaced, check_same_setting, named_sae, put_inside, run_of
+from mechint.inside import (
+    SETTING,
+    Inside,
+    NotPlaced,
+    check_same_setting,
+    named_sae,
+    open_sae,
+    place_of,
+    put_inside,
+    run_of,
+)
 from mechint.provenance import check_output_path, detect_device, get_git_commit, read_json
 from mechint.runs import Run
-from mechint.sae import SAE, load_sae
+from mechint.sae import SAE
 
 
 @dataclass(frozen=True)
@@ -60,16 +69,14 @@ def evaluate_checkpoint(config: EvalConfig, *, progress: bool = False) -> dict[s
     given_texts = None if config.eval_texts_path is None else iter_texts_from_path(config.eval_texts_path)
     device = detect_device(config.device)
     target = find_target(config)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        sae = load_sae(target.checkpoint, config=config.config, device=device)
+    sae = open_sae(target.checkpoint, config=config.config).to(device)
     activations = None if target.activations is None else open_activations(target.activations)
-    assumed, val_indices, train_indices = sae.metadata.get("legacy"), None, None
+    taken, val_indices, train_indices = False, None, None
     if activations is not None:
-        assumed = assumed and not _take_setting(sae, activations, target)
+        taken = bool(sae.metadata.get("legacy")) and _take_setting(sae, activations, target)
         check_same_setting(sae, activations, target.checkpoint)
         train_indices, val_indices = _split(activations, target.config, target.rows)
-    notes = [*target.notes, *(str(warning.message) for warning in caught if assumed)]
+    notes = [*target.notes, *(() if taken else sae.notes)]
     spliced, said = prepare_language(config, target.checkpoint, sae, activations, val_indices, given_texts)
     notes += said
     if spliced is not None and config.asks_for_more_texts_than(len(spliced[1])):
@@ -169,10 +176,7 @@ def find_target(config: EvalConfig) -> Target:
     """Which files `--run-dir`, `--checkpoint`, `--config` and `--activations-path` mean together (`named_sae`)."""
     if config.run_dir is not None:
         return _run_target(Run(config.run_dir), config)
-    path = config.checkpoint
-    assert path is not None
-    if config.sae is None and not path.exists():
-        raise MechintError(f"checkpoint not found: {path}; `ls runs/*/checkpoint.pt` shows those of your runs")
+    path = place_of(config)
     if config.config is not None:
         settings = SAETrainConfig.from_dict(read_json(config.config, "config file"), source=str(config.config))
         return _config_target(path, settings, config)

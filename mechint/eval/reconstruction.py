@@ -1,16 +1,18 @@
 """Evaluating an SAE on stored activations: one pass over the training rows, one over the held-out rows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechint.data.batches import iter_activation_batches
 from mechint.data.store import Activations
 from mechint.errors import MechintError
 from mechint.eval.histograms import activity_metrics
 from mechint.eval.sums import ReconstructionSums, count_active
+from mechint.provenance import get_git_commit
 from mechint.sae import SAE
 
 # Largest [rows, d_sae] block of feature_acts made at once: 128 MB in float32, whatever the size of the dictionary.
@@ -47,7 +49,7 @@ def row_batches(
     if isinstance(activations, Activations):
         batches = activations.batches(batch_size, indices=indices)
     else:
-        batches = _tensor_batches(activations, indices, batch_size)
+        batches = iter_activation_batches(activations, indices, batch_size, activations.device)
     if progress:
         from tqdm import tqdm
 
@@ -64,21 +66,13 @@ def row_batches(
         yield batch
 
 
-def _tensor_batches(
-    activations: Float[Tensor, "n d_in"], indices: Int[Tensor, " rows"] | None, batch_size: int
-) -> Iterator[Tensor]:
-    for start in range(0, len(activations) if indices is None else len(indices), batch_size):
-        stop = start + batch_size
-        yield activations[start:stop] if indices is None else activations[indices[start:stop]]
-
-
 def measure_activity(
     sae: SAE,
     activations: Float[Tensor, "n d_in"] | Activations,
     indices: Int[Tensor, " rows"] | None = None,
     *,
     batch_size: int = 8192,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     progress: bool = False,
 ) -> Activity:
     """Firing counts of all latents and the mean activation over the rows `indices` (all if None)."""
@@ -94,26 +88,14 @@ def measure_activity(
     return Activity(counts, total / max(n_rows, 1), n_rows)
 
 
-def collect_feature_activity(
-    sae: SAE,
-    activations: Float[Tensor, "n d_in"] | Activations,
-    indices: Int[Tensor, " rows"] | None = None,
-    *,
-    batch_size: int = 8192,
-    device: str | None = None,
-) -> Bool[Tensor, " d_sae"]:
-    """Which latents are above 0 on at least one of the rows `indices` (all if None)."""
-    return measure_activity(sae, activations, indices, batch_size=batch_size, device=device).fire_counts > 0
-
-
-def evaluate_sae(
+def evaluate_rows(
     sae: SAE,
     activations: Float[Tensor, "n d_in"] | Activations,
     val_indices: Int[Tensor, " n_val"] | None = None,
     train_indices: Int[Tensor, " n_train"] | None = None,
     *,
     batch_size: int = 8192,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     activity: Activity | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -138,6 +120,60 @@ def evaluate_sae(
     return {**sums.metrics(), **activity_metrics(activity.fire_counts, activity.n_rows), "n_train": activity.n_rows}
 
 
+def collect_feature_activity(
+    model: SAE,
+    activations: Float[Tensor, "n d_in"] | Activations,
+    device: str | torch.device | None,
+    eval_batch_size: int = 8192,
+    indices: Int[Tensor, " rows"] | None = None,
+) -> Bool[Tensor, " d_sae"]:
+    """Which latents are above 0 on at least one of the rows `indices` (all if None); on the CPU."""
+    return measure_activity(model, activations, indices, batch_size=eval_batch_size, device=device).fire_counts > 0
+
+
+def evaluate_sae(
+    model: SAE,
+    val_acts: Float[Tensor, "n d_in"] | Activations,
+    feature_ever_active: Bool[Tensor, " d_sae"],
+    num_features: int,
+    device: str | torch.device | None,
+    eval_batch_size: int = 8192,
+    training_seconds: float = 0.0,
+    total_seconds: float = 0.0,
+    run_metadata: Mapping[str, Any] | None = None,
+    val_indices: Int[Tensor, " n_val"] | None = None,
+) -> dict[str, Any]:
+    """The original's summary of an evaluation, with the newer metrics of reconstruction beside its own.
+
+    Unlike the original's, the means are over all rows: a short last batch does not count as a full one.
+
+    Args:
+        feature_ever_active: the latents that are not dead, as `collect_feature_activity` or a training found them.
+        run_metadata: further keys of the summary, such as run_dir and checkpoint_path.
+        val_indices: the rows of `val_acts` that are measured; all if None.
+
+    Raises:
+        MechintError: as `measure_rows`, or `num_features` is not the SAE's number of latents.
+    """
+    if not num_features == len(feature_ever_active) == model.d_sae:
+        raise MechintError(
+            f"the SAE has {model.d_sae} latents, but num_features is {num_features} and feature_ever_active has"
+            f" {len(feature_ever_active)} entries: give those of this SAE"
+        )
+    n_dead = num_features - int(feature_ever_active.sum())
+    return {
+        **measure_rows(model, val_acts, val_indices, batch_size=eval_batch_size, device=device).metrics(),
+        "dead_features": n_dead,
+        "dead_fraction": n_dead / num_features,
+        "training_seconds": training_seconds,
+        "total_seconds": total_seconds,
+        "num_features": num_features,
+        "num_params": model.num_params,
+        "git_commit": get_git_commit(),
+        **(run_metadata or {}),
+    }
+
+
 def measure_rows(
     sae: SAE,
     activations: Float[Tensor, "n d_in"] | Activations,
@@ -146,7 +182,7 @@ def measure_rows(
     groups: Int[Tensor, " n"] | None = None,
     n_groups: int = 1,
     batch_size: int = 8192,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     progress: bool = False,
 ) -> ReconstructionSums:
     """Sums over the rows `indices` (all if None), in two passes: their mean first, then their reconstruction.
@@ -184,7 +220,7 @@ def measure_rows(
 
 
 def _prepared(
-    sae: SAE, activations: Float[Tensor, "n d_in"] | Activations, batch_size: int, device: str | None
+    sae: SAE, activations: Float[Tensor, "n d_in"] | Activations, batch_size: int, device: str | torch.device | None
 ) -> tuple[SAE, int]:
     """The SAE on `device`, and a batch size that keeps feature_acts within MAX_BLOCK_ELEMENTS."""
     d_in = activations.shape[1] if isinstance(activations, Tensor) else activations.d_in

@@ -71,6 +71,6 @@ def print_eval_summary(summary: Mapping[str, Any]) -> None:
         print(f"{key}: {value}")
 
 
-def save_eval_summary(summary: Mapping[str, Any], path: str | os.PathLike, *, overwrite: bool = True) -> None:
+def save_eval_summary(summary: Mapping[str, Any], output_path: str | os.PathLike, *, overwrite: bool = True) -> None:
     """Write the summary as JSON (indent 2, sorted keys), atomically. `overwrite=False` refuses an existing file."""
-    write_json(path, dict(summary), overwrite=overwrite)
+    write_json(output_path, dict(summary), overwrite=overwrite)

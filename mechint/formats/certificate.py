@@ -1,8 +1,8 @@
 """Proof that a conversion changed nothing: probe vectors through both sides, and the largest difference.
 
-Both sides are computed in float64 from the float32 tensors, as `base.py` defines them: what is written is read back by
-the format's own reader first, so a wrong key, orientation or setting shows. Probes lie where this SAE works: around its
-`b_dec`, at sizes from well below to well above those at which its latents begin to fire.
+Both sides are computed in float64 from the float32 tensors, by `oracle.py`: what is written is read back first, by the
+format's own reader, so a wrong key, orientation or setting shows. Probes lie where this SAE works: around its `b_dec`,
+at sizes from well below to well above those at which its latents begin to fire.
 """
 
 from dataclasses import asdict, dataclass
@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechint.errors import MechintError
-from mechint.formats.base import BLOCK, Loaded, activate, reference_decode, reference_pre
+from mechint.formats.oracle import BLOCK, activate, reference_decode, reference_pre
+from mechint.sae.base import SAE
 
 # Weights that are the same bits give the same codes; folded ones are rounded to float32 once more.
 EXACT, FOLDED = 1e-6, 1e-5
@@ -63,7 +64,7 @@ class Certificate:
 
 
 def certify(
-    before: Loaded, after: Loaded, *, folded: tuple[str, ...] = (), n_probes: int = 192, seed: int = 0
+    before: SAE, after: SAE, *, folded: tuple[str, ...] = (), n_probes: int = 192, seed: int = 0
 ) -> Certificate:
     """Compare two SAEs that should be the same function of an activation.
 
@@ -114,16 +115,16 @@ def certify(
     )
 
 
-def probes(loaded: Loaded, size: float, n_probes: int, seed: int) -> Float[Tensor, "n_probes d_in"]:
+def probes(sae: SAE, size: float, n_probes: int, seed: int) -> Float[Tensor, "n_probes d_in"]:
     """Half of them Gaussian around `b_dec`, half mixtures of a few encoder directions, which make latents fire."""
     generator = torch.Generator().manual_seed(seed)
-    around = loaded.tensors["b_dec"].double() / loaded.scale
-    if loaded.transcoder or not loaded.apply_b_dec_to_input:
-        around = torch.zeros(loaded.d_in, dtype=torch.float64)
-    gaussian = torch.randn(n_probes, loaded.d_in, generator=generator, dtype=torch.float64)
-    chosen = torch.randint(loaded.d_sae, (n_probes, 4), generator=generator)
-    rows = loaded.tensors["W_enc"].T[chosen].double()
-    rows = rows / rows.norm(dim=2, keepdim=True).clamp_min(1e-12) * loaded.d_in**0.5
+    around = sae.weights()["b_dec"].double() / sae.cfg.input_scale
+    if sae.is_transcoder or not sae.cfg.apply_b_dec_to_input:
+        around = torch.zeros(sae.d_in, dtype=torch.float64)
+    gaussian = torch.randn(n_probes, sae.d_in, generator=generator, dtype=torch.float64)
+    chosen = torch.randint(sae.d_sae, (n_probes, 4), generator=generator)
+    rows = sae.weights()["W_enc"].T[chosen].double()
+    rows = rows / rows.norm(dim=2, keepdim=True).clamp_min(1e-12) * sae.d_in**0.5
     share = torch.rand(n_probes, 4, 1, generator=generator, dtype=torch.float64)
     mixed = (rows * share).sum(dim=1)
     every_other = (torch.arange(n_probes) % 2 == 0)[:, None]
@@ -132,48 +133,48 @@ def probes(loaded: Loaded, size: float, n_probes: int, seed: int) -> Float[Tenso
     return x.float()
 
 
-def firing_size(loaded: Loaded) -> float:
+def firing_size(sae: SAE) -> float:
     """RMS of the entries of an input at which the median latent begins to fire: |offset| / |W_enc column|.
 
     Where latents have no offset, any size is as good: that of `b_dec`, or 1.
     """
-    tensors = loaded.tensors
+    tensors = sae.weights()
     norms = tensors["W_enc"].double().norm(dim=0)
-    offset = -tensors["b_gate" if loaded.architecture == "gated" else "b_enc"].double()
-    if loaded.architecture == "jumprelu":
+    offset = -tensors["b_gate" if sae.architecture == "gated" else "b_enc"].double()
+    if sae.architecture == "jumprelu":
         offset = offset + tensors["threshold"].double()
     alive = norms > 0
     found = float((offset[alive].abs() / norms[alive]).median()) if bool(alive.any()) else 0.0
     if found <= 0:
         found = float(tensors["b_dec"].double().square().mean().sqrt()) or 1.0
-    return found / loaded.scale
+    return found / sae.cfg.input_scale
 
 
-def bias_reach(loaded: Loaded) -> float:
+def bias_reach(sae: SAE) -> float:
     """Largest that `b_dec` adds to a pre-activation, or takes from it; 0 for a transcoder."""
-    if loaded.transcoder:
+    if sae.is_transcoder:
         return 0.0
-    b_dec = loaded.tensors["b_dec"].double()
-    return max(float((b_dec @ block.double()).abs().max()) for block in loaded.tensors["W_enc"].split(BLOCK, dim=1))
+    b_dec = sae.weights()["b_dec"].double()
+    return max(float((b_dec @ block.double()).abs().max()) for block in sae.weights()["W_enc"].split(BLOCK, dim=1))
 
 
-def on_border(loaded: Loaded, pre: Float[Tensor, "batch d_sae"], reach: float = 0.0) -> Bool[Tensor, "batch d_sae"]:
+def on_border(sae: SAE, pre: Float[Tensor, "batch d_sae"], reach: float = 0.0) -> Bool[Tensor, "batch d_sae"]:
     """Which entries lie so close to where they switch on that rounding may decide."""
     near = BORDER * pre.abs().amax(dim=1, keepdim=True).clamp_min(reach)
-    if loaded.architecture == "topk":
-        k = loaded.options["k"]
+    if sae.architecture == "topk":
+        k = sae.k
         cut = pre.topk(min(k + 1, pre.shape[1]), dim=1).values
         return ((pre - cut[:, k - 1 : k]).abs() <= near) | ((pre - cut[:, -1:]).abs() <= near)
-    cut = loaded.tensors["threshold"].double() if loaded.architecture == "jumprelu" else 0.0
+    cut = sae.weights()["threshold"].double() if sae.architecture == "jumprelu" else 0.0
     return (pre - cut).abs() <= near
 
 
-def same_tensors(before: Loaded, after: Loaded) -> bool:
+def same_tensors(before: SAE, after: SAE) -> bool:
     """Whether the tensors that both have are the same bits, as far as the first one reaches."""
-    shared = before.tensors.keys() & after.tensors.keys()
+    ours, theirs = before.weights(), after.weights()
     return all(
-        torch.equal(before.tensors[name], after.tensors[name][tuple(map(slice, before.tensors[name].shape))])
-        for name in shared
+        torch.equal(ours[name], theirs[name][tuple(map(slice, ours[name].shape))])
+        for name in ours.keys() & theirs.keys()
     )
 
 

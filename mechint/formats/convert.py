@@ -8,11 +8,13 @@ from typing import Any
 
 from mechint import __version__
 from mechint.errors import MechintError, nearest
-from mechint.formats.base import FORMATS, Format, Loaded, expected_shapes
+from mechint.formats import FORMATS
+from mechint.formats.base import Format
 from mechint.formats.certificate import Certificate, certify
-from mechint.formats.folds import not_ours, pad_topk, variants
+from mechint.formats.limits import held_variant
+from mechint.formats.mechint import LEGACY_SETTING
 from mechint.provenance import fsync_dir, make_dir, read_json, scratch_folder, sha256_file, write_json
-from mechint.sae.io import LEGACY_SETTING
+from mechint.sae.base import SAE
 
 CERTIFICATE_FILE = "certificate.json"
 # Widths of the residual stream of well-known models. A hint: most widths belong to several models.
@@ -45,7 +47,7 @@ class Identified:
 
     Attributes:
         formats: names of all formats that they look like; the first one was read.
-        loaded: the SAE, or None where it could not be read.
+        sae: the SAE, or None where it could not be read.
         problem: why not.
         missing: what the files do not say of the SAE's origin.
         model_hint: models of this width, or the one that the files name. Never more than a hint in the first case.
@@ -53,33 +55,32 @@ class Identified:
 
     path: Path
     formats: tuple[str, ...]
-    loaded: Loaded | None
+    sae: SAE | None
     problem: str | None
     missing: tuple[str, ...]
     model_hint: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         found: dict[str, Any] = {"path": str(self.path), "formats": list(self.formats), "problem": self.problem}
-        if (loaded := self.loaded) is None:
+        if (sae := self.sae) is None:
             return found
         return found | {
-            "architecture": loaded.architecture,
-            "transcoder": loaded.transcoder,
-            "d_in": loaded.d_in,
-            "d_sae": loaded.d_sae,
-            "d_out": loaded.d_out,
-            "options": loaded.options,
-            "tensors": {name: list(tensor.shape) for name, tensor in loaded.tensors.items()},
-            "apply_b_dec_to_input": loaded.apply_b_dec_to_input,
-            "normalize": loaded.normalize,
-            "scale": loaded.scale,
-            "topk_relu": loaded.topk_relu,
-            "extras": sorted(loaded.extras),
-            "metadata": loaded.metadata,
+            "architecture": sae.architecture,
+            "transcoder": sae.is_transcoder,
+            "d_in": sae.d_in,
+            "d_sae": sae.d_sae,
+            "d_out": sae.d_out,
+            "options": {**sae.saved_options(), **sae.departing()},
+            "tensors": {name: list(tensor.shape) for name, tensor in sae.named_parameters()},
+            "apply_b_dec_to_input": sae.cfg.apply_b_dec_to_input,
+            "normalize_activations": sae.cfg.normalize_activations,
+            "input_scale": sae.cfg.input_scale,
+            "sparsity": sae.sparsity is not None,
+            "metadata": dict(sae.metadata),
             "missing": list(self.missing),
             "model_hint": list(self.model_hint),
-            "opens_here": not_ours(loaded) is None,
-            "notes": list(loaded.notes),
+            "opens_here": True,
+            "notes": list(sae.notes),
         }
 
 
@@ -113,7 +114,7 @@ def inside(path: Path) -> tuple[Path, ...]:
     return same if len(same) > 1 else ()
 
 
-def load(path: str | Path, *, from_format: str | None = None) -> tuple[Format, Loaded]:
+def load(path: str | Path, *, from_format: str | None = None) -> tuple[Format, SAE]:
     """Read an SAE in whatever format it is.
 
     Raises:
@@ -159,43 +160,22 @@ def identify(path: str | Path) -> Identified:
     """What the files are, without raising for broken ones. Raises `MechintError` if nothing is at `path`."""
     path = Path(path)
     names = tuple(found.name for found in formats_of(path))
-    loaded, problem = None, None
+    sae, problem = None, None
     try:
-        loaded = load(path, from_format=names[0] if names and not inside(path) else None)[1]
+        sae = load(path, from_format=names[0] if names and not inside(path) else None)[1]
     except MechintError as error:
         problem = str(error)
-    if loaded is None:
+    if sae is None:
         return Identified(path, names, None, problem, (), ())
-    missing = tuple(name for name in WANTED if loaded.metadata.get(name) is None or name in assumed(loaded))
-    named = loaded.metadata.get("model_name")
-    hint = (str(named),) if named else MODELS_OF_WIDTH.get(loaded.d_in, ())
-    return Identified(path, names, loaded, problem, missing, hint)
+    missing = tuple(name for name in WANTED if sae.metadata.get(name) is None or name in assumed(sae))
+    named = sae.metadata.get("model_name")
+    hint = (str(named),) if named else MODELS_OF_WIDTH.get(sae.d_in, ())
+    return Identified(path, names, sae, problem, missing, hint)
 
 
-def assumed(loaded: Loaded) -> tuple[str, ...]:
+def assumed(sae: SAE) -> tuple[str, ...]:
     """Names in its metadata that no file said: those of a checkpoint of the first pipeline."""
-    return tuple(name for name in LEGACY_SETTING if name != "legacy") if loaded.metadata.get("legacy") else ()
-
-
-def held_variant(loaded: Loaded, target: Format, *, pad: bool = False) -> tuple[Loaded, tuple[str, ...]]:
-    """`(SAE, what was folded)`: the least changed tensors of the same function that the format can hold.
-
-    `pad`: a topk that it cannot hold may get latents of zeros.
-
-    Raises:
-        MechintError: there are none; the reason is the format's about the most folded one.
-    """
-    reasons = []
-    for variant, folded in variants(loaded):
-        reason = target.holds(variant)
-        if reason is None:
-            return variant, folded
-        reasons.append(reason)
-    if pad and loaded.architecture == "topk" and loaded.topk_relu:
-        return held_variant(pad_topk(loaded), target)
-    # what remains in every variant is what cannot be folded; without such a one, what the first lacks
-    common = next((reason for reason in reasons if reasons.count(reason) == len(reasons)), reasons[0])
-    raise MechintError(f"{target.title} cannot hold {common}; what the SAE computes would change, so it is not written")
+    return tuple(name for name in LEGACY_SETTING if name != "legacy") if sae.metadata.get("legacy") else ()
 
 
 def convert(
@@ -220,10 +200,10 @@ def convert(
     """
     source, target = Path(source), find_format(to, to=True)
     check_output(destination(Path(output), target), overwrite)
-    origin, loaded = load(source, from_format=from_format)
+    origin, sae = load(source, from_format=from_format)
     extra = {"source": {"path": str(source), "format": origin.name, **_hash(source)}}
     settings: dict[str, Any] = {"overwrite": overwrite, "pad": pad, "n_probes": n_probes, "seed": seed}
-    return write_proved(loaded, Path(output), target, extra=extra, **settings)
+    return write_proved(sae, Path(output), target, extra=extra, **settings)
 
 
 def convert_each(source: str | Path, output: str | Path, **arguments: Any) -> dict[Path, tuple[Certificate, Path]]:
@@ -245,7 +225,7 @@ def convert_each(source: str | Path, output: str | Path, **arguments: Any) -> di
 
 
 def write_proved(
-    loaded: Loaded,
+    sae: SAE,
     output: Path,
     target: Format,
     *,
@@ -260,7 +240,7 @@ def write_proved(
     output = destination(output, target)
     as_file = target.is_file(output)
     check_output(output, overwrite)
-    variant, folded = held_variant(loaded, target, pad=pad)
+    variant, folded = held_variant(sae, target, pad=pad)
     make_dir(output.parent)
     with scratch_folder(output) as scratch:
         stage = scratch / "stage"
@@ -268,10 +248,10 @@ def write_proved(
         stage.mkdir()
         target.write(variant, written)
         back = _read_back(target, written)
-        certificate = certify(loaded, back, folded=folded, n_probes=n_probes, seed=seed)
+        certificate = certify(sae, back, folded=folded, n_probes=n_probes, seed=seed)
         _require_proof(certificate, target)
         record = {"mechint_version": __version__, "format": target.name, **(extra or {}), **certificate.to_dict()}
-        record["notes"] = [*loaded.notes, *said_of(loaded, back, target)]
+        record["notes"] = [*sae.notes, *said_of(sae, back, target)]
         if not as_file:
             write_json(stage / CERTIFICATE_FILE, record | {"files": sorted(files_in(stage))})
             _replace_folder(stage, output, scratch / "old")
@@ -287,7 +267,7 @@ def write_proved(
         return certificate, output.parent / beside
 
 
-def _read_back(target: Format, written: Path) -> Loaded:
+def _read_back(target: Format, written: Path) -> SAE:
     if target.read is None:
         raise MechintError(f"{target.title} is not read here, so nothing proves what is written")
     return target.read(written)
@@ -301,12 +281,12 @@ def _require_proof(certificate: Certificate, target: Format) -> None:
         )
 
 
-def said_of(loaded: Loaded, back: Loaded, target: Format) -> list[str]:
+def said_of(sae: SAE, back: SAE, target: Format) -> list[str]:
     """What is to be known of the written files: what their reader says, and what they have no place for."""
-    notes = [note for note in back.notes if note not in loaded.notes]
-    if dropped := [name for name in loaded.extras if name not in back.extras]:
-        notes.append(f"left out, because {target.title} has no place for it: {', '.join(dropped)}")
-    if added := back.d_sae - loaded.d_sae:
+    notes = [note for note in back.notes if note not in sae.notes]
+    if sae.sparsity is not None and back.sparsity is None:
+        notes.append(f"left out, because {target.title} has no place for it: sparsity")
+    if added := back.d_sae - sae.d_sae:
         notes.append(f"the last {added} latents are of zeros: they keep the top-k from choosing negative entries")
     return notes
 
@@ -361,6 +341,6 @@ def _hash(source: Path) -> dict[str, Any]:
     return {"sha256": sha256_file(source)} if source.is_file() else {}
 
 
-def shapes_in_words(loaded: Loaded) -> str:
+def shapes_in_words(sae: SAE) -> str:
     """`W_enc [512, 4096]  b_enc [4096] ...`, in a fixed order."""
-    return "  ".join(f"{name} {list(shape)}" for name, shape in expected_shapes(loaded).items())
+    return "  ".join(f"{name} {list(value.shape)}" for name, value in sae.named_parameters())

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from mechint.errors import MechintError, nearest
-from mechint.formats.base import Format, Loaded, checked
+from mechint.formats.base import Format
 from mechint.formats.files import peek_pt, read_pt, read_settings, refuse_unknown, take_tensors, whole_number, write_pt
 from mechint.formats.folds import fold_threshold
 from mechint.formats.limits import beyond, layer_of, refuse
 from mechint.provenance import make_dir, write_json
+from mechint.sae.base import SAE
 
 WEIGHTS_FILE, CONFIG_FILE = "ae.pt", "config.json"
 LINEAR = {"encoder.weight T": "W_enc", "encoder.bias": "b_enc", "decoder.weight T": "W_dec"}
@@ -80,7 +81,7 @@ def sniff(path: Path) -> bool:
     return _classes(peek_pt(file)) != []
 
 
-def read(path: Path) -> Loaded:
+def read(path: Path) -> SAE:
     file = _file(path)
     state = read_pt(file)
     config_file = _config_file(file)
@@ -91,7 +92,8 @@ def read(path: Path) -> Loaded:
     names, numbers = NAMES[kind], NUMBERS.get(kind, set())
     refuse_unknown(state, {name.removesuffix(" T") for name in names} | numbers, file)
     tensors = take_tensors(state, names, file)
-    architecture, options, notes = "standard", {}, ()
+    architecture, notes = "standard", ()
+    options: dict[str, Any] = {}
     metadata = _metadata(config, trainer)
     if numbers:
         k = _k(file, state, trainer)
@@ -109,8 +111,8 @@ def read(path: Path) -> Loaded:
     subtracts = kind not in UNSUBTRACTED
     if kind == "AutoEncoder" and not _unit_rows(tensors["W_dec"]):
         notes = ("rows of W_dec are not of unit norm: the library multiplies latents by their norms when it loads it",)
-    loaded = Loaded(architecture, tensors, options, apply_b_dec_to_input=subtracts, metadata=metadata, notes=notes)
-    return fold_threshold(checked(loaded, file))
+    said: dict[str, Any] = {"metadata": metadata, "notes": notes, **options}
+    return fold_threshold(SAE.from_tensors(architecture, tensors, file, apply_b_dec_to_input=subtracts, **said))
 
 
 def _classes(names: frozenset[str]) -> list[str]:
@@ -180,59 +182,59 @@ def _metadata(config: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str
     return metadata
 
 
-def _class_for(loaded: Loaded) -> str:
+def _class_for(sae: SAE) -> str:
     """The dict_class that can hold exactly this SAE, if `holds` says that there is one."""
-    if loaded.architecture == "standard":
-        return "AutoEncoder" if loaded.apply_b_dec_to_input else "AutoEncoderNew"
-    if loaded.architecture == "jumprelu":
-        return "BatchTopKSAE" if loaded.apply_b_dec_to_input else "JumpReluAutoEncoder"
-    return {"topk": "AutoEncoderTopK", "gated": "GatedAutoEncoder"}[loaded.architecture]
+    if sae.architecture == "standard":
+        return "AutoEncoder" if sae.cfg.apply_b_dec_to_input else "AutoEncoderNew"
+    if sae.architecture == "jumprelu":
+        return "BatchTopKSAE" if sae.cfg.apply_b_dec_to_input else "JumpReluAutoEncoder"
+    return {"topk": "AutoEncoderTopK", "gated": "GatedAutoEncoder"}[sae.architecture]
 
 
-def _trained_k(loaded: Loaded) -> int | None:
-    options = loaded.metadata.get("training_options")
+def _trained_k(sae: SAE) -> int | None:
+    options = sae.metadata.get("training_options")
     k = options.get("k") if isinstance(options, dict) else None
     return int(k) if isinstance(k, (int, float)) and k == k // 1 and k >= 1 else None
 
 
-def holds(loaded: Loaded) -> str | None:
+def holds(sae: SAE) -> str | None:
     known = ("standard", "topk", "jumprelu", "gated")
-    subtracts = True if loaded.architecture in ("topk", "gated") else None
-    if (reason := beyond(loaded, architectures=known, subtracts_b_dec=subtracts)) is not None:
+    subtracts = True if sae.architecture in ("topk", "gated") else None
+    if (reason := beyond(sae, architectures=known, subtracts_b_dec=subtracts)) is not None:
         return reason
-    if loaded.architecture == "standard" and loaded.apply_b_dec_to_input and not _unit_rows(loaded.tensors["W_dec"]):
+    if sae.architecture == "standard" and sae.cfg.apply_b_dec_to_input and not _unit_rows(sae.W_dec.detach()):
         return "an AutoEncoder whose decoder rows are not of unit norm (the library rescales it when it loads it)"
-    if loaded.architecture == "jumprelu" and loaded.apply_b_dec_to_input:
-        threshold = loaded.tensors["threshold"]
-        if not bool((threshold == threshold[0]).all()) or float(threshold[0]) < 0 or _trained_k(loaded) is None:
+    if sae.architecture == "jumprelu" and sae.cfg.apply_b_dec_to_input:
+        threshold = sae.get_parameter("threshold")
+        if not bool((threshold == threshold[0]).all()) or float(threshold[0]) < 0 or _trained_k(sae) is None:
             return "a jumprelu that subtracts b_dec, unless as BatchTopK with one threshold and the k of its training"
     return None
 
 
-def write(loaded: Loaded, path: Path) -> None:
-    refuse(FORMAT, loaded)
+def write(sae: SAE, path: Path) -> None:
+    refuse(FORMAT, sae)
     make_dir(path)
-    kind = _class_for(loaded)
-    state: dict[str, Any] = {}
+    kind = _class_for(sae)
+    state, t = {}, sae.weights()
     for theirs, ours in NAMES[kind].items():
-        tensor = loaded.tensors[ours]
+        tensor = t[ours]
         state[theirs.removesuffix(" T")] = tensor.t() if theirs.endswith(" T") else tensor
-    k = loaded.options.get("k") if kind == "AutoEncoderTopK" else _trained_k(loaded)
+    k = sae.k if kind == "AutoEncoderTopK" else _trained_k(sae)
     if kind in NUMBERS:
         state["k"] = torch.tensor(k, dtype=torch.int)
         # AutoEncoderTopK: none learned
-        state["threshold"] = loaded.tensors["threshold"][0].clone() if kind in BATCH else torch.tensor(-1.0)
+        state["threshold"] = t["threshold"][0].clone() if kind in BATCH else torch.tensor(-1.0)
     write_pt(path / WEIGHTS_FILE, state)
     trainer = {
         "dict_class": kind,
-        "activation_dim": loaded.d_in,
-        "dict_size": loaded.d_sae,
-        "layer": layer_of(loaded.metadata),
-        "lm_name": loaded.metadata.get("model_name"),
-        "submodule_name": _submodule(loaded.metadata),
+        "activation_dim": sae.d_in,
+        "dict_size": sae.d_sae,
+        "layer": layer_of(sae.metadata),
+        "lm_name": sae.metadata.get("model_name"),
+        "submodule_name": _submodule(sae.metadata),
         **({"k": k} if kind in NUMBERS else {}),
     }
-    write_json(path / CONFIG_FILE, {"trainer": trainer, "buffer": {}, "mechint": loaded.metadata}, overwrite=False)
+    write_json(path / CONFIG_FILE, {"trainer": trainer, "buffer": {}, "mechint": sae.metadata}, overwrite=False)
 
 
 def _submodule(metadata: Mapping[str, Any]) -> str | None:

@@ -8,15 +8,16 @@ layer.
 """
 
 import re
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from mechint.formats.base import Format, Loaded, checked
+from mechint.formats.base import Format
 from mechint.formats.files import peek_npz, read_npz, refuse_unknown, take_tensors, write_npz
 from mechint.formats.folds import fold_threshold
 from mechint.formats.limits import beyond, refuse
+from mechint.sae.base import SAE
 
 PARAMS_FILE = "params.npz"
 
@@ -30,7 +31,7 @@ def sniff(path: Path) -> bool:
     return names >= {"w_enc", "w_dec"}
 
 
-def read(path: Path) -> Loaded:
+def read(path: Path) -> SAE:
     file = _file(path)
     state = {re.sub("^w_", "W_", name): tensor for name, tensor in read_npz(file).items()}
     names = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec?": "b_dec", "threshold?": "threshold"}
@@ -45,20 +46,20 @@ def read(path: Path) -> Loaded:
     layer = re.search(r"layer_(\d+)(?:/|$)", file.absolute().parent.as_posix())
     metadata = {"processing": "raw", **({"layer": int(layer[1])} if layer else {})}
     architecture = "jumprelu" if "threshold" in tensors else "standard"
-    loaded = Loaded(architecture, tensors, apply_b_dec_to_input=False, transcoder=transcoder, metadata=metadata)
-    loaded = checked(replace(loaded, notes=notes), file)
-    if (folded := fold_threshold(loaded)) is not loaded:
-        loaded = replace(folded, notes=(*notes, "thresholds below 0 taken as 0: the same function"))
-    return loaded
+    said: dict[str, Any] = {"metadata": metadata, "notes": notes}
+    sae = SAE.from_tensors(architecture, tensors, file, apply_b_dec_to_input=False, transcoder=transcoder, **said)
+    if (folded := fold_threshold(sae)) is not sae:
+        folded.notes = (*notes, "thresholds below 0 taken as 0: the same function")
+    return folded
 
 
-def holds(loaded: Loaded) -> str | None:
-    return beyond(loaded, architectures=("standard", "jumprelu"), subtracts_b_dec=False)
+def holds(sae: SAE) -> str | None:
+    return beyond(sae, architectures=("standard", "jumprelu"), subtracts_b_dec=False)
 
 
-def write(loaded: Loaded, path: Path) -> None:
-    refuse(FORMAT, loaded)
-    write_npz(path, loaded.tensors)
+def write(sae: SAE, path: Path) -> None:
+    refuse(FORMAT, sae)
+    write_npz(path, sae.weights())
 
 
 FORMAT = Format(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mechint.errors import MechintError
-from mechint.formats.base import Format, Loaded, checked
+from mechint.formats.base import Format
 from mechint.formats.files import (
     peek_safetensors,
     read_safetensors,
@@ -27,6 +27,7 @@ from mechint.formats.files import (
 from mechint.formats.folds import fold_threshold
 from mechint.formats.limits import beyond, refuse
 from mechint.provenance import make_dir, write_json
+from mechint.sae.base import SAE
 
 PARAMS_FILE, CONFIG_FILE = "params.safetensors", "config.json"
 NAMES = {"w_enc": "W_enc", "b_enc": "b_enc", "w_dec": "W_dec", "b_dec": "b_dec", "threshold": "threshold"}
@@ -48,7 +49,7 @@ def sniff(path: Path) -> bool:
     return set(peek_safetensors(_file(path))) >= {"w_enc", "w_dec", "threshold"}
 
 
-def read(path: Path) -> Loaded:
+def read(path: Path) -> SAE:
     file = _file(path)
     state, _ = read_safetensors(file)
     config_file = file.with_name(CONFIG_FILE)
@@ -64,15 +65,16 @@ def read(path: Path) -> Loaded:
         transcoder, notes = True, ("a transcoder, by the name of its folder",)
     if config.get("affine_connection", SKIP in state) != (SKIP in state):
         raise MechintError(f"{config_file} and {file.name} disagree about {SKIP}")
-    loaded = Loaded(
+    sae = SAE.from_tensors(
         "jumprelu",
         take_tensors(state, names, file),
+        file,
         apply_b_dec_to_input=False,
         transcoder=transcoder,
         metadata=_metadata(config),
         notes=notes,
     )
-    return fold_threshold(checked(loaded, file))
+    return fold_threshold(sae)
 
 
 def hook_of(place: Any) -> str | None:
@@ -101,28 +103,29 @@ def _metadata(config: Mapping[str, Any]) -> dict[str, Any]:
     return metadata
 
 
-def holds(loaded: Loaded) -> str | None:
-    return beyond(loaded, architectures=("jumprelu",), subtracts_b_dec=False, transcoder=True)
+def holds(sae: SAE) -> str | None:
+    return beyond(sae, architectures=("jumprelu",), subtracts_b_dec=False, transcoder=True)
 
 
-def write(loaded: Loaded, path: Path) -> None:
-    refuse(FORMAT, loaded)
+def write(sae: SAE, path: Path) -> None:
+    refuse(FORMAT, sae)
     make_dir(path)
-    tensors = {theirs: loaded.tensors[ours] for theirs, ours in NAMES.items()}
-    if "W_skip" in loaded.tensors:
-        tensors[SKIP] = loaded.tensors["W_skip"].t()
+    t = sae.weights()
+    tensors = {theirs: t[ours] for theirs, ours in NAMES.items()}
+    if "W_skip" in t:
+        tensors[SKIP] = t["W_skip"].t()
     write_safetensors(path / PARAMS_FILE, tensors)
-    said = loaded.metadata
+    said = sae.metadata
     config: dict[str, Any] = {
         "architecture": "jump_relu",
         "model_name": said.get("model_name"),
         "hf_hook_point_in": said.get("hf_hook_name") or said.get("hook_name"),
         "mechint": said,
     }
-    if loaded.transcoder:
+    if sae.is_transcoder:
         # what marks a transcoder has to be there even if nobody knows where it writes to
         config["hf_hook_point_out"] = said.get("hf_hook_name_out") or said.get("hook_name_out") or "unknown"
-        config["affine_connection"] = "W_skip" in loaded.tensors
+        config["affine_connection"] = sae.cfg.has_skip
     write_json(path / CONFIG_FILE, config, overwrite=False)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mechint.errors import MechintError
-from mechint.formats.base import Format, Loaded, checked
+from mechint.formats.base import Format
 from mechint.formats.files import (
     peek_safetensors,
     read_safetensors,
@@ -22,6 +22,7 @@ from mechint.formats.files import (
 )
 from mechint.formats.limits import beyond, refuse
 from mechint.provenance import make_dir, write_json
+from mechint.sae.base import SAE
 
 WEIGHTS_FILE = "sae_weights.safetensors"
 NAMES = {"encoder.weight T": "W_enc", "encoder.bias": "b_enc", "decoder.weight T": "W_dec", "decoder.bias": "b_dec"}
@@ -39,30 +40,31 @@ def sniff(path: Path) -> bool:
     return set(peek_safetensors(_file(path))) == {name.removesuffix(" T") for name in NAMES}
 
 
-def read(path: Path) -> Loaded:
+def read(path: Path, said: dict[str, Any] | None = None) -> SAE:
+    """`said`: the sidecar's keys from elsewhere, where there is no sidecar."""
     file = _file(path)
     state, _ = read_safetensors(file)
     refuse_unknown(state, {name.removesuffix(" T") for name in NAMES}, file)
-    if not _sidecar(file).is_file():
+    if said is None and not _sidecar(file).is_file():
         raise MechintError(f"{file}: top-k without k; expected {_sidecar(file).name} beside it, with a number k")
-    sidecar = read_settings(_sidecar(file), "sidecar of the weights")
-    options = {"k": whole_number(sidecar.get("k"), "k", _sidecar(file))}
+    sidecar = said or read_settings(_sidecar(file), "sidecar of the weights")
+    k = whole_number(sidecar.get("k"), "k", _sidecar(file))
     tensors = take_tensors(state, NAMES, file)
-    loaded = Loaded(
+    sae = SAE.from_tensors(
         "topk",
         tensors,
-        options,
+        file,
+        k=k,
+        relu=False,
         apply_b_dec_to_input=False,
-        topk_relu=False,
         metadata=_metadata(file.parent),
         notes=("the bundle does not say how the model's weights were processed, nor whether BOS was prepended",),
     )
-    loaded = checked(loaded, file)
-    stated = {"input_dim": loaded.d_in, "n_features": loaded.d_sae}
+    stated = {"input_dim": sae.d_in, "n_features": sae.d_sae}
     for name, found in stated.items():
         if sidecar.get(name, found) != found:
             raise MechintError(f"{_sidecar(file)} says {name} {sidecar[name]!r}, the weights are {found}")
-    return loaded
+    return sae
 
 
 def _metadata(folder: Path) -> dict[str, Any]:
@@ -75,14 +77,14 @@ def _metadata(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in named.items() if isinstance(value, str)}
 
 
-def holds(loaded: Loaded) -> str | None:
-    return beyond(loaded, architectures=("topk",), subtracts_b_dec=False, topk_relu=False)
+def holds(sae: SAE) -> str | None:
+    return beyond(sae, architectures=("topk",), subtracts_b_dec=False, relu=False)
 
 
-def write(loaded: Loaded, path: Path) -> None:
-    refuse(FORMAT, loaded)
+def write(sae: SAE, path: Path) -> None:
+    refuse(FORMAT, sae)
     make_dir(path)
-    t = loaded.tensors
+    t = sae.weights()
     tensors = {
         "encoder.weight": t["W_enc"].t(),
         "encoder.bias": t["b_enc"],
@@ -93,9 +95,9 @@ def write(loaded: Loaded, path: Path) -> None:
     write_safetensors(file, tensors)
     sidecar = {
         "dtype": "torch.float32",
-        "input_dim": loaded.d_in,
-        "k": loaded.options["k"],
-        "n_features": loaded.d_sae,
+        "input_dim": sae.d_in,
+        "k": sae.k,
+        "n_features": sae.d_sae,
         "training": None,
     }
     write_json(_sidecar(file), sidecar, overwrite=False)

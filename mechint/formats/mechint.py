@@ -1,56 +1,97 @@
-"""Our own: a run directory, or a checkpoint.pt as the first version of the pipeline wrote it (`b_pre`)."""
+"""Our own: a run directory, or a checkpoint.pt as the first version of the pipeline wrote it (`b_pre`).
 
-import warnings
-from dataclasses import replace
+A run directory holds its SAE twice: `sae/` in SAELens's layout, with what it was trained on, is what is read; without
+it, checkpoint.pt. A checkpoint.pt whose file of metadata is missing is the first pipeline's, whose setting is known.
+"""
+
 from pathlib import Path
+from typing import Any
 
-from mechint.formats.base import Format, Loaded
-from mechint.formats.files import peek_pt
-from mechint.formats.folds import from_sae, to_sae
+from mechint.errors import MechintError
+from mechint.formats import saelens
+from mechint.formats.base import Format
+from mechint.formats.files import peek_pt, read_pt
 from mechint.formats.limits import beyond, refuse
-from mechint.provenance import make_dir, write_json
-from mechint.sae.base import ARCHITECTURES
-from mechint.sae.io import CFG_FILE, load_sae, metadata_path, save_checkpoint, save_sae_folder
+from mechint.provenance import make_dir, read_json, write_json
+from mechint.sae.base import ARCHITECTURES, SAE
+from mechint.sae.checkpoint import holds_tensors, metadata_path, sae_from_state, save_checkpoint
+
+CHECKPOINT = "checkpoint.pt"
+# How the original pipeline collected (compare TransformerLens's old default): residual minus its mean, BOS prepended.
+LEGACY_SETTING = {"processing": "centred", "prepend_bos": True, "legacy": True}
 
 
 def sniff(path: Path) -> bool:
     if path.is_dir():
-        return (path / "checkpoint.pt").is_file() or all(
-            (path / name).is_file() for name in ("config.json", f"sae/{CFG_FILE}")
+        return (path / CHECKPOINT).is_file() or _is_run_with_sae(path)
+    return holds_tensors(peek_pt(path))
+
+
+def _is_run_with_sae(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and (folder / "sae" / saelens.CFG_FILE).is_file()
+
+
+def read(path: Path) -> SAE:
+    return read_with_config(path)
+
+
+def read_with_config(path: Path, config: Path | None = None) -> SAE:
+    """`config`: the config.json that names hook and model, of a checkpoint that has none beside it."""
+    if path.is_dir() and _is_run_with_sae(path):
+        return saelens.read(path / "sae")
+    file = path / CHECKPOINT if path.is_dir() else path
+    if not file.is_file():
+        raise MechintError(f"checkpoint not found: {file}; `ls runs/*/checkpoint.pt` shows those of your runs")
+    state = read_pt(file)
+    metadata, notes = _metadata_beside(file), ()
+    if metadata is None and "b_pre" in state:  # the originals' own files: no other tool calls it so
+        metadata = {**_said_by(config or file.parent / "config.json"), **LEGACY_SETTING}
+        notes = (
+            f"{file}: nothing says how its activations were processed; taken as the original pipeline's setting"
+            " (centred residual, BOS prepended)",
         )
-    return {"b_pre", "W_enc", "W_dec"} <= peek_pt(path)
+    sae = sae_from_state(state, file, metadata)
+    sae.notes = notes
+    return sae
 
 
-def read(path: Path) -> Loaded:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        sae = load_sae(path)
-    return replace(from_sae(sae), notes=tuple(str(warning.message) for warning in caught))
+def _metadata_beside(checkpoint: Path) -> dict[str, Any] | None:
+    """What the files beside a checkpoint say of its training; None if there are none."""
+    if (cfg := checkpoint.parent / "sae" / saelens.CFG_FILE).is_file():
+        return saelens.own_metadata(read_json(cfg).get("metadata") or {})
+    if (beside := metadata_path(checkpoint)).is_file():
+        return saelens.own_metadata(read_json(beside).get("sae_metadata") or {}, ours=True)
+    return None
 
 
-def holds(loaded: Loaded) -> str | None:
-    if loaded.architecture == "jumprelu" and bool((loaded.tensors["threshold"] < 0).any()):
+def _said_by(config: Path) -> dict[str, Any]:
+    """Hook and model as a config.json of the originals names them."""
+    if not config.is_file():
+        return {}
+    values = read_json(config, "config file")
+    return {key: values[key] for key in ("hook_name", "model_name", "model_source") if values.get(key) is not None}
+
+
+def holds(sae: SAE) -> str | None:
+    if sae.architecture == "jumprelu" and bool((sae.get_parameter("threshold") < 0).any()):
         return "thresholds below 0"
     kinds = tuple(name for name, kind in ARCHITECTURES.items() if kind.saved_tensors)
-    return beyond(loaded, architectures=kinds, subtracts_b_dec=True, topk_relu=None)
+    return beyond(sae, architectures=kinds, subtracts_b_dec=True, relu=None)
 
 
-def write(loaded: Loaded, path: Path) -> None:
-    refuse(FORMAT, loaded)
-    sae = to_sae(loaded)
-    # What is read without a record is taken as the first pipeline's, with centred activations: other tools' are not.
-    sae.metadata = {"processing": "raw", **sae.metadata}
+def write(sae: SAE, path: Path) -> None:
+    refuse(FORMAT, sae)
     if path.suffix == ".pt":
         save_checkpoint(sae, path)
         write_json(metadata_path(path), {"sae_metadata": sae.metadata})
         return
     make_dir(path)
-    checkpoint = path / "checkpoint.pt"
+    checkpoint = path / CHECKPOINT
     save_checkpoint(sae, checkpoint)
-    if sae.departing():  # SAELens's layout cannot hold it
+    if saelens.holds(sae) is not None:  # topk without ReLU
         write_json(metadata_path(checkpoint), {"sae_metadata": sae.metadata})
     else:
-        save_sae_folder(sae, path / "sae")
+        saelens.write(sae, path / "sae")
 
 
 FORMAT = Format(

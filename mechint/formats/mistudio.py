@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechint.errors import MechintError
-from mechint.formats.base import Format, Loaded, Normalize, checked
+from mechint.formats.base import Format
 from mechint.formats.files import (
     parse_settings,
     peek_safetensors,
@@ -39,6 +39,8 @@ from mechint.formats.files import (
 )
 from mechint.formats.limits import beyond, layer_of, refuse
 from mechint.provenance import make_dir, write_json
+from mechint.sae.base import SAE
+from mechint.sae.config import NORMALIZE
 
 CHECKPOINT_FILE, METADATA_FILE = "checkpoint.safetensors", "metadata.json"
 STANDARD = {
@@ -51,7 +53,6 @@ STANDARD = {
 JUMPRELU = {"W_enc T": "W_enc", "b_enc": "b_enc", "W_dec T": "W_dec", "b_dec": "b_dec"}
 LOG_THRESHOLD = "activation.log_threshold"
 EXACT_FILE = "thresholds.safetensors"
-NORMALIZE: dict[str, Normalize] = {"none": "none", "constant_norm_rescale": "sqrt_d", "layer_norm": "layer_norm"}
 HOOKS = {"residual": "hook_resid_post", "mlp": "hook_mlp_out", "attention": "hook_attn_out"}
 
 
@@ -70,7 +71,7 @@ def sniff(path: Path) -> bool:
     return bool(names) and (names >= {"model.encoder.weight"} or names >= {"model.W_enc", "model.W_dec"})
 
 
-def read(path: Path) -> Loaded:
+def read(path: Path) -> SAE:
     files = _candidates(path)
     if len(files) != 1:
         inside = f" give one of its folders: {', '.join(file.parent.name for file in files)}" if files else ""
@@ -92,17 +93,17 @@ def read(path: Path) -> Loaded:
     elif "topk" in (kind.lower(), settings.get("activation_fn")):
         raise MechintError(f"{file} is said to be top-k, without k: write top_k_sparsity (percent) to {METADATA_FILE}")
     normalize, notes = _normalisation(file, settings)
-    loaded = Loaded(
+    return SAE.from_tensors(
         architecture,
         tensors,
-        options,
+        file,
         apply_b_dec_to_input=False,
-        normalize=normalize,
+        normalize_activations=normalize,
         transcoder=transcoder,
         metadata=_metadata(file, settings),
         notes=(*notes, *exact_notes),
+        **options,
     )
-    return checked(loaded, file)
 
 
 def _tensors(file: Path, model: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
@@ -175,18 +176,18 @@ def _settings(file: Path, strings: Mapping[str, str]) -> dict[str, Any]:
     return settings
 
 
-def _normalisation(file: Path, settings: Mapping[str, Any]) -> tuple[Normalize, tuple[str, ...]]:
+def _normalisation(file: Path, settings: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     named = settings.get("normalize_activations")
     if named is not None:
         if named not in NORMALIZE:
             raise MechintError(f"{file}: normalize_activations {named!r} is not one of {', '.join(NORMALIZE)}")
-        return NORMALIZE[named], ()
+        return str(named), ()
     if "step" in settings and "original_format" not in settings:
         note = (
             "nothing says how inputs were normalised: taken as miStudio's default for training, constant_norm_rescale;"
             f' if it was not, write {{"normalize_activations": "none"}} to {METADATA_FILE} beside the checkpoint'
         )
-        return "sqrt_d", (note,)
+        return "constant_norm_rescale", (note,)
     return "none", ()
 
 
@@ -214,21 +215,20 @@ def _metadata(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     return metadata
 
 
-def holds(loaded: Loaded) -> str | None:
-    if loaded.architecture == "topk":
+def holds(sae: SAE) -> str | None:
+    if sae.architecture == "topk":
         return "the k of a top-k (miStudio keeps it with the training, not the checkpoint: it would apply ReLU alone)"
-    known: tuple[Normalize, ...] = ("none", "sqrt_d", "layer_norm")
-    reason = beyond(loaded, architectures=("standard", "jumprelu"), subtracts_b_dec=False, normalize=known)
-    if reason is None and loaded.architecture == "jumprelu" and bool((loaded.tensors["threshold"] < 0).any()):
+    reason = beyond(sae, architectures=("standard", "jumprelu"), subtracts_b_dec=False, normalize=NORMALIZE)
+    if reason is None and sae.architecture == "jumprelu" and bool((sae.weights()["threshold"] < 0).any()):
         return "thresholds below 0 (it keeps their logarithms)"
     return reason
 
 
-def write(loaded: Loaded, path: Path) -> None:
-    refuse(FORMAT, loaded)
+def write(sae: SAE, path: Path) -> None:
+    refuse(FORMAT, sae)
     make_dir(path)
-    t, names = loaded.tensors, {value: key for key, value in NORMALIZE.items()}
-    if loaded.architecture == "jumprelu":
+    t = sae.weights()
+    if sae.architecture == "jumprelu":
         kind, activation = "JumpReLUSAE", "jumprelu"
         tensors = {"W_enc": t["W_enc"].t(), "b_enc": t["b_enc"], "W_dec": t["W_dec"].t(), "b_dec": t["b_dec"]}
         tensors[LOG_THRESHOLD] = nearest_logs(t["threshold"])
@@ -248,14 +248,14 @@ def write(loaded: Loaded, path: Path) -> None:
     metadata = {
         "format": "mistudio",
         "original_format": "mechint",
-        "model_name": loaded.metadata.get("model_name"),
-        "layer": layer_of(loaded.metadata),
-        "d_in": loaded.d_in,
-        "d_sae": loaded.d_sae,
-        "architecture": loaded.architecture,
+        "model_name": sae.metadata.get("model_name"),
+        "layer": layer_of(sae.metadata),
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "architecture": sae.architecture,
         "activation_fn": activation,
-        "normalize_activations": names[loaded.normalize],
-        "mechint": loaded.metadata,
+        "normalize_activations": sae.cfg.normalize_activations,
+        "mechint": sae.metadata,
     }
     write_json(path / METADATA_FILE, metadata, overwrite=False)
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from mechint.errors import MechintError
-from mechint.formats.base import Format, Loaded, checked
+from mechint.formats.base import Format
 from mechint.formats.files import peek_pt, read_pt, refuse_unknown, take_tensors, whole_number, write_pt
 from mechint.formats.limits import beyond, refuse
+from mechint.sae.base import SAE
 
 NAMES = {"pre_bias": "b_dec", "encoder.weight T": "W_enc", "latent_bias": "b_enc", "decoder.weight T": "W_dec"}
 WEIGHTS_FILE = "autoencoder.pt"  # where we choose; OpenAI's own are numbered by layer
@@ -33,7 +34,7 @@ def sniff(path: Path) -> bool:
     return _file(path).is_file() and peek_pt(_file(path)) >= {"pre_bias", "encoder.weight", "latent_bias"}
 
 
-def read(path: Path) -> Loaded:
+def read(path: Path) -> SAE:
     path = _file(path)
     state = read_pt(path)
     activation = state.get("activation", "ReLU")
@@ -46,22 +47,22 @@ def read(path: Path) -> Loaded:
     refuse_unknown(state, known, path)
     tensors = take_tensors(state, NAMES, path)
     if activation == "ReLU":
-        return checked(Loaded("standard", tensors, metadata={"processing": "raw"}), path)
+        return SAE.from_tensors("standard", tensors, path, metadata={"processing": "raw"})
     settings = state.get("activation_state_dict")
     if not isinstance(settings, dict) or "k" not in settings:
         raise MechintError(f"{path}: TopK without k; the file should have it in activation_state_dict")
     after = settings.get("postact_fn", "ReLU")
     if after not in ("ReLU", "Identity"):
         raise MechintError(f"{path}: postact_fn {after!r} is not one of ReLU, Identity")
-    loaded = Loaded(
+    return SAE.from_tensors(
         "topk",
         tensors,
-        {"k": whole_number(settings["k"], "k", path)},
-        normalize="layer_norm",
-        topk_relu=after == "ReLU",
+        path,
+        k=whole_number(settings["k"], "k", path),
+        relu=after == "ReLU",
+        normalize_activations="layer_norm",
         metadata={"processing": "raw"},
     )
-    return checked(loaded, path)
 
 
 def _is_matrix(state: dict[str, Any]) -> bool:
@@ -69,27 +70,27 @@ def _is_matrix(state: dict[str, Any]) -> bool:
     return isinstance(weight, Tensor) and weight.ndim == 2
 
 
-def holds(loaded: Loaded) -> str | None:
-    needed = ("layer_norm",) if loaded.architecture == "topk" else ("none",)
-    if loaded.architecture == "topk" and loaded.normalize == "none":
+def holds(sae: SAE) -> str | None:
+    needed = ("layer_norm",) if sae.architecture == "topk" else ("none",)
+    if sae.architecture == "topk" and sae.cfg.normalize_activations == "none":
         return "a topk on inputs as they are (the library layer-normalises those of every TopK that it loads)"
-    return beyond(loaded, architectures=("standard", "topk"), subtracts_b_dec=True, normalize=needed, topk_relu=None)
+    return beyond(sae, architectures=("standard", "topk"), subtracts_b_dec=True, normalize=needed, relu=None)
 
 
-def write(loaded: Loaded, path: Path) -> None:
-    refuse(FORMAT, loaded)
-    t = loaded.tensors
+def write(sae: SAE, path: Path) -> None:
+    refuse(FORMAT, sae)
+    t = sae.weights()
     state: dict[str, Any] = {
         "pre_bias": t["b_dec"],
         "latent_bias": t["b_enc"],
-        "stats_last_nonzero": torch.zeros(loaded.d_sae, dtype=torch.long),
+        "stats_last_nonzero": torch.zeros(sae.d_sae, dtype=torch.long),
         "encoder.weight": t["W_enc"].t(),
         "decoder.weight": t["W_dec"].t(),
-        "activation": "ReLU" if loaded.architecture == "standard" else "TopK",
+        "activation": "ReLU" if sae.architecture == "standard" else "TopK",
     }
-    if loaded.architecture == "topk":
-        after = "ReLU" if loaded.topk_relu else "Identity"
-        state["activation_state_dict"] = {"k": loaded.options["k"], "postact_fn": after}
+    if sae.architecture == "topk":
+        after = "ReLU" if sae.relu else "Identity"
+        state["activation_state_dict"] = {"k": sae.k, "postact_fn": after}
     write_pt(path, state)
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mechint.formats import saelens
-from mechint.formats.base import Format, Loaded
+from mechint.formats.base import Format
 from mechint.formats.limits import refuse
-from mechint.sae.io import OUR_MARKS
+from mechint.sae.base import SAE
 
 
 def sniff(path: Path) -> bool:
@@ -17,26 +17,26 @@ def sniff(path: Path) -> bool:
     return cfg is not None and saelens.is_pre_6(cfg)
 
 
-def holds(loaded: Loaded) -> str | None:
-    if loaded.transcoder:
+def holds(sae: SAE) -> str | None:
+    if sae.is_transcoder:
         return "a transcoder"
-    if loaded.rescale_acts_by_decoder_norm:
+    if sae.cfg.rescale_acts_by_decoder_norm:
         return "a top-k that weighs latents by their decoder norms"
-    return saelens.holds(loaded)
+    return saelens.holds(sae)
 
 
-def write(loaded: Loaded, path: Path) -> None:
+def write(sae: SAE, path: Path) -> None:
     from mechint.config import layer_of_hook  # with it come the settings of all commands: not to open an SAE
 
-    refuse(FORMAT, loaded)
-    said = {name: value for name, value in loaded.metadata.items() if name not in OUR_MARKS}
+    refuse(FORMAT, sae)
+    said = {name: value for name, value in sae.metadata.items() if name not in saelens.OUR_MARKS}
     hook = said.get("hook_name")
-    topk = loaded.architecture == "topk"
+    topk = sae.architecture == "topk"
     cfg: dict[str, Any] = {
-        **saelens.common_cfg(loaded),
-        "architecture": "standard" if topk else loaded.architecture,
+        **saelens.common_cfg(sae),
+        "architecture": "standard" if topk else sae.architecture,
         "activation_fn_str": "topk" if topk else "relu",
-        "activation_fn_kwargs": dict(loaded.options) if topk else {},
+        "activation_fn_kwargs": {"k": sae.k} if topk else {},
         "finetuning_scaling_factor": False,
         "sae_lens_training_version": None,
         "model_name": said.get("model_name"),
@@ -52,7 +52,7 @@ def write(loaded: Loaded, path: Path) -> None:
         # what the old keys have no place for; SAELens does not look here before 6
         "metadata": said,
     }
-    saelens.write_folder(loaded, cfg, path)
+    saelens.write_folder(sae, cfg, path)
 
 
 FORMAT = Format(

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from mechint.errors import MechintError
-from mechint.formats.base import Format, Loaded, checked
+from mechint.formats.base import Format
 from mechint.formats.files import (
     MAX_HEADER,
     parse_settings,
@@ -29,6 +29,7 @@ from mechint.formats.files import (
 )
 from mechint.formats.limits import beyond, refuse
 from mechint.provenance import get_git_commit
+from mechint.sae.base import SAE
 
 WEIGHTS_FILE = "sae.pt"
 SCHEMA = 5
@@ -69,7 +70,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int] | None:
     return parse_settings(line, f"{path}: its first line"), len(line)
 
 
-def read(path: Path) -> Loaded:
+def read(path: Path) -> SAE:
     path = _file(path)
     found = _header(path)
     if found is None:
@@ -86,9 +87,10 @@ def read(path: Path) -> Loaded:
     refuse_unknown(state, {*NAMES, THRESHOLD}, path)
     tensors = take_tensors(state, NAMES, path)
     _check_widths(path, cfg, tensors)
-    architecture, options, notes = "standard", {}, ()
+    architecture, notes = "standard", ()
+    options: dict[str, Any] = {}
     if kind == "TopK":
-        architecture, options = "topk", {"k": whole_number(params.get("top_k"), "top_k", path)}
+        architecture, options = "topk", {"k": whole_number(params.get("top_k"), "top_k", path), "relu": False}
     elif kind == "BatchTopK":
         architecture = "jumprelu"
         tensors["threshold"] = _threshold(path, state, tensors["b_enc"])
@@ -97,16 +99,10 @@ def read(path: Path) -> Loaded:
     metadata: dict[str, Any] = {"processing": "raw"}
     if kind == "BatchTopK" and "top_k" in params:
         metadata |= {"training_architecture": "batchtopk", "training_options": {"k": params["top_k"]}}
-    loaded = Loaded(
-        architecture,
-        tensors,
-        options,
-        apply_b_dec_to_input=schema < UNSUBTRACTED,
-        topk_relu=architecture != "topk",
-        metadata=metadata,
-        notes=notes,
+    subtracts = schema < UNSUBTRACTED
+    return SAE.from_tensors(
+        architecture, tensors, path, apply_b_dec_to_input=subtracts, metadata=metadata, notes=notes, **options
     )
-    return checked(loaded, path)
 
 
 def _activation(path: Path, header: Mapping[str, Any], cfg: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -151,10 +147,10 @@ def _check_widths(path: Path, cfg: Mapping[str, Any], tensors: Mapping[str, Tens
         raise MechintError(f"{path}: its first line says W_dec [{d_sae}, {d_in}], the weights are {list(found)}")
 
 
-def holds(loaded: Loaded) -> str | None:
-    reason = beyond(loaded, architectures=("standard", "topk", "jumprelu"), subtracts_b_dec=False, topk_relu=False)
-    if reason is None and loaded.architecture == "jumprelu":
-        threshold = loaded.tensors["threshold"]
+def holds(sae: SAE) -> str | None:
+    reason = beyond(sae, architectures=("standard", "topk", "jumprelu"), subtracts_b_dec=False, relu=False)
+    if reason is None and sae.architecture == "jumprelu":
+        threshold = sae.weights()["threshold"]
         if not bool((threshold == threshold[0]).all()):
             return "different thresholds (it has one for all latents)"
         if float(threshold[0]) < 0:
@@ -162,18 +158,18 @@ def holds(loaded: Loaded) -> str | None:
     return reason
 
 
-def write(loaded: Loaded, path: Path) -> None:
-    refuse(FORMAT, loaded)
-    t = loaded.tensors
+def write(sae: SAE, path: Path) -> None:
+    refuse(FORMAT, sae)
+    t = sae.weights()
     state = {name: t[name] for name in NAMES}
-    if loaded.architecture == "jumprelu":
+    if sae.architecture == "jumprelu":
         state[THRESHOLD] = t["threshold"][0].clone()
     header = {
         "schema": SCHEMA,
         "cfg": {
-            "d_model": loaded.d_in,
-            "d_sae": loaded.d_sae,
-            "activation": _activation_header(loaded),
+            "d_model": sae.d_in,
+            "d_sae": sae.d_sae,
+            "activation": _activation_header(sae),
             "reinit_blend": 0.8,
             "reinit_enc_dec_tranpose": True,  # saev spells it so
             "remove_parallel_grads": True,
@@ -185,14 +181,14 @@ def write(loaded: Loaded, path: Path) -> None:
     write_pt(path, state, header=json.dumps(header, separators=(",", ":")).encode() + b"\n")
 
 
-def _activation_header(loaded: Loaded) -> dict[str, Any]:
+def _activation_header(sae: SAE) -> dict[str, Any]:
     none = {"sparsity": {"cls": "NoSparsity", "params": {"key": "no-sparsity"}}}
     aux = {"aux": {"cls": "NoAux", "params": {"key": "no-aux"}}}
-    if loaded.architecture == "standard":
+    if sae.architecture == "standard":
         return {"cls": "Relu", "params": {"key": "relu", **none, **aux}}
-    if loaded.architecture == "topk":
-        return {"cls": "TopK", "params": {"key": "top-k", "top_k": loaded.options["k"], **none, **aux}}
-    trained = (loaded.metadata.get("training_options") or {}).get("k", DEFAULT_TOP_K)
+    if sae.architecture == "topk":
+        return {"cls": "TopK", "params": {"key": "top-k", "top_k": sae.k, **none, **aux}}
+    trained = (sae.metadata.get("training_options") or {}).get("k", DEFAULT_TOP_K)
     top_k = max(1, round(trained)) if isinstance(trained, (int, float)) else DEFAULT_TOP_K
     return {"cls": "BatchTopK", "params": {"key": "batch-top-k", "top_k": top_k, **none, "momentum": 0.1, **aux}}
 

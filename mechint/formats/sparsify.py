@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mechint.errors import MechintError
-from mechint.formats.base import Format, Loaded, checked
+from mechint.formats.base import Format
 from mechint.formats.files import (
     peek_safetensors,
     read_safetensors,
@@ -24,6 +24,7 @@ from mechint.formats.files import (
 )
 from mechint.formats.limits import beyond, refuse
 from mechint.provenance import make_dir, write_json
+from mechint.sae.base import SAE
 
 CFG_FILE, WEIGHTS_FILE = "cfg.json", "sae.safetensors"
 NAMES = {"encoder.weight T": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
@@ -32,13 +33,13 @@ HOOKS = {"": "hook_resid_post", "mlp": "hook_mlp_out", "attn": "hook_attn_out", 
 
 
 def sniff(path: Path) -> bool:
-    if not path.is_dir():
-        return False
+    path = path.parent if path.name == WEIGHTS_FILE else path
     names = set(peek_safetensors(path / WEIGHTS_FILE))
     return (path / CFG_FILE).is_file() and names >= {"encoder.weight", "encoder.bias", "b_dec"}
 
 
-def read(path: Path) -> Loaded:
+def read(path: Path) -> SAE:
+    path = path.parent if path.name == WEIGHTS_FILE else path
     if not (path / CFG_FILE).is_file():
         inside = sorted(file.parent.name for file in path.glob(f"*/{CFG_FILE}"))
         raise MechintError(
@@ -58,22 +59,20 @@ def read(path: Path) -> Loaded:
             raise MechintError(f"{path}: a skip connection around an autoencoder is not known here")
         names["W_skip"] = "W_skip"
     refuse_unknown(state, {name.removesuffix(" T") for name in names}, source)
-    options = {"k": whole_number(cfg.get("k"), "k", path / CFG_FILE)}
-    loaded = Loaded(
+    sae = SAE.from_tensors(
         "topk",
         take_tensors(state, names, source),
-        options,
-        apply_b_dec_to_input=not transcoder,
+        source,
+        k=whole_number(cfg.get("k"), "k", path / CFG_FILE),
         transcoder=transcoder,
         metadata=_metadata(path, cfg),
     )
-    loaded = checked(loaded, source)
     d_in = whole_number(cfg.get("d_in"), "d_in", path / CFG_FILE)
     stated = cfg.get("num_latents") or d_in * whole_number(cfg.get("expansion_factor"), "expansion_factor", path)
-    if (d_in, stated) != (loaded.d_in, loaded.d_sae):
-        found = f"{loaded.d_in} and {loaded.d_sae}"
+    if (d_in, stated) != (sae.d_in, sae.d_sae):
+        found = f"{sae.d_in} and {sae.d_sae}"
         raise MechintError(f"{path}: {CFG_FILE} says d_in {d_in} and {stated} latents, the weights are {found}")
-    return loaded
+    return sae
 
 
 def hook_of(module: str) -> str | None:
@@ -98,19 +97,16 @@ def _metadata(path: Path, cfg: dict[str, Any]) -> dict[str, Any]:
     return metadata
 
 
-def holds(loaded: Loaded) -> str | None:
-    if loaded.transcoder:
-        if loaded.d_out != loaded.d_in:
-            return "a transcoder between different widths"
-        if loaded.apply_b_dec_to_input:
-            return "a transcoder that subtracts b_dec"
-    return beyond(loaded, architectures=("topk",), subtracts_b_dec=None if loaded.transcoder else True, transcoder=True)
+def holds(sae: SAE) -> str | None:
+    if sae.is_transcoder and sae.d_out != sae.d_in:
+        return "a transcoder between different widths"
+    return beyond(sae, architectures=("topk",), subtracts_b_dec=None if sae.is_transcoder else True, transcoder=True)
 
 
-def write(loaded: Loaded, path: Path) -> None:
-    refuse(FORMAT, loaded)
+def write(sae: SAE, path: Path) -> None:
+    refuse(FORMAT, sae)
     make_dir(path)
-    t = loaded.tensors
+    t = sae.weights()
     tensors = {
         "encoder.weight": t["W_enc"].t(),
         "encoder.bias": t["b_enc"],
@@ -121,15 +117,15 @@ def write(loaded: Loaded, path: Path) -> None:
     write_safetensors(path / WEIGHTS_FILE, tensors)
     cfg = {
         "activation": "topk",
-        "expansion_factor": max(1, loaded.d_sae // loaded.d_in),
-        "normalize_decoder": not loaded.transcoder,
-        "num_latents": loaded.d_sae,
-        "k": loaded.options["k"],
+        "expansion_factor": max(1, sae.d_sae // sae.d_in),
+        "normalize_decoder": not sae.is_transcoder,
+        "num_latents": sae.d_sae,
+        "k": sae.k,
         "multi_topk": False,
         "skip_connection": "W_skip" in t,
-        "transcode": loaded.transcoder,
-        "d_in": loaded.d_in,
-        "mechint": loaded.metadata,
+        "transcode": sae.is_transcoder,
+        "d_in": sae.d_in,
+        "mechint": sae.metadata,
     }
     write_json(path / CFG_FILE, cfg, overwrite=False)
 

@@ -3,12 +3,12 @@
 from mechint.lazy import lazy_names
 
 _PUBLIC = {
-    "load_pretrained_sae": "mechint.hub.sae_loading",
+    "load_pretrained_sae": "mechint.sae.load",
     "load_steering_vector": "mechint.hub.steering_loading",
-    "SAE_REGISTRY": "mechint.hub.registry",
-    "STEERING_REGISTRY": "mechint.hub.registry",
-    "SAEDescriptor": "mechint.hub.registry",
-    "SteeringVectorDescriptor": "mechint.hub.registry",
+    "SAE_REGISTRY": "mechint.huggingface.registry",
+    "STEERING_REGISTRY": "mechint.huggingface.registry",
+    "SAEDescriptor": "mechint.huggingface.registry",
+    "SteeringVectorDescriptor": "mechint.huggingface.registry",
 }
 __all__ = sorted(_PUBLIC)
 __getattr__, __dir__ = lazy_names(__name__, _PUBLIC)

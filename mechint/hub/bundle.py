@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 from mechint.errors import MechintError, one_line
 from mechint.hub.scrub import OVERLAP, TEXT, find_token, scrub
+from mechint.huggingface.fetch import METADATA
 from mechint.provenance import disk_full, disk_full_reason
 
-README, METADATA = "README.md", "bundle_metadata.json"
+README = "README.md"
 GENERATED = (README, METADATA)
 _PIECE = 1 << 20
 # Larger text is not rewritten, only searched for tokens: nobody writes such a file by hand, and it would fill memory.

@@ -16,10 +16,10 @@ from mechint.hub.bundle import Bundle
 from mechint.hub.investigation_bundle import WRITEUPS, find_artefacts, investigation_bundle, slugs
 from mechint.hub.license import INVESTIGATION_LICENSE, SAE_LICENSE, front_matter_license
 from mechint.hub.publish import Published, dry_run, publish
-from mechint.hub.registry import STEERING_REGISTRY, local_place, steering_registry
 from mechint.hub.sae_bundle import artifact_bundle, artifact_dir, artifact_ids, sae_bundle
 from mechint.hub.steering_bundle import steering_bundle, steering_repo_name
 from mechint.huggingface.client import check_may_write
+from mechint.huggingface.registry import STEERING_REGISTRY, local_place, steering_registry
 from mechint.steering.direction import FILE_NAME, direction_path
 
 STEERING_FOLDER = Path("steering")  # where `mechint extract-steering` writes

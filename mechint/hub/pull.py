@@ -10,7 +10,6 @@ from pathlib import Path
 
 from mechint.errors import MechintError, one_line
 from mechint.hub.bundle import METADATA
-from mechint.hub.fetch import stated_hashes
 from mechint.huggingface.client import (
     check_repo_id,
     clean_client_log,
@@ -20,9 +19,9 @@ from mechint.huggingface.client import (
     resolve_revision,
     tree,
 )
+from mechint.huggingface.fetch import is_inside, stated_hashes
 from mechint.huggingface.files import Listed, difference, fetch_rest, listed, place_of
 from mechint.provenance import check_output_path, disk_full, fsync_dir, make_dir, read_json, sha256_file
-from mechint.saelens.releases import is_inside
 
 # The Hub's own housekeeping.
 LEFT_OUT = ".gitattributes"

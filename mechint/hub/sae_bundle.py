@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from mechint.errors import MechintError, nearest
-from mechint.formats import Loaded
 from mechint.formats.certificate import certify
 from mechint.formats.convert import load
 from mechint.hub.bundle import Bundle
@@ -32,7 +31,7 @@ from mechint.hub.sae_files import (
 from mechint.provenance import read_json, sha256_file
 from mechint.report.facts import check_finished, run_facts
 from mechint.runs import Run
-from mechint.sae import load_sae, save_sae_folder
+from mechint.sae import SAE, load_sae
 
 ARTIFACT_FILES = (WEIGHTS, SIDECAR, ENVIRONMENT, FEATURES)
 SAELENS_FILES = (WEIGHTS, CFG, "sparsity.safetensors", "runner_cfg.json")
@@ -101,7 +100,7 @@ def artifact_bundle(folder: str | Path, *, license: str = SAE_LICENSE) -> Bundle
             f"no SAE in {folder}: it has no {WEIGHTS}, only {', '.join(others[:6]) or 'nothing'};"
             " publish a run that has trained its SAE"
         )
-    layout, loaded = load(folder)
+    layout, sae = load(folder)
     saelens = layout.name.startswith("saelens")
     match = _ARTIFACT.fullmatch(folder.resolve().name)
     run_id = int(match[1]) if match else None
@@ -110,16 +109,16 @@ def artifact_bundle(folder: str | Path, *, license: str = SAE_LICENSE) -> Bundle
     records = {name: record for name, record in records.items() if record is not None}
     names = SAELENS_FILES if saelens else ARTIFACT_FILES
     files: dict[str, Path | bytes] = {name: folder / name for name in names if (folder / name).is_file()}
-    model = artifact_model(records) or loaded.metadata.get("model_name")
+    model = artifact_model(records) or sae.metadata.get("model_name")
     name = sae_repo_name(f"run{run_id}" if run_id is not None else folder.resolve().name, model)
     return Bundle(
         kind="sae",
         name=name,
         files=files,
         license=license,
-        card=lambda repo_id, staged: artifact_card(name, repo_id, staged, loaded, records, run_id, model, license),
+        card=lambda repo_id, staged: artifact_card(name, repo_id, staged, sae, records, run_id, model, license),
         metadata=finite({"run_id": run_id if run_id is not None else folder.resolve().name, **records}),
-        check=lambda downloaded: same_sae(loaded, downloaded),
+        check=lambda downloaded: same_sae(sae, downloaded),
         check_files=tuple(file for file in (WEIGHTS, SIDECAR, CFG) if file in files),
         roots=(folder.resolve(),),
     )
@@ -153,9 +152,9 @@ def run_bundle(run_dir: str | Path, *, license: str = SAE_LICENSE) -> Bundle:
     run = check_finished(run_dir)
     check_whole(run)
     facts, manifest = run_facts(run), run.manifest
-    loaded = load(run.path)[1]
+    sae = load(run.path)[1]
     weights, cfg = _saelens_files(run)
-    side, features = sidecar(run, loaded), feature_analysis(run)
+    side, features = sidecar(run, sae), feature_analysis(run)
     made: dict[str, Path | bytes] = {
         WEIGHTS: weights,
         CFG: cfg,
@@ -173,7 +172,7 @@ def run_bundle(run_dir: str | Path, *, license: str = SAE_LICENSE) -> Bundle:
         name=name,
         files=made,
         license=license,
-        card=lambda repo_id, staged: run_card(name, repo_id, staged, loaded, facts, manifest, license),
+        card=lambda repo_id, staged: run_card(name, repo_id, staged, sae, facts, manifest, license),
         metadata=finite(
             {
                 "run_id": run.path.resolve().name,
@@ -184,7 +183,7 @@ def run_bundle(run_dir: str | Path, *, license: str = SAE_LICENSE) -> Bundle:
                 "sae_config": side,
             }
         ),
-        check=lambda downloaded: same_sae(loaded, downloaded),
+        check=lambda downloaded: same_sae(sae, downloaded),
         check_files=(WEIGHTS, CFG),
         roots=(run.path.resolve(),),
     )
@@ -217,14 +216,14 @@ def _saelens_files(run: Run) -> tuple[Path | bytes, Path | bytes]:
         return folder / WEIGHTS, folder / CFG
     with tempfile.TemporaryDirectory() as temporary:
         made = Path(temporary)
-        save_sae_folder(load_sae(run.checkpoint_path), made)
+        load_sae(run.checkpoint_path).save_model(made)
         return (made / WEIGHTS).read_bytes(), (made / CFG).read_bytes()
 
 
 # --- both -------------------------------------------------------------------------------------------------------------
 
 
-def same_sae(local: Loaded, folder: Path) -> None:
+def same_sae(local: SAE, folder: Path) -> None:
     """Raise `MechintError` unless the SAE in `folder`, just downloaded, encodes and decodes as the local one."""
     certificate = certify(local, load(folder)[1])
     if not certificate.holds:

@@ -6,11 +6,11 @@ from typing import Any
 
 from mechint.config import DATASET_ALIASES
 from mechint.data.text import SUFFIXES
-from mechint.formats import Loaded
 from mechint.hub.bundle import StagedFile
 from mechint.hub.card import Card, Section, code, is_hub_id, measures_of, render_card
 from mechint.models.resolve import ALIASES, BUILTIN_MODELS
 from mechint.report.facts import number
+from mechint.sae.base import SAE
 
 KIND_TAG = "sparse-autoencoder"
 # key, unit, what it is: in the order of the card's table. docs/metrics.md has the formulas.
@@ -124,7 +124,7 @@ def run_card(
     name: str,
     repo_id: str,
     staged: Mapping[str, StagedFile],
-    loaded: Loaded,
+    sae: SAE,
     facts: Mapping[str, Any],
     manifest: Mapping[str, Any],
     license: str,
@@ -134,16 +134,16 @@ def run_card(
     source = _mapping(_mapping(manifest.get("inputs")).get("activations"))
     base, dataset, on_hub = trained_on(facts, source)
     lead = (
-        f"A {loaded.architecture} sparse autoencoder with {loaded.d_sae:,} latents on {hook} of {model}"
-        f" ({loaded.d_in} dimensions), trained on {dataset}."
+        f"A {sae.architecture} sparse autoencoder with {sae.d_sae:,} latents on {hook} of {model}"
+        f" ({sae.d_in} dimensions), trained on {dataset}."
     )
     rows = [
         ("Model", model if is_recorded(source) else f"{model}, by the settings; the activations do not say"),
         ("Hook", hook),
-        ("Architecture", loaded.architecture + (f", k = {loaded.options['k']}" if "k" in loaded.options else "")),
-        ("d_in", str(loaded.d_in)),
-        ("d_sae", f"{loaded.d_sae:,}"),
-        ("Activations", _activations_in_words(loaded.metadata)),
+        ("Architecture", sae.architecture + (f", k = {sae.cfg.k}" if sae.cfg.k is not None else "")),
+        ("d_in", str(sae.d_in)),
+        ("d_sae", f"{sae.d_sae:,}"),
+        ("Activations", _activations_in_words(sae.metadata)),
         ("Sparsity", str(facts["sparsity"])),
         ("Trained on", f"{dataset}, {facts['steps']:,} steps of {facts['batch_size']:,} vectors"),
     ]
@@ -174,7 +174,7 @@ def run_card(
             title=name,
             lead=lead,
             kind_tag=KIND_TAG,
-            tags=("saelens", model.split("/")[-1], loaded.architecture),
+            tags=("saelens", model.split("/")[-1], sae.architecture),
             license=license,
             base_model=base,
             datasets=(dataset,) if on_hub else (),
@@ -212,7 +212,7 @@ def artifact_card(
     name: str,
     repo_id: str,
     staged: Mapping[str, StagedFile],
-    loaded: Loaded,
+    sae: SAE,
     records: Mapping[str, Any],
     run_id: int | None,
     model: str | None,
@@ -222,12 +222,11 @@ def artifact_card(
     there."""
     spec, result = _mapping(records.get("spec")), _mapping(records.get("result"))
     environment, parameters = _mapping(records.get("environment")), _mapping(spec.get("parameters"))
-    hook = parameters.get("hook_site") or loaded.metadata.get("hook_name")
+    hook = parameters.get("hook_site") or sae.metadata.get("hook_name")
     where = f"{hook} of {model}" if hook and model else str(model or "an unnamed model")
-    k = loaded.options.get("k")
+    k = sae.cfg.k
     lead = str(spec.get("description") or "").strip() or (
-        f"A {loaded.architecture} sparse autoencoder with {loaded.d_sae:,} latents on {where}"
-        f" ({loaded.d_in} dimensions)."
+        f"A {sae.architecture} sparse autoencoder with {sae.d_sae:,} latents on {where} ({sae.d_in} dimensions)."
     )
     metrics = _mapping(result.get("metrics"))
     n_tokens = number(metrics.get("n_tokens"))
@@ -235,8 +234,8 @@ def artifact_card(
         ("Run", run_id),
         ("Model", model),
         ("Hook", hook),
-        ("n_features", f"{loaded.d_sae:,}"),
-        ("input_dim", loaded.d_in),
+        ("n_features", f"{sae.d_sae:,}"),
+        ("input_dim", sae.d_in),
         ("k", k),
         ("Tokens", f"{n_tokens:,.0f}" if n_tokens is not None else None),
     ]

@@ -12,12 +12,12 @@ from mechint.analysis import Latents, load_latents, token_consistency
 from mechint.data import open_activations
 from mechint.errors import MechintError
 from mechint.eval import read_metrics_csv
-from mechint.formats import Loaded
 from mechint.huggingface.files import cached_file
 from mechint.models.resolve import resolve_model
 from mechint.provenance import sha256_file
 from mechint.report.facts import number
 from mechint.runs import Run
+from mechint.sae import SAE
 
 WEIGHTS, CFG = "sae_weights.safetensors", "cfg.json"
 SIDECAR, ENVIRONMENT, FEATURES = f"{WEIGHTS}.json", "environment.json", "feature_analysis.json"
@@ -40,18 +40,18 @@ def to_bytes(value: Any) -> bytes:
     return (json.dumps(finite(value), indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def sidecar(run: Run, loaded: Loaded) -> dict[str, Any]:
+def sidecar(run: Run, sae: SAE) -> dict[str, Any]:
     """`sae_weights.safetensors.json`: what the SAE is, and how its training went."""
     config = run.config
     losses = [loss for row in read_metrics_csv(run.metrics_path) if (loss := number(row.get("loss"))) is not None]
     return {
-        "architecture": loaded.architecture,
+        "architecture": sae.architecture,
         "dtype": "torch.float32",
         "hook_site": config.hook_name,
-        "input_dim": loaded.d_in,
-        "k": loaded.options.get("k"),
+        "input_dim": sae.d_in,
+        "k": sae.cfg.k,
         "model_name": config.model_name,
-        "n_features": loaded.d_sae,
+        "n_features": sae.d_sae,
         "training": {
             "batch_size": config.batch_size,
             "final_loss": losses[-1] if losses else None,

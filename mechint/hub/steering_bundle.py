@@ -10,10 +10,10 @@ from mechint.errors import MechintError, nearest
 from mechint.hub.bundle import Bundle, StagedFile
 from mechint.hub.card import Card, measures_of, render_card
 from mechint.hub.license import SAE_LICENSE
-from mechint.hub.registry import SteeringVectorDescriptor, local_place, steering_registry
 from mechint.hub.sae_bundle import plain_name
 from mechint.hub.sae_card import base_model_id
 from mechint.hub.sae_files import finite
+from mechint.huggingface.registry import SteeringVectorDescriptor, local_place, steering_registry
 from mechint.steering.direction import FILE_NAME, Direction, direction_path, load_direction, sidecar_path
 
 SIDECAR = f"{FILE_NAME}.json"

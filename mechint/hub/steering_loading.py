@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechint.errors import MechintError, nearest
-from mechint.hub.fetch import check_hashes, fetch, local_bundle, open_repo, plain_values, split_id
-from mechint.hub.registry import SteeringVectorDescriptor, local_place, steering_registry
+from mechint.huggingface.fetch import check_hashes, fetch, local_bundle, open_repo, plain_values, split_id
+from mechint.huggingface.registry import SteeringVectorDescriptor, local_place, steering_registry
 from mechint.provenance import detect_device
 from mechint.steering.direction import FILE_NAME, Direction, direction_path, load_direction
 

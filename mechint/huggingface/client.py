@@ -221,6 +221,7 @@ def download(
     cache_dir: Path | None = None,
     token: str | None = None,
     endpoint: str | None = None,
+    again: bool = False,
 ) -> Path:
     """One file of a repository, in the local cache. Works from the cache when the Hub cannot be reached.
 
@@ -237,7 +238,9 @@ def download(
         try:
             path = patiently(
                 f"downloading {file}",
-                lambda: hf_hub_download(repo_id, file, token=token, endpoint=hub_endpoint(endpoint), **where),
+                lambda: hf_hub_download(
+                    repo_id, file, token=token, endpoint=hub_endpoint(endpoint), force_download=again, **where
+                ),
                 attempts=1,  # the client tries again by itself
             )
         except errors.RemoteEntryNotFoundError:

@@ -2,6 +2,7 @@
 
 import logging
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -9,6 +10,9 @@ from mechint.errors import MechintError, nearest
 from mechint.kernels.contract import Kernel
 from mechint.kernels.dense import DenseKernel
 from mechint.sae import SAE
+
+if TYPE_CHECKING:
+    from mechint.kernels.cpu import EntryFinder
 
 KERNELS = ("auto", "dense", "sparse", "manual")
 
@@ -25,7 +29,7 @@ def make_kernel(
 ) -> Kernel:
     """The kernel of that name; `auto` takes the fastest that fits the SAE and its device.
 
-    Only `manual` knows a `precision` other than float32 (mechint/kernels/cuda_products.py).
+    Only `manual` knows a `precision` other than float32 (mechint/kernels/gpu/products.py).
 
     Raises:
         MechintError: an unknown name, or a kernel that cannot train this SAE here.
@@ -36,17 +40,17 @@ def make_kernel(
     if lossy and kernel not in ("auto", "manual"):
         raise MechintError(f"--precision {precision} needs --kernel manual, not {kernel}, which is exact")
     if lossy or kernel == "manual" or (kernel == "auto" and on_cuda):
-        from mechint.kernels import cuda
+        from mechint.kernels import gpu
 
-        reason = cuda.misfit(sae, optimizer)
+        reason = gpu.misfit(sae, optimizer)
         if reason is None:
-            return cuda.ManualKernel(sae, optimizer, project_gradient=project_gradient, precision=precision)
+            return gpu.ManualKernel(sae, optimizer, project_gradient=project_gradient, precision=precision)
         if lossy or kernel == "manual":
             raise MechintError(
                 f"--kernel manual cannot train this SAE, {reason}: use --kernel dense and --precision float32"
             )
     if kernel == "sparse" or (kernel == "auto" and sae.W_enc.device.type == "cpu"):
-        module, reason = _sparse()
+        module, reason = _cpu()
         if module is not None:
             reason = module.misfit(sae, optimizer) or module.broken(sae.architecture)
             if reason is None:
@@ -58,10 +62,16 @@ def make_kernel(
     return DenseKernel(sae, optimizer, project_gradient=project_gradient)
 
 
-def _sparse() -> tuple[ModuleType | None, str]:
-    """The sparse kernel, or why it cannot be loaded: it needs numba, which not every platform has."""
+def entry_finder(sae: SAE) -> "EntryFinder | None":
+    """What finds the active entries of this SAE without computing the others; None where that cannot be done here."""
+    module, _ = _cpu()
+    return None if module is None else module.entry_finder(sae)
+
+
+def _cpu() -> tuple[ModuleType | None, str]:
+    """The CPU's kernel, or why it cannot be loaded: it needs numba, which not every platform has."""
     try:
-        from mechint.kernels import sparse
+        from mechint.kernels import cpu
     except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: numba finds no place for its cache
         return None, f"its compiler cannot be loaded ({error})"
-    return sparse, ""
+    return cpu, ""

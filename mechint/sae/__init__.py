@@ -1,20 +1,29 @@
-"""Sparse autoencoders: the architectures, their losses, and reading and writing their weights."""
+"""Sparse autoencoders: the class, the architectures and their losses, and opening and saving them."""
 
 import mechint.sae.architectures  # noqa: F401  (registers every architecture)
-from mechint.sae.architectures.standard import SAEloss, SparseAutoEncoder
-from mechint.sae.base import ARCHITECTURES, SAE, Loss, Objective, build_sae
-from mechint.sae.io import load_sae, load_sae_checkpoint, save_checkpoint, save_sae_folder
+from mechint.lazy import lazy_names
+from mechint.sae.architectures.standard import StandardSAE
+from mechint.sae.base import ARCHITECTURES, SAE, Loss, Objective, build_sae, find_architecture
+from mechint.sae.checkpoint import save_checkpoint
+from mechint.sae.config import SAEConfig
+from mechint.sae.legacy import SAEloss, SparseAutoEncoder
+
+# The door knows every format of files, which are built on the class: it is loaded when something is opened.
+_DOOR = {name: "mechint.sae.load" for name in ("load_sae", "load_sae_checkpoint")}
+__getattr__, _ = lazy_names(__name__, _DOOR)
 
 __all__ = [
     "ARCHITECTURES",
     "SAE",
     "Loss",
     "Objective",
+    "SAEConfig",
     "SAEloss",
     "SparseAutoEncoder",
+    "StandardSAE",
     "build_sae",
-    "load_sae",
-    "load_sae_checkpoint",
+    "find_architecture",
+    "load_sae",  # noqa: F822
+    "load_sae_checkpoint",  # noqa: F822
     "save_checkpoint",
-    "save_sae_folder",
 ]

@@ -1,29 +1,65 @@
-"""What every sparse autoencoder has: its tensors, decoding, the terms of its loss, and the form it is saved in.
+"""`SAE`: the one class. It is what training trains, what files are read into, and what every command and script uses.
 
 An architecture is one final class in one file of `mechint/sae/architectures/`; defining it registers it (see
-docs/extend.md). A subclass says how activations become `feature_acts` (`encode`), what training minimises (`loss`, in
-plain autograd: the reference for every faster path), and what it is saved as.
+docs/extend.md). It says how pre-activations become `feature_acts` (`activate`), and what training minimises (`loss`, in
+plain autograd: the reference for every faster path). Here is what all of them share:
+
+    u     = normalised(input_scale * x) - b_dec      (without b_dec where apply_b_dec_to_input is off)
+    f     = activate(u @ W_enc + b_enc)
+    x_hat = undone(f @ W_dec + b_dec) / input_scale  (a transcoder undoes nothing; with W_skip it adds x @ W_skip^T)
+
+Most SAEs do nothing to their input but subtract `b_dec`; the rest is there for those of other tools.
 """
 
 import copy
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mechint.errors import MechintError, nearest
+from mechint.provenance import detect_device
+from mechint.sae.config import NORMALIZE, Architecture, SAEConfig, SAEMetadata, dtype_of, reshape_activations
+from mechint.sae.hooks import Hooked, HookPoint
 from mechint.sae.peers import ALONE, Peers
 
 # A row shorter than this is divided by this instead, so that an all-zero row stays finite.
 MIN_DECODER_NORM = 1e-12
+# SAELens and OpenAI's sparse_autoencoder: what layer norm adds to the standard deviation.
+LAYER_NORM_EPS = 1e-5
+# In SAELens, and not here: what does the same.
+ELSEWHERE = {
+    "fold_activation_norm_scaling_factor": "a constant input scale is sae.cfg.input_scale; mechint.formats.fold_scale",
+    "from_dict": "SAE(SAEConfig.from_dict(...))",
+    "load_from_pretrained_legacy": "SAE.load_from_disk",
+    "get_sae_class_for_architecture": "mechint.sae.find_architecture",
+    "get_sae_config_class_for_architecture": "SAEConfig, which all architectures share",
+    "get_activation_fn": "sae.activate(pre_activations)",
+    "activation_fn": "sae.activate(pre_activations)",
+    "run_time_activation_norm_fn_in": "sae.process_sae_in, which normalises and subtracts b_dec",
+    "run_time_activation_norm_fn_out": "sae.decode, which undoes it",
+    "reshape_fn_in": "sae.hook_z_reshaping_mode; heads are laid side by side by encode",
+    "reshape_fn_out": "sae.hook_z_reshaping_mode; the call gives heads back one by one",
+    "process_state_dict_for_saving": "sae.tensors()",
+    "process_state_dict_for_loading": "SAE.from_tensors(...)",
+    "initialize_weights": "SAE(SAEConfig(...)), which draws them",
+    "training_forward_pass": "sae.loss(x, objective)",
+    "calculate_aux_loss": "sae.loss(x, objective)",
+    "step": "mechint.train, or LanguageModelSAETrainingRunner",
+    "upload_to_hub": "upload_saes_to_huggingface, or `mechint publish-sae`",
+}
 
 ARCHITECTURES: dict[str, type["SAE"]] = {}
 
-SAEType = TypeVar("SAEType", bound="SAE")
+
+class ElsewhereError(MechintError, AttributeError):
+    """A name of SAELens's class that this one does not have."""
 
 
 @dataclass(frozen=True)
@@ -56,21 +92,34 @@ def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> F
     return torch.stack(parts).sum() if len(parts) > 2 else sum(parts[1:], start=parts[0])
 
 
-class SAE(nn.Module, ABC):
-    """Base of all architectures: `x_hat = feature_acts @ W_dec + b_dec`, with `feature_acts = encode(x)`.
+class SAE(Hooked, ABC):
+    """A sparse autoencoder (or transcoder). `SAE.load(anything)` opens one; `SAE(SAEConfig(...))` makes a new one.
 
-    Parameters: `W_enc [d_in, d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae, d_in]`, `b_dec [d_in]`. Biases start at 0, the
-    weights Xavier-normal and independent of each other, then the rows of `W_dec` are divided by their norms. Drawn from
-    `generator` if given, else from torch's global one.
+    `sae(x)` is the reconstruction, `sae.encode(x)` are the `feature_acts`, `sae.run(x)` is both. Leading shapes are
+    free; an SAE of all heads of a hook (`hook_z`) takes them one by one too, `[..., head, d_head]`.
 
-    `W_enc` lies column by column in memory: the encoder column of a latent is contiguous, as its decoder row is.
+    Parameters: `W_enc [d_in, d_sae]`, `W_dec [d_sae, d_out]`, `b_dec [d_out]`; `b_enc [d_sae]`, but gated SAEs have
+    `b_gate`, `b_mag` and `r_mag` instead; JumpReLU ones a `threshold` too; `W_skip [d_out, d_in]` of transcoders that
+    have a skip connection. `d_out` is `d_in`, but for transcoders, which write another hook than they read.
 
-    `metadata` says what the SAE was trained on (hook_name, model_name, processing, prepend_bos, ...); empty if unknown.
+    Biases start at 0, the weights Xavier-normal and independent of each other, then the rows of `W_dec` are divided by
+    their norms. Drawn from `generator` if given, else from torch's global one. `W_enc` lies column by column in memory:
+    the encoder column of a latent is contiguous, as its decoder row is.
+
+    Attributes:
+        cfg: an `SAEConfig`. `cfg.metadata`, which is `sae.metadata` too, says what it was trained on (hook_name,
+            model_name, processing, prepend_bos, ...); a name that is not there is not known.
+        sparsity: log10 of how often each latent fires, `[d_sae]`, if that is known.
+        notes: in words, what was assumed when it was read.
+        use_error_term: whether a call adds what the SAE misses, so that its output is its input unless functions at
+            its hook points change something on the way.
     """
 
     architecture: ClassVar[str]
-    # Settings of the architecture beside d_in and d_sae, with their defaults; keyword arguments of the class.
+    # Settings of the architecture beside the widths, with their defaults; keyword arguments of the class.
     options: ClassVar[dict[str, Any]] = {}
+    # Parameters `[d_sae]`, and what they start at.
+    latent_vectors: ClassVar[dict[str, float]] = {"b_enc": 0.0}
     # What its file holds, parameters and options; no two architectures hold the same, so that a checkpoint.pt alone
     # says what it is. Empty: never saved as such (its `saved_form` is another architecture).
     saved_tensors: ClassVar[tuple[str, ...]] = ()
@@ -90,6 +139,12 @@ class SAE(nn.Module, ABC):
     # The processes that share a training step; while they share the latents, parameters hold this process's only.
     peers: Peers = ALONE
 
+    cfg: SAEConfig
+    W_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+    b_enc: nn.Parameter
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         name = cls.__dict__.get("architecture")
@@ -99,73 +154,407 @@ class SAE(nn.Module, ABC):
             raise TypeError(f"two classes call themselves architecture {name!r}")
         ARCHITECTURES[name] = cls
 
-    def __init__(self, d_in: int, d_sae: int, *, generator: torch.Generator | None = None):
+    def __new__(cls, cfg: Any = None, *_: Any, **__: Any) -> "SAE":
+        if cls is not SAE:
+            return super().__new__(cls)
+        if not isinstance(cfg, SAEConfig):
+            raise MechintError("SAE(cfg) makes a new SAE from an SAEConfig; SAE.load(path or name) opens one")
+        return super().__new__(find_architecture(cfg.base_architecture))  # type: ignore[return-value]
+
+    def __init__(
+        self,
+        d_in: int | SAEConfig,
+        d_sae: int | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        **settings: Any,
+    ):
         super().__init__()
-        self.d_in, self.d_sae = d_in, d_sae
-        if d_in < 1 or d_sae < 1:
-            raise MechintError(f"an SAE needs d_in >= 1 and d_sae >= 1, got {d_in} and {d_sae}")
-        self.W_enc = nn.Parameter(torch.empty(d_sae, d_in).t())
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.W_dec = nn.Parameter(torch.empty(d_sae, d_in))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        cfg = d_in if isinstance(d_in, SAEConfig) else self._config(d_in, d_sae, settings)
+        self.cfg = dataclasses.replace(cfg, metadata=SAEMetadata(cfg.metadata))
+        if min(cfg.d_in, cfg.d_sae) < 1:
+            raise MechintError(f"an SAE needs d_in >= 1 and d_sae >= 1, got {cfg.d_in} and {cfg.d_sae}")
+        if cfg.normalize_activations not in NORMALIZE:
+            raise MechintError(
+                f"normalize_activations {cfg.normalize_activations!r} is not known; {', '.join(NORMALIZE)}"
+            )
+        if not 0 < cfg.input_scale < float("inf"):
+            raise MechintError(f"inputs are scaled by {cfg.input_scale!r}, expected a number above 0")
+        if self.is_transcoder and not cfg.d_out:
+            raise MechintError("a transcoder needs d_out, the width of what it writes")
+        if self.is_transcoder and (cfg.normalize_activations != "none" or cfg.input_scale != 1.0):
+            raise MechintError("a transcoder whose input is changed before encoding has no definition here")
+        if cfg.rescale_acts_by_decoder_norm and self.architecture != "topk":
+            raise MechintError(f"rescale_acts_by_decoder_norm belongs to topk, this is {self.architecture}")
+        given = dict(cfg.options) if cfg.k is None else {**cfg.options, "k": cfg.k}
+        for name, usual in {**self.options, **self.departures}.items():
+            setattr(self, name, given.get(name, usual))
+        self.check_options()
+        if "k" in self.options:
+            self.cfg.k = self.k  # type: ignore[attr-defined]
+        for name in ("sae_input", "sae_acts_pre", "sae_acts_post", "sae_recons", "sae_error", "sae_output"):
+            self.add_module(f"hook_{name}", HookPoint(f"hook_{name}"))
         # False: rows of W_dec are free, every penalty and selection weighs feature_acts by their norms, and saving
         # folds the norms into the encoder.
         self.unit_decoder = True
-        self.metadata: dict[str, Any] = {}
+        self.use_error_term = False
+        self.sparsity: Tensor | None = None
+        self.notes: tuple[str, ...] = ()
+        # what was done to the last input, for a `decode` that is called on its own
+        self._undo: tuple[Tensor, Tensor] | None = None
+        self._reshaping: bool | None = None
+        self._make_parameters()
         if self.W_enc.is_meta:  # shapes only, values come from a file; random ops on meta import torch's compiler
             return
-        with torch.no_grad():  # drawn row by row, so that the numbers do not depend on the layout
-            self.W_enc.copy_(nn.init.xavier_normal_(torch.empty(d_in, d_sae), generator=generator))
+        with torch.no_grad():
+            self._draw(generator)
+        if isinstance(d_in, SAEConfig):
+            self.to(device=cfg.device, dtype=dtype_of(cfg.dtype))
+
+    def _config(self, d_in: int, d_sae: int | None, settings: dict[str, Any]) -> SAEConfig:
+        if d_sae is None:
+            raise MechintError(f"{type(self).__name__}(d_in, d_sae): d_sae is missing; or give it an SAEConfig")
+        own = {name: value for name, value in settings.items() if name in (*self.options, *self.departures)}
+        known = {part.name for part in dataclasses.fields(SAEConfig)} - {"options", "architecture"}
+        for name in settings.keys() - own.keys() - known:
+            names = (*self.options, *sorted(known))
+            raise MechintError(f"{type(self).__name__} has no setting {name!r}; {nearest(name, names)}")
+        rest = {name: value for name, value in settings.items() if name not in own}
+        k = own.pop("k", None)
+        return SAEConfig(d_in, d_sae, self.architecture, k=k, options=own, **rest)
+
+    def _make_parameters(self) -> None:
+        d_in, d_sae, d_out = self.d_in, self.d_sae, self.d_out
+        vectors = {name: nn.Parameter(torch.full((d_sae,), float(at))) for name, at in self.vectors().items()}
+        # in this order, which is that of the optimizer's state in every run so far
+        self.W_enc = nn.Parameter(torch.empty(d_sae, d_in).t())
+        if "b_enc" in vectors:
+            self.b_enc = vectors.pop("b_enc")
+        self.W_dec = nn.Parameter(torch.empty(d_sae, d_out))
+        self.b_dec = nn.Parameter(torch.zeros(d_out))
+        for name, vector in vectors.items():
+            self.register_parameter(name, vector)
+        if self.cfg.has_skip:
+            self.W_skip = nn.Parameter(torch.zeros(d_out, d_in))
+
+    def vectors(self) -> dict[str, float]:
+        """`latent_vectors` of this SAE; an architecture whose options say where they start extends it."""
+        return dict(self.latent_vectors)
+
+    def _draw(self, generator: torch.Generator | None) -> None:
+        """First weights. A transcoder's are SAELens's: uniform by He et al. 2015, with free decoder rows."""
+        if self.is_transcoder:
+            self.W_enc.copy_(nn.init.kaiming_uniform_(torch.empty(self.d_in, self.d_sae), generator=generator))
+            nn.init.kaiming_uniform_(self.W_dec, generator=generator)
+            return
+        # drawn row by row, so that the numbers do not depend on the layout
+        self.W_enc.copy_(nn.init.xavier_normal_(torch.empty(self.d_in, self.d_sae), generator=generator))
         nn.init.xavier_normal_(self.W_dec, generator=generator)
         self.renormalize_decoder()
 
+    def check_options(self) -> None:
+        """Options in their own types. Raises `MechintError` for what they cannot be."""
+
+    # --- from and to files --------------------------------------------------------------------------------------------
+
     @classmethod
-    def make(cls: type[SAEType], d_in: int, d_sae: int, **options: Any) -> SAEType:
-        """The class from widths and options, whatever its own signature."""
-        return cls(d_in, d_sae, **options)
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype | None = None,
+        **given: Any,
+    ) -> "SAE":
+        """Open an SAE: `mechint.sae.load.load`, which says what `source` can be. The weights are those of the file."""
+        from mechint.sae.load import load  # the door is built on the formats, and they on this class
+
+        return load(source, **given).to(device=usable(device), dtype=dtype_of(dtype))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        release: str,
+        sae_id: str = "",
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "float32",
+        force_download: bool = False,
+        converter: Any = None,
+        fold_W_dec_norm: bool = False,
+        registry: str | Path | None = None,
+    ) -> "SAE":
+        """SAELens's way to open one: a release, `user/repo` on the Hugging Face Hub, or a local folder.
+
+        The result is the SAE, and also unpacks as the triple that SAELens returned before version 6:
+        `sae, cfg_dict, sparsity = SAE.from_pretrained(...)`.
+
+        Args:
+            release: a name of a registry file (docs/saelens.md), a Hub repository, or a folder.
+            sae_id: the release's name of the SAE; in a repository or folder, the path to it.
+            converter: not taken; the formats of docs/formats.md are recognised.
+            registry: a registry file in place of those that are found by themselves.
+
+        Raises:
+            MechintError: no such release, repository or id (the message names those that are near), the Hub out of
+                reach and nothing in the cache, files that are no SAE, or a device that this machine does not have.
+        """
+        from mechint.sae.load import load_release
+
+        _no_converter(converter)
+        device = usable(device)  # known before anything is downloaded
+        sae = load_release(release, sae_id, registry=registry, force_download=force_download)
+        return _folded(sae.to(device=device, dtype=dtype_of(dtype)), fold_W_dec_norm)
+
+    @classmethod
+    def from_pretrained_with_cfg_and_sparsity(
+        cls, release: str, sae_id: str = "", device: str | torch.device = "cpu", **given: Any
+    ) -> tuple["SAE", dict[str, Any], Float[Tensor, " d_sae"] | None]:
+        """`from_pretrained` as a tuple: the SAE, its cfg as a dictionary, and `sparsity` (None if not published)."""
+        sae = cls.from_pretrained(release, sae_id, device, **given)
+        return sae, sae.cfg.to_dict(), sae.sparsity
+
+    @classmethod
+    def load_from_disk(
+        cls,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype | None = None,
+        converter: Any = None,
+        fold_W_dec_norm: bool = False,
+    ) -> "SAE":
+        """SAELens's name of `load`, for what lies on this machine. Raises `MechintError` if nothing is there."""
+        from mechint.sae.load import load_path
+
+        _no_converter(converter)
+        device = usable(device)
+        return _folded(load_path(path).to(device=device, dtype=dtype_of(dtype)), fold_W_dec_norm)
+
+    load_from_pretrained = load_from_disk
+
+    def save_model(self, path: str | Path, sparsity: Float[Tensor, " d_sae"] | None = None) -> tuple[Path, Path]:
+        """Write `cfg.json` and `sae_weights.safetensors` into the folder `path` (`sparsity.safetensors` too, if it is
+        known), replacing those that are there. Returns the paths of weights and cfg.
+
+        Raises:
+            MechintError: SAELens's files cannot hold what this SAE computes; the message says why.
+        """
+        from mechint.sae.load import save_folder
+
+        return save_folder(self, path, self.sparsity if sparsity is None else sparsity)
+
+    save_inference_model = save_model
+
+    @classmethod
+    def from_tensors(
+        cls,
+        architecture: str,
+        tensors: Mapping[str, Any],
+        source: str | Path = "the SAE",
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        notes: tuple[str, ...] = (),
+        sparsity: Float[Tensor, " d_sae"] | None = None,
+        transcoder: bool = False,
+        **settings: Any,
+    ) -> "SAE":
+        """The SAE whose weights these are; every reader of files ends here.
+
+        Args:
+            architecture: standard, topk, jumprelu, gated, ... A transcoder's is that of its activation function.
+            tensors: by our names and in our orientation; float32 is made of them.
+            source: names them in errors.
+            transcoder: whether another activation than the input is reconstructed; `W_skip` may be among the tensors.
+            settings: options of the architecture (`k`), and settings of `SAEConfig`.
+
+        Raises:
+            MechintError: a tensor that is missing, one too many, of the wrong shape or not finite; an unusable option.
+        """
+        kind = find_architecture(architecture)
+        if not kind.saved_tensors:
+            raise MechintError(f"{source}: {architecture} is a form for training; what is saved of it is another one")
+        d_in, d_sae, d_out = _widths(tensors, source)
+        skip = transcoder and "W_skip" in tensors
+        metadata = SAEMetadata(metadata or {})
+        given = {name: value for name, value in settings.items() if name in (*kind.options, *kind.departures)}
+        rest = {name: value for name, value in settings.items() if name not in given}
+        cfg = SAEConfig(
+            d_in,
+            d_sae,
+            Architecture.of_transcoder(architecture, skip=skip) if transcoder else architecture,
+            d_out=d_out if transcoder else None,
+            k=given.pop("k", None),
+            reshape_activations=reshape_activations(metadata),
+            options=given,
+            metadata=metadata,
+            **rest,
+        )
+        if "k" in kind.saved_tensors and cfg.k is None:
+            raise MechintError(f"{source}: {architecture} without k, the number of active latents")
+        try:
+            with torch.device("meta"):  # shapes only: the values follow
+                sae = kind(cfg)
+        except MechintError as error:
+            raise MechintError(f"{source}: {error}") from None
+        sae.load_state_dict(_fitting(sae, tensors, source), assign=True)
+        sae.cfg.device, sae.notes = "cpu", notes
+        sae.sparsity = sparsity
+        return sae.requires_grad_(True)
+
+    def variant(
+        self, tensors: Mapping[str, Tensor] | None = None, architecture: str | None = None, **changes: Any
+    ) -> "SAE":
+        """An SAE with other tensors or settings; what is not named stays. A rescaled or reordered dictionary, say."""
+        cfg = self.cfg
+        settings: dict[str, Any] = {
+            "apply_b_dec_to_input": cfg.apply_b_dec_to_input,
+            "normalize_activations": cfg.normalize_activations,
+            "input_scale": cfg.input_scale,
+            "rescale_acts_by_decoder_norm": cfg.rescale_acts_by_decoder_norm,
+        }
+        if architecture in (None, self.architecture):
+            settings |= {name: getattr(self, name) for name in (*self.options, *self.departures)}
+        said = {"metadata": self.metadata, "notes": self.notes, "sparsity": self.sparsity}
+        given = {**settings, **said, "transcoder": self.is_transcoder, **changes}
+        return SAE.from_tensors(architecture or self.architecture, tensors or self.weights(), **given)
+
+    def weights(self) -> dict[str, Float[Tensor, "..."]]:
+        """The parameters by name, float32 on the CPU; the parameters themselves, not copies, where they are that."""
+        return {name: value.detach().to("cpu", torch.float32) for name, value in self.named_parameters()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What checkpoint.pt holds: the weights, and options that change what they compute."""
+        numbers = {**self.saved_options(), **self.departing()}
+        whole = {name: value.contiguous() for name, value in self.weights().items()}
+        return whole | {name: torch.tensor(value) for name, value in numbers.items()}
+
+    def saved_options(self) -> dict[str, Any]:
+        """Options that a file holds, since they change what the trained SAE computes: `k` of topk."""
+        return {name: getattr(self, name) for name in self.saved_tensors if name in self.options}
+
+    def departing(self) -> dict[str, Any]:
+        """Those `departures` whose value here is not the usual one."""
+        return {name: getattr(self, name) for name, usual in self.departures.items() if getattr(self, name) != usual}
+
+    # --- what it computes ---------------------------------------------------------------------------------------------
+
+    def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
+        """Activations to `feature_acts`, as the trained SAE computes them."""
+        pre = self.hook_sae_acts_pre(self.pre_activations(x))
+        return self.hook_sae_acts_post(self.activate(pre))
+
+    def pre_activations(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
+        """`process_sae_in(x) @ W_enc + b_enc`."""
+        return self.process_sae_in(x) @ self.W_enc + self.b_enc
 
     @abstractmethod
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Activations to `feature_acts`, all >= 0, as the trained SAE computes them."""
+    def activate(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        """`feature_acts` from the pre-activations."""
+
+    def process_sae_in(self, x: Float[Tensor, "..."]) -> Float[Tensor, "... d_in"]:
+        """What the encoder's weights are multiplied with: heads side by side, scaled, normalised, without `b_dec`."""
+        x = self._side_by_side(x).to(self.W_enc.dtype)
+        if x.shape[-1] != self.d_in:
+            raise MechintError(
+                f"the SAE has d_in {self.d_in}, but was given vectors of width {x.shape[-1]}, shape {list(x.shape)}"
+            )
+        x = self.hook_sae_input(x)
+        u = self._normalised(x if self.cfg.input_scale == 1.0 else x * self.cfg.input_scale)
+        return u - self.peers.shared(self.b_dec) if self.cfg.apply_b_dec_to_input else u
+
+    def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
+        """`feature_acts` to reconstructed activations. Where inputs are normalised one by one, what was done to the
+        last `encode`'s is undone. A skip connection is not part of it."""
+        out = self.hook_sae_recons(self.peers.sum_latents(feature_acts @ self.W_dec) + self.b_dec)
+        if self.cfg.normalize_activations != "none":
+            if self._undo is None or self._undo[0].shape[:-1] != out.shape[:-1]:
+                raise MechintError(
+                    f"this SAE normalises each input ({self.cfg.normalize_activations}): encode the same batch first,"
+                    " so that decode knows what to undo"
+                )
+            out = out * self._undo[0] + self._undo[1]
+        return out if self.cfg.input_scale == 1.0 else out / self.cfg.input_scale
+
+    def output_scale(self) -> Float[Tensor, "*batch 1"] | float:
+        """What `decode` multiplies `feature_acts @ W_dec` by for the batch that was encoded last: 1 for most SAEs."""
+        undone = 1.0 if self._undo is None else self._undo[0]
+        return undone / self.cfg.input_scale
+
+    def run(
+        self, x: Float[Tensor, "*batch d_in"]
+    ) -> tuple[Float[Tensor, "*batch d_out"], Float[Tensor, "*batch d_sae"]]:
+        """`(x_hat, feature_acts)`; a skip connection is part of `x_hat`."""
+        feature_acts = self.encode(x)
+        return self._with_skip(x, self.decode(feature_acts)), feature_acts
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """The reconstruction of `x`, in its shape; a transcoder's output, its skip connection included."""
+        whole = self._side_by_side(x)
+        out = self.replacement(whole, use_error_term=self.use_error_term and not self.is_transcoder)
+        return out.reshape(x.shape) if whole is not x else out
+
+    def replacement(
+        self,
+        x: Float[Tensor, "*batch d_in"],
+        target: Float[Tensor, "*batch d_out"] | None = None,
+        *,
+        use_error_term: bool = False,
+        passed: Bool[Tensor, "*batch 1"] | None = None,
+    ) -> Float[Tensor, "*batch d_out"]:
+        """What a model's hook holds in place of `target` (`x` if not given; a transcoder's is another activation).
+
+        Args:
+            use_error_term: add what is missed of `target`, so that the result is `target` unless functions at the hook
+                points change something on the way.
+            passed: where the SAE is passed by, and `target` stays.
+        """
+        target = x if target is None else target
+        out, _ = self.run(x)
+        if use_error_term:
+            with torch.no_grad(), self.without_hooks():
+                error = target - self.run(x)[0]
+                error = error if passed is None else torch.where(passed, torch.zeros_like(error), error)
+            out = out + self.hook_sae_error(error)
+        return self.hook_sae_output(out if passed is None else torch.where(passed, target, out))
+
+    def _with_skip(self, x: Tensor, out: Tensor) -> Tensor:
+        return out + x.to(out.dtype) @ self.W_skip.T if self.cfg.has_skip else out
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        if self.cfg.normalize_activations == "constant_norm_rescale":
+            norm = x.norm(dim=-1, keepdim=True).clamp_min(1e-12) / self.d_in**0.5
+            self._undo = norm.detach(), torch.zeros_like(norm)
+            return x / norm
+        if self.cfg.normalize_activations == "layer_norm":
+            mean = x.mean(dim=-1, keepdim=True)
+            std = (x - mean).std(dim=-1, keepdim=True)
+            self._undo = std.detach(), mean.detach()
+            return (x - mean) / (std + LAYER_NORM_EPS)
+        return x
+
+    # --- heads --------------------------------------------------------------------------------------------------------
+
+    @property
+    def hook_z_reshaping_mode(self) -> bool:
+        """Whether heads that come one by one, `[..., head, d_head]`, are laid side by side."""
+        return self.cfg.reshape_activations == "hook_z" if self._reshaping is None else self._reshaping
+
+    def turn_on_forward_pass_hook_z_reshaping(self) -> None:
+        if not str(self.hook_in).endswith("_z"):
+            raise MechintError(f"heads are laid side by side for an SAE of hook_z; this one is of {self.hook_in}")
+        self._reshaping = True
+
+    def turn_off_forward_pass_hook_z_reshaping(self) -> None:
+        self._reshaping = False
+
+    def _side_by_side(self, x: Tensor) -> Tensor:
+        heads = self.hook_z_reshaping_mode and x.ndim > 2 and x.shape[-1] != self.d_in
+        return x.flatten(-2) if heads and x.shape[-2] * x.shape[-1] == self.d_in else x
+
+    # --- training -----------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def loss(self, x: Float[Tensor, "batch d_in"], objective: Objective) -> Loss:
         """The terms that training minimises on a batch, differentiable."""
-
-    def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """`(x - b_dec) @ W_enc + b_enc`."""
-        return (x - self.peers.shared(self.b_dec)) @ self.W_enc + self.b_enc
-
-    def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
-        """`feature_acts` to reconstructed activations."""
-        return self.peers.sum_latents(feature_acts @ self.W_dec) + self.b_dec
-
-    def forward(
-        self, x: Float[Tensor, "*batch d_in"]
-    ) -> tuple[Float[Tensor, "*batch d_in"], Float[Tensor, "*batch d_sae"]]:
-        """`(x_hat, feature_acts)`."""
-        feature_acts = self.encode(x)
-        return self.decode(feature_acts), feature_acts
-
-    run = forward
-
-    @property
-    def hook_in(self) -> str | None:
-        """The hook that is read, if that is known."""
-        return self.metadata.get("hook_name")
-
-    @property
-    def hook_out(self) -> str | None:
-        """The hook that is replaced: the one that is read, but for transcoders."""
-        return self.metadata.get("hook_name_out") if self.is_transcoder else self.hook_in
-
-    @property
-    def is_transcoder(self) -> bool:
-        return self.metadata.get("hook_name_out") not in (None, self.hook_in)
-
-    @property
-    def d_out(self) -> int:
-        return self.W_dec.shape[1]
 
     def penalty_scale(self) -> Float[Tensor, " d_sae"] | None:
         """Norms of the decoder rows where they are free, None where they are all 1."""
@@ -180,7 +569,11 @@ class SAE(nn.Module, ABC):
     @torch.no_grad()
     def renormalize_decoder(self) -> None:
         """Divide each row of `W_dec` by its norm, in place."""
-        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(MIN_DECODER_NORM))
+        self.W_dec.div_(self.decoder_norms()[:, None])
+
+    def decoder_norms(self) -> Float[Tensor, " d_sae"]:
+        """Norms of the decoder rows, never below `MIN_DECODER_NORM`."""
+        return self.W_dec.norm(dim=1).clamp_min(MIN_DECODER_NORM)
 
     def saved_form(self, input_scale: float = 1.0) -> "SAE":
         """A copy to save and apply: decoder rows of unit norm, for inputs that are not multiplied by `input_scale`.
@@ -192,11 +585,7 @@ class SAE(nn.Module, ABC):
         saved = self._inference_copy()
         with torch.no_grad():
             if not self.unit_decoder:
-                norms = saved.W_dec.norm(dim=1).clamp_min(MIN_DECODER_NORM)
-                saved.W_enc.mul_(norms)
-                saved.W_dec.div_(norms[:, None])
-                for name in saved.latent_offsets():
-                    saved.get_parameter(name).mul_(norms)
+                saved._fold_norms()
                 saved.unit_decoder = True
             if input_scale != 1.0:
                 for name in ("b_dec", *saved.latent_offsets()):
@@ -207,42 +596,101 @@ class SAE(nn.Module, ABC):
         """A copy in the architecture that is saved; another class where training and saved form differ."""
         return copy.deepcopy(self)
 
-    def latent_offsets(self) -> tuple[str, ...]:
-        """Parameters `[d_sae]` in units of the pre-activations: they scale with the input."""
-        return ("b_enc",)
+    def _fold_norms(self) -> None:
+        norms = self.decoder_norms()
+        self.W_enc.mul_(norms)
+        self.W_dec.div_(norms[:, None])
+        for name in self.latent_offsets():
+            self.get_parameter(name).mul_(norms)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What is written to disk, under the names of the field."""
-        tensors = {name: tensor.detach().cpu().float().contiguous() for name, tensor in self.named_parameters()}
-        options = {name: torch.tensor(getattr(self, name)) for name in self.saved_tensors if name in self.options}
-        return tensors | options | {name: torch.tensor(value) for name, value in self.departing().items()}
+    @torch.no_grad()
+    def fold_W_dec_norm(self) -> None:
+        """Decoder rows of unit norm, their norms moved into the encoder, in place; reconstructions stay as they are.
 
-    def departing(self) -> dict[str, Any]:
-        """Those `departures` whose value here is not the usual one."""
-        return {name: getattr(self, name) for name, usual in self.departures.items() if getattr(self, name) != usual}
+        Raises:
+            MechintError: a top-k that does not weigh by norm, which would choose other latents.
+        """
+        if self.architecture == "topk" and not self.cfg.rescale_acts_by_decoder_norm:
+            raise MechintError("fold_W_dec_norm would change which latents this topk SAE chooses: leave its norms")
+        self._fold_norms()
 
-    def extra_cfg(self) -> dict[str, Any]:
-        """Keys of `cfg.json` that only this architecture has: its options that are in its file."""
-        return {name: getattr(self, name) for name in self.saved_tensors if name in self.options}
+    @classmethod
+    def latent_offsets(cls) -> tuple[str, ...]:
+        """Parameters `[d_sae]` in units of the pre-activations, the encoder's bias first: they scale with the input."""
+        return tuple(cls.latent_vectors)
 
-    @property
-    def b_pre(self) -> nn.Parameter:
-        """`b_dec` under its old name."""
-        return self.b_dec
-
-    @property
-    def activation_dim(self) -> int:
-        """`d_in` under its old name."""
-        return self.d_in
+    # --- small things that code relies on -----------------------------------------------------------------------------
 
     @property
-    def num_features(self) -> int:
-        """`d_sae` under its old name."""
-        return self.d_sae
+    def d_in(self) -> int:
+        return self.cfg.d_in
+
+    @property
+    def d_sae(self) -> int:
+        return self.cfg.d_sae
+
+    @property
+    def d_out(self) -> int:
+        """The width of what it writes: `d_in`, but for transcoders."""
+        return self.cfg.d_out or self.cfg.d_in
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether it reads one hook and writes another."""
+        return self.cfg.is_transcoder
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What it was trained on, by name; what is not there is not known."""
+        return self.cfg.metadata
+
+    @metadata.setter
+    def metadata(self, values: Mapping[str, Any]) -> None:
+        self.cfg.metadata = SAEMetadata(values)
+        self.cfg.reshape_activations = reshape_activations(self.cfg.metadata)
+
+    @property
+    def hook_in(self) -> str | None:
+        """The hook that it encodes, if that is known."""
+        return self.metadata.get("hook_name")
+
+    @property
+    def hook_out(self) -> str | None:
+        """The hook whose value it reconstructs, if that is known: `hook_in`, but for transcoders."""
+        return self.metadata.get("hook_name_out") if self.is_transcoder else self.hook_in
+
+    @property
+    def device(self) -> torch.device:
+        return self.W_dec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_dec.dtype
 
     @property
     def num_params(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def get_name(self) -> str:
+        """`sae_<model>_<hook>_<d_sae>`."""
+        return f"sae_{self.cfg.model_name}_{self.cfg.hook_name}_{self.d_sae}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SAE":
+        super()._apply(fn, recurse)
+        self.cfg.device, self.cfg.dtype = str(self.device), str(self.dtype).removeprefix("torch.")
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ELSEWHERE:
+            raise ElsewhereError(f"SAELens's {name} is not here; what does the same: {ELSEWHERE[name]}")
+        return super().__getattr__(name)
+
+    def __iter__(self) -> Iterator[Any]:
+        """As the triple of SAELens before 6: `(sae, cfg as a dictionary, sparsity)`."""
+        return iter((self, self.cfg.to_dict(), self.sparsity))
+
+    def __getitem__(self, index: int) -> Any:
+        return tuple(self)[index]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # checkpoint.pt files call the decoder bias b_pre.
@@ -250,12 +698,80 @@ class SAE(nn.Module, ABC):
             state_dict[prefix + "b_dec"] = state_dict.pop(prefix + "b_pre")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"  # without the hook points, which are always the same
+
     def extra_repr(self) -> str:
-        where = self.metadata.get("hook_name")
         own = "".join(f", {name}={getattr(self, name)}" for name in (*self.options, *self.departing()))
-        return f"{self.architecture}, d_in={self.d_in}, d_sae={self.d_sae}{own}" + (
-            f", hook_name={where}" if where else ""
+        where = "" if self.hook_in is None else f", hook_name={self.hook_in}"
+        return f"{self.cfg.architecture}, d_in={self.d_in}, d_sae={self.d_sae}{own}{where}"
+
+
+def _widths(tensors: Mapping[str, Any], source: str | Path) -> tuple[int, int, int]:
+    """`(d_in, d_sae, d_out)` of the weights."""
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise MechintError(f"{source}: {name} is no tensor")
+    for name in ("W_enc", "W_dec"):
+        if name not in tensors or tensors[name].ndim != 2:
+            found = ", ".join(f"{key} {list(value.shape)}" for key, value in list(tensors.items())[:8])
+            raise MechintError(f"{source} is not an SAE: {name} should be a matrix; found {found or 'nothing'}")
+    (d_in, d_sae), d_out = tensors["W_enc"].shape, tensors["W_dec"].shape[1]
+    if min(d_in, d_sae, d_out) < 1:
+        raise MechintError(f"{source}: an SAE needs d_in and d_sae of at least 1, found {d_in} and {d_sae}")
+    return d_in, d_sae, d_out
+
+
+def _fitting(sae: SAE, tensors: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+    """The tensors as the parameters of `sae`: contiguous float32, `W_enc` column by column."""
+    expected = {name: tuple(parameter.shape) for name, parameter in sae.named_parameters()}
+    missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    if missing or extra:
+        parts = [f"lacks {', '.join(sorted(missing))}"] if missing else []
+        parts += [f"has {', '.join(sorted(extra)[:8])} too"] if extra else []
+        raise MechintError(
+            f"{source}: {sae.cfg.architecture} holds {', '.join(expected)}; this one {' and '.join(parts)}"
         )
+    fitting = {}
+    for name, shape in expected.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape:
+            raise MechintError(f"{source}: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise MechintError(f"{source}: {name} holds values that are not finite floating-point numbers")
+        tensor = tensor.detach().to("cpu", torch.float32)
+        # laid out as a new SAE's: products round by layout, and it should compute the same bits before and after saving
+        fitting[name] = tensor.t().contiguous().t() if name == "W_enc" else tensor.contiguous()
+    return fitting
+
+
+def _folded(sae: SAE, fold: bool) -> SAE:
+    if fold:
+        sae.fold_W_dec_norm()
+    return sae
+
+
+def _no_converter(converter: Any) -> None:
+    if converter is not None:
+        raise MechintError(
+            f"converter={getattr(converter, '__name__', converter)!r} is not taken: formats are recognised, see"
+            " docs/formats.md; leave it out"
+        )
+
+
+def as_sae(sae: Any) -> SAE:
+    """`sae` itself. Raises `MechintError` where it is no SAE of this package."""
+    if isinstance(sae, SAE):
+        return sae
+    raise MechintError(f"expected an SAE (mechint.SAE), got {type(sae).__name__}; SAE.load opens files and names")
+
+
+def usable(device: str | torch.device | None) -> str:
+    """The device, cpu for None. Raises `MechintError` if this machine has none such."""
+    try:
+        return detect_device(str(device or "cpu"))
+    except MechintError as error:
+        raise MechintError(str(error).replace("--device cpu", 'device="cpu"')) from None
 
 
 # --- terms that architectures share -----------------------------------------------------------------------------------
@@ -341,7 +857,7 @@ def build_sae(
                 f"--{name.replace('_', '-')} does not apply to architecture {architecture!r}"
                 + (f", only to {', '.join(having)}" if having else "")
             )
-    return cls.make(d_in, d_sae, generator=generator, **(options or {}))
+    return cls(d_in, d_sae, generator=generator, **(options or {}))
 
 
 def find_architecture(name: str) -> type[SAE]:

@@ -32,7 +32,7 @@ def fit_encoder(sae: SAE, sample: Float[Tensor, "n d_in"]) -> float:
     """
     dot, square = 0.0, 0.0
     for x in sample.split(2048):
-        y = sae(x)[0] - sae.b_dec
+        y = sae.run(x)[0] - sae.b_dec
         dot += ((x - sae.b_dec) * y).sum().item()
         square += y.square().sum().item()
     if not (dot > 0 and square > 0):

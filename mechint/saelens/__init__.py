@@ -6,9 +6,9 @@ Names load on first use, so that importing the package imports neither torch nor
 from mechint.lazy import lazy_names
 
 _PUBLIC = {
-    "SAE": "mechint.saelens.sae",
-    "SAEConfig": "mechint.saelens.sae_config",
-    "SAEMetadata": "mechint.saelens.sae_config",
+    "SAE": "mechint.sae",
+    "SAEConfig": "mechint.sae.config",
+    "SAEMetadata": "mechint.sae.config",
     "HookedSAETransformer": "mechint.saelens.hooked",
     "ActivationsStore": "mechint.saelens.store",
     "LanguageModelSAERunnerConfig": "mechint.saelens.config",

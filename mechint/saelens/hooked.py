@@ -21,7 +21,8 @@ from mechint.errors import MechintError, nearest
 from mechint.inside import centres, read_hook, special_tokens, written_hook
 from mechint.models import LanguageModel, load_model
 from mechint.models.bridge import wrong_order
-from mechint.saelens.sae import HOOKS, SAE, as_sae
+from mechint.sae import SAE
+from mechint.sae.base import as_sae
 
 # Arguments of TransformerLens's own from_pretrained that change no residual stream and no log-probability.
 PROCESSING = ("fold_ln", "center_unembed", "fold_value_biases")
@@ -158,16 +159,19 @@ class HookedSAETransformer:
         for there in list(self._attached.values()):
             if there.reads == reads or hooks[there.writes] is hooks[writes]:
                 self._take_off(there.reads)
-        stages = {name: type(hooks[writes])() for name in HOOKS}
+        # hook points of the model's own class, so that its caches and functions find them
+        stages = {name: type(hooks[writes])() for name in sae.hook_dict}
         for name, stage in stages.items():
             stage.name = f"{writes}.{name}"
             self.bridge._hook_registry[stage.name] = stage
+        through = [(name, lambda value, hook: stages[hook.name](value)) for name in stages]
 
         def see(value: Tensor, hook: Any) -> None:
             attachment.seen = value
 
         def replace(value: Tensor, hook: Any) -> Tensor:
-            return self._through(attachment, value, lambda name, stage: stages[name](stage))
+            with sae.hooks(through):
+                return self._through(attachment, value)
 
         for name, function in ((reads, see), (writes, replace)):
             if function is replace or writes != reads:
@@ -281,7 +285,7 @@ class HookedSAETransformer:
     def _no_hook(self, name: str, hooks: Iterable[str]) -> MechintError:
         return MechintError(f"{self.language_model.name} has no hook {name!r}; {nearest(name, sorted(hooks))}")
 
-    def _through(self, attachment: Attachment, value: Tensor, at: Callable[[str, Tensor], Tensor]) -> Tensor:
+    def _through(self, attachment: Attachment, value: Tensor) -> Tensor:
         """What the hook holds from now on."""
         sae = attachment.sae
         d_out = "d_in" if attachment.writes == attachment.reads else "d_out"
@@ -299,14 +303,7 @@ class HookedSAETransformer:
         if attachment.centres_in:
             x = x - x.mean(dim=-1, keepdim=True)
         passed = self._passed(attachment, value)
-
-        def staged(name: str, stage: Tensor) -> Tensor:
-            if passed is None or name not in ("hook_sae_error", "hook_sae_output"):
-                return at(name, stage)
-            mask = passed.reshape(*passed.shape, *(1,) * (stage.ndim - passed.ndim))
-            return at(name, torch.where(mask, torch.zeros_like(stage) if name == "hook_sae_error" else target, stage))
-
-        out = sae.run_with(x, staged, use_error_term=attachment.use_error_term, target=target)
+        out = sae.replacement(x, target, use_error_term=attachment.use_error_term, passed=passed)
         if mean is not None:
             out = out + mean
         return out.to(value.dtype).reshape(value.shape)
@@ -329,11 +326,12 @@ class HookedSAETransformer:
         return value
 
     def _passed(self, attachment: Attachment, value: Tensor) -> Tensor | None:
-        """Where the SAE is passed by, `[batch, pos]`; None for nowhere."""
+        """Where the SAE is passed by, `[batch, pos, 1]`; None for nowhere."""
         if not attachment.exclude:
             return None
         assert self._tokens is not None and self._tokens.shape == value.shape[:2], "no tokens seen for this pass"
-        return torch.isin(self._tokens, torch.tensor(sorted(attachment.exclude), device=self._tokens.device))
+        excluded = torch.tensor(sorted(attachment.exclude), device=self._tokens.device)
+        return torch.isin(self._tokens, excluded)[..., None]
 
     def _excluded(self, exclude_special_tokens: bool | Sequence[int]) -> frozenset[int]:
         if isinstance(exclude_special_tokens, bool):
@@ -344,7 +342,7 @@ class HookedSAETransformer:
         attachment = self._attached.pop(hook_name)
         for point, handle in attachment.handles:
             _remove(point, handle)
-        for name in HOOKS:
+        for name in attachment.sae.hook_dict:
             self.bridge._hook_registry.pop(f"{attachment.writes}.{name}", None)
         self._watch_tokens()
 

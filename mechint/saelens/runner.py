@@ -23,10 +23,10 @@ from mechint.inside import open_inside
 from mechint.models import load_model
 from mechint.provenance import read_json, sha256_json
 from mechint.runs import Run
+from mechint.sae import SAE
+from mechint.sae.base import usable
 from mechint.saelens.config import LanguageModelSAERunnerConfig
-from mechint.saelens.form import usable
 from mechint.saelens.nested import LoggingConfig
-from mechint.saelens.sae import SAE
 from mechint.train import resume, train
 
 # Texts whose length says how many are needed.
@@ -159,13 +159,13 @@ class SAETrainingRunner:
         config = cfg.collect_config("x", max(math.ceil(rows / (sum(lengths) / len(lengths))), 2))
         name = f"saelens-{sha256_json({k: v for k, v in config.to_dict().items() if k != 'output'})[:12]}"
         config = CollectConfig.from_dict({**config.to_dict(), "output": str(self.activations_root / name)})
-        return collect_activations(config, progress=cfg.verbose)
+        return collect_activations(config, progress=cfg.verbose)[0]
 
     def _sae(self, run: Run) -> SAE:
         sae = SAE.load_from_disk(run.path, device="cpu")
         activations = open_activations(run.activations_path())
         rows = torch.linspace(0, activations.n_rows - 1, min(SPARSITY_ROWS, activations.n_rows)).long()
-        activity = measure_activity(sae.to_mechint(), activations, rows)
+        activity = measure_activity(sae, activations, rows)
         sae.sparsity = (activity.fire_counts.double() / activity.n_rows + 1e-10).log10().float()
         cfg = read_json(run.config_path)
         sae.cfg.metadata.update(

@@ -17,9 +17,8 @@ from mechint.data.text import open_texts
 from mechint.errors import MechintError
 from mechint.inside import centres, read_hook, special_tokens
 from mechint.models import LanguageModel
-from mechint.saelens.form import usable
+from mechint.sae.base import as_sae, usable
 from mechint.saelens.hooked import HookedSAETransformer
-from mechint.saelens.sae import as_sae
 from mechint.saelens.windows import mixed, token_windows
 
 # Texts are read from a source this many at a time.

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from mechint.errors import MechintError
+from mechint.formats.saelens import CFG_FILE, SPARSITY_FILE, WEIGHTS_FILE
 from mechint.huggingface.client import hub_api, hub_errors
-from mechint.saelens.releases import is_inside
-from mechint.saelens.sae import CFG_FILE, SPARSITY_FILE, WEIGHTS_FILE, as_sae
+from mechint.huggingface.fetch import is_inside
+from mechint.sae.base import as_sae
 
 # What is uploaded of an SAE's folder; whatever else lies there stays.
 UPLOADED = (CFG_FILE, WEIGHTS_FILE, SPARSITY_FILE, "runner_cfg.json")

@@ -26,9 +26,8 @@ from mechint.analysis import (
 )
 from mechint.data.store import Activations, open_activations
 from mechint.errors import MechintError, one_line
-from mechint.formats import Loaded, to_sae
 from mechint.formats.convert import load as load_any
-from mechint.formats.convert import not_ours
+from mechint.formats.folds import not_plain, plain_form
 from mechint.report.facts import latent_concepts
 from mechint.report.latents import NONE, labels
 from mechint.runs import Run
@@ -49,8 +48,8 @@ class Analysis(NamedTuple):
 
     sae_id: str
     layer: int | None
-    loaded: Loaded
-    weights: Weights | None  # as mechint's own, where it is one
+    sae: Weights
+    plain: Weights | None  # in its plain form, where weights alone say what it computes
     latents: Latents | None
     activations: Activations | None
     model: Any  # LanguageModel, or None
@@ -63,7 +62,7 @@ class Analysis(NamedTuple):
 
     @property
     def n_features(self) -> int:
-        return self.loaded.d_sae
+        return self.sae.d_sae
 
     @property
     def analysed(self) -> bool:
@@ -117,7 +116,7 @@ def library_folder(settings: Settings, row: SAE) -> Path:
     return folder
 
 
-def load_library(settings: Settings, row: SAE) -> Loaded:
+def load_library(settings: Settings, row: SAE) -> Weights:
     """The weights of an SAE of the library, in whatever form it was filed."""
     folder = library_folder(settings, row)
     try:
@@ -144,16 +143,14 @@ def run_folder(settings: Settings, row: SAE) -> Path | None:
 
 def open_analysis(settings: Settings, row: SAE, run: Path | None) -> Analysis:
     """Read what there is of an SAE; see the module."""
-    loaded = load_library(settings, row)
+    sae = load_library(settings, row)
     notes: list[str] = []
-    weights = to_sae(loaded) if not_ours(loaded) is None else None
-    latents = _latents(run, loaded, notes)
+    plain = plain_form(sae) if not_plain(sae) is None else None
+    latents = _latents(run, sae, notes)
     activations = _activations(run, latents, notes)
-    language = open_language(loaded, row, run, notes)
+    language = open_language(sae.metadata, row, run, notes)
     decode = decoder(language.tokenizer)
-    density = (
-        latents.density.numpy() if latents is not None else _recorded_density(sae_folder(settings, row.id), loaded)
-    )
+    density = latents.density.numpy() if latents is not None else _recorded_density(sae_folder(settings, row.id), sae)
     top: list[list[str]] = []
     if latents is not None and activations is not None and activations.tokens is not None:
         ids = labels(latents, activations.tokens.numpy())
@@ -165,12 +162,12 @@ def open_analysis(settings: Settings, row: SAE, run: Path | None) -> Analysis:
             concepts = latent_concepts(Run(run))
         except MechintError as error:
             notes.append(f"concepts are not shown: {without(error, run)}")
-    recorded = loaded.metadata.get("neuronpedia_id") or (row.sae_metadata or {}).get("neuronpedia_id")
+    recorded = sae.metadata.get("neuronpedia_id") or (row.sae_metadata or {}).get("neuronpedia_id")
     return Analysis(
         row.id,
         row.layer,
-        loaded,
-        weights,
+        sae,
+        plain,
         latents,
         activations,
         language.model,
@@ -183,7 +180,7 @@ def open_analysis(settings: Settings, row: SAE, run: Path | None) -> Analysis:
     )
 
 
-def _latents(run: Path | None, loaded: Loaded, notes: list[str]) -> Latents | None:
+def _latents(run: Path | None, sae: Weights, notes: list[str]) -> Latents | None:
     if run is None:
         notes.append("It was not imported from a training run of this server, so there are no figures of its features.")
         return None
@@ -195,8 +192,8 @@ def _latents(run: Path | None, loaded: Loaded, notes: list[str]) -> Latents | No
     except MechintError as error:
         notes.append(f"The figures of its features cannot be read: {without(error, run)}")
         return None
-    if latents.d_sae != loaded.d_sae:
-        notes.append(f"The run has {latents.d_sae} latents now, this SAE {loaded.d_sae}: its figures are not shown.")
+    if latents.d_sae != sae.d_sae:
+        notes.append(f"The run has {latents.d_sae} latents now, this SAE {sae.d_sae}: its figures are not shown.")
         return None
     return latents
 
@@ -217,7 +214,7 @@ def _activations(run: Path | None, latents: Latents | None, notes: list[str]) ->
     return found
 
 
-def _recorded_density(folder: Path, loaded: Loaded) -> np.ndarray | None:
+def _recorded_density(folder: Path, sae: Weights) -> np.ndarray | None:
     """Firing frequency from sparsity.safetensors (its logarithm to base 10), which community SAEs bring along."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -227,7 +224,7 @@ def _recorded_density(folder: Path, loaded: Loaded) -> np.ndarray | None:
             found = load_file(path).get("sparsity")
         except (SafetensorError, OSError):
             return None
-        if found is not None and found.shape == (loaded.d_sae,):
+        if found is not None and found.shape == (sae.d_sae,):
             return torch.pow(10.0, found.double()).nan_to_num(0.0, 0.0, 0.0).clamp(0, 1).numpy()
     return None
 
@@ -298,7 +295,7 @@ def detail(found: Analysis, feature: int) -> dict[str, Any]:
         )
     notes = list(found.notes)
     promoted, suppressed = _effects(found, feature, notes)
-    rows = found.loaded.tensors["W_dec"].float()
+    rows = found.sae.weights()["W_dec"]
     histogram, edges = _histogram(found.latents, feature)
     return summary(found, feature) | {
         "contexts": _contexts(found, feature),
@@ -313,7 +310,7 @@ def detail(found: Analysis, feature: int) -> dict[str, Any]:
 
 
 def _contexts(found: Analysis, feature: int) -> list[dict[str, Any]]:
-    latents, activations, weights = found.latents, found.activations, found.weights
+    latents, activations, weights = found.latents, found.activations, found.plain
     if latents is None or activations is None or activations.tokens is None or weights is None:
         return []
     rows, values = latents.top_rows[feature, :N_CONTEXTS], latents.top_values[feature, :N_CONTEXTS]
@@ -335,10 +332,10 @@ def _contexts(found: Analysis, feature: int) -> list[dict[str, Any]]:
 
 
 def _effects(found: Analysis, feature: int, notes: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    if found.model is None or found.weights is None:
+    if found.model is None or found.plain is None:
         return [], []
     try:
-        effects = logit_effects(found.weights, found.model, k=N_EFFECTS, latents=torch.tensor([feature]))
+        effects = logit_effects(found.plain, found.model, k=N_EFFECTS, latents=torch.tensor([feature]))
     except MechintError as error:
         notes.append(f"Output tokens are not shown: {one_line(error)}")
         return [], []

@@ -46,9 +46,9 @@ def ingest(running: Running, staged: Path, *, source: dict[str, Any], more: dict
     original, new = staged / "original", staged / "sae"
     said = running.params.get("model_name")
     found = read(original, said, running.params.get("format"))
-    loaded = found.pop("loaded")
+    sae = found.pop("sae")
     running.check()
-    converted = convert(loaded, new, found["sae_metadata"]["original_format"], source)
+    converted = convert(sae, new, found["sae_metadata"]["original_format"], source)
     running.report("convert", CONVERTED, "Checking and filing", always=True)
     size = size_of(original)
     folder = staged.parent / f"{staged.name}.whole"
@@ -76,14 +76,13 @@ def ingest(running: Running, staged: Path, *, source: dict[str, Any], more: dict
 
 
 def read(original: Path, model_name: str | None, api_format: str | None = None) -> dict[str, Any]:
-    """What the files say, under the names of `models.SAE`, with the SAE itself under `loaded`."""
+    """What the files say, under the names of `models.SAE`, with the SAE itself under `sae`."""
     from mechint.formats.convert import load, unknown_in_words
     from mechint.formats.limits import layer_of
-    from mechint.formats.saelens import architecture_name
 
     path = only_file(original) or original
     try:
-        form, loaded = load(path)
+        form, sae = load(path)
     except MechintError as error:
         words = without_path(str(error), original)
         if words == without_path(unknown_in_words(path), original):
@@ -92,42 +91,42 @@ def read(original: Path, model_name: str | None, api_format: str | None = None) 
     shown = API_FORMATS.get(form.name, "custom")
     if api_format not in (None, "custom", shown):
         raise config_not_found(f"the files are {form.title}, not {api_format}")
-    hook = str(loaded.metadata.get("hook_name") or "")
+    hook = str(sae.metadata.get("hook_name") or "")
     if _RESIDUAL_WIDTH.search(hook):
-        check_dimension(model_name, loaded.d_in)
-    named = loaded.metadata.get("model_name")
+        check_dimension(model_name, sae.d_in)
+    named = sae.metadata.get("model_name")
     return {
-        "loaded": loaded,
-        "d_model": loaded.d_in,
-        "n_features": loaded.d_sae,
-        "architecture": architecture_name(loaded),
-        "layer": layer_of(loaded.metadata),
+        "sae": sae,
+        "d_model": sae.d_in,
+        "n_features": sae.d_sae,
+        "architecture": str(sae.cfg.architecture),
+        "layer": layer_of(sae.metadata),
         "hook_name": hook[:255] or None,
         "hook_type": hook_type(hook),
         "model_name": common_name(str(named))[:255] if named else None,
         "format": shown,
         "sae_metadata": {
             "original_format": form.name,
-            "file_metadata": loaded.metadata,
-            "options": loaded.options,
-            "notes": [without_path(note, original) for note in loaded.notes],
-            "model_hint": hint(loaded.d_in)._asdict(),
+            "file_metadata": dict(sae.metadata),
+            "options": {**sae.saved_options(), **sae.departing()},
+            "notes": [without_path(note, original) for note in sae.notes],
+            "model_hint": hint(sae.d_in)._asdict(),
         },
     }
 
 
-def convert(loaded: Any, output: Path, original_format: str, source: dict[str, Any]) -> dict[str, Any]:
+def convert(sae: Any, output: Path, original_format: str, source: dict[str, Any]) -> dict[str, Any]:
     """Write mechint's form, or SAELens's where mechint has none for it; returns what the certificate says."""
     from mechint.formats.convert import find_format, held_variant, write_proved
 
     target, why = find_format("mechint", to=True), None
     try:
-        held_variant(loaded, target)
+        held_variant(sae, target)
     except MechintError as error:
         target, why = find_format("saelens", to=True), str(error)
     extra = {"source": {**source, "format": original_format}}
     try:
-        certificate = write_proved(loaded, output, target, extra=extra)[0]
+        certificate = write_proved(sae, output, target, extra=extra)[0]
     except MechintError as error:
         cause = error.__cause__
         if isinstance(cause, OSError) and cause.errno in DISK_FULL_ERRNOS:

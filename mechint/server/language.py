@@ -1,11 +1,10 @@
 """The model of an SAE, if it lies on this machine: it spells tokens and gives effects on the output."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mechint.errors import MechintError, one_line
-from mechint.formats import Loaded
 from mechint.huggingface.files import cached_file
 from mechint.server.models import SAE
 
@@ -19,13 +18,13 @@ class Language(NamedTuple):
     tokenizer: Any
 
 
-def open_language(loaded: Loaded, row: SAE, run: Path | None, notes: list[str]) -> Language:
-    """The SAE's model, if it lies on this machine: a request never downloads one."""
+def open_language(metadata: Mapping[str, Any], row: SAE, run: Path | None, notes: list[str]) -> Language:
+    """The model of the SAE with this metadata, if it lies on this machine: a request never downloads one."""
     from mechint.models import load_model
 
     # a downloaded file may name any folder; those that a run of this server recorded are its own
-    trusted = [loaded.metadata.get("model_source"), loaded.metadata.get("model_name")] if run is not None else []
-    names = [*trusted, loaded.metadata.get("model_name"), row.model_name]
+    trusted = [metadata.get("model_source"), metadata.get("model_name")] if run is not None else []
+    names = [*trusted, metadata.get("model_name"), row.model_name]
     names = list(dict.fromkeys(str(name) for name in names if name))
     for name in names:
         folder = local_model(name, folders=name in trusted)

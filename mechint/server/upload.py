@@ -50,12 +50,12 @@ def exported(running: Running, output: Path) -> Path:
     if row is None or row.status == "deleted" or not original.is_dir():
         raise ServiceError("files_missing", f"The files of {running.sae_id} are gone", "import it again", status=409)
     try:
-        form, loaded = load(only_file(original) or original)
+        form, sae = load(only_file(original) or original)
         # what the library knows and the files do not say
         said = {"model_name": row.model_name, "hook_name": row.hook_name}
-        loaded.metadata.update({k: v for k, v in said.items() if v and not loaded.metadata.get(k)})
+        sae.metadata.update({k: v for k, v in said.items() if v and not sae.metadata.get(k)})
         running.check()
-        write_proved(loaded, output, find_format("saelens", to=True), extra={"source": {"format": form.name}})
+        write_proved(sae, output, find_format("saelens", to=True), extra={"source": {"format": form.name}})
     except MechintError as error:
         words = without_path(without_path(str(error), original), output.parent)
         raise ServiceError("conversion_failed", f"Conversion failed: {words}", status=422) from None

@@ -8,7 +8,7 @@ from mechint.config import SAETrainConfig
 from mechint.errors import MechintError
 from mechint.provenance import make_dir, read_json
 from mechint.runs import Run, make_run_dir
-from mechint.sae.io import metadata_path
+from mechint.sae.checkpoint import metadata_path
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ def measure_miniature(
 ) -> Miniature:
     """The training of `config`, each dimension divided by the same number, under a count of its tensors.
 
-    The sparse kernel keeps numpy's arrays in sizes of its own: its step is that of `sparse_bytes`.
+    The sparse kernel keeps numpy's arrays in sizes of its own: it says itself what its step takes.
     """
     on_cpu = str(config.device or "cpu") == "cpu"
     skips = kernel == "sparse"
@@ -243,39 +243,10 @@ def measure_miniature(
     if on_cpu:
         result["step"] = int(result["step"] * HEAP_SHARE)
     if skips:
-        result["step"] = sparse_bytes(config, result["step"], expected_dead)
+        from mechint.kernels.cpu import step_bytes
+
+        result["step"] = step_bytes(whole, config.batch_size, result["step"]) + _revival(config, expected_dead)
     return Miniature(**result, kernel=kernel)
-
-
-def sparse_bytes(config: SAETrainConfig, dense_step: int, expected_dead: float) -> int:
-    """Step buffers of the sparse kernel: those that are always there (sparse_space.py), the entries at the density up
-    to which it takes them, and where a training starts dense those of its dense route (sparse_dense.py), which stay."""
-    from mechint.kernels import sparse_dense
-    from mechint.kernels.sparse import DENSE_ABOVE, has_bfloat16_products
-    from mechint.kernels.sparse_space import chunk_rows
-
-    batch, d_in, d_sae = config.batch_size, config.activation_dim, config.d_sae
-    threads, chunk, narrow = torch.get_num_threads(), chunk_rows(d_sae), has_bfloat16_products()
-    width, matrix = 64 * -(-d_in // 64), d_in * d_sae * FLOAT
-    prefixes = 1
-    if config.architecture.startswith("matryoshka"):
-        prefixes = config.prefixes or len(config.widths or range(5))
-    slices = (1 + prefixes) * batch * width * FLOAT
-    padded = 0 if width == d_in else 2 * d_sae * width * FLOAT
-    products = threads * chunk * (d_sae + d_in) * (2 if narrow else FLOAT)
-    counts = -(-batch // chunk) * d_sae * FLOAT
-    always = slices + padded + products + counts + (matrix // 2 if narrow else 0)
-    entry = 12 + 20 + {"gated": 12, "jumprelu": 8}.get(config.architecture, 0)
-    limit = DENSE_ABOVE * d_sae
-    revival = _revival(config, expected_dead)
-    if config.architecture in sparse_dense.KINDS:
-        arrays = 3 if config.architecture == "gated" else 2
-        rows = threads * (arrays - 1) * sparse_dense.ROWS * d_sae * FLOAT + -(-batch // sparse_dense.ROWS) * d_sae * 20
-        dense = arrays * batch * d_sae * FLOAT + 4 * batch * d_in * FLOAT + rows + 4 * matrix
-        return always + dense + int(entry * batch * limit) + revival
-    if (k := config.k or 32) < limit:
-        return always + int(2 * entry * batch * k) + revival
-    return always + dense_step + 2 * matrix + revival  # every batch is too dense for it
 
 
 def _revival(config: SAETrainConfig, expected_dead: float) -> int:

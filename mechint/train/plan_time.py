@@ -257,7 +257,7 @@ def _evaluation(sae: SAE, rows: Tensor, config: SAETrainConfig, n_val: int) -> f
 
     def block() -> None:
         with torch.inference_mode():
-            sums.add(x, *sae(x))
+            sums.add(x, *sae.run(x))
 
     block()
     return _timed(block) / size * n_val

@@ -17,11 +17,12 @@ from mechint.config import SAETrainConfig
 from mechint.data.batches import CounterBatches, TorchBatches, make_batches
 from mechint.data.store import Activations
 from mechint.errors import MechintError
-from mechint.eval.reconstruction import Activity, evaluate_sae
+from mechint.eval.reconstruction import Activity, evaluate_rows
+from mechint.formats.saelens import save_folder
 from mechint.kernels import Kernel, StepResult, StepSettings, make_kernel
 from mechint.provenance import get_git_commit, set_global_seed, write_json
-from mechint.runs import write_run_manifest
-from mechint.sae import SAE, Objective, build_sae, save_checkpoint, save_sae_folder
+from mechint.runs import write_manifest
+from mechint.sae import SAE, Objective, build_sae, save_checkpoint
 from mechint.sae.architectures.matryoshka_batchtopk import draw_widths
 from mechint.sae.init import centre, fit_encoder, input_scale, set_density, tie_encoder
 from mechint.train.dead import dead_latents, resample
@@ -267,13 +268,13 @@ def finish(training: Training) -> dict[str, Any]:
     sae = state.sae.saved_form(state.input_scale)
     save_checkpoint(sae, layout.checkpoint)
     if layout.sae_dir is not None:
-        save_sae_folder(sae, layout.sae_dir)
+        save_folder(sae, layout.sae_dir)
     if layout.metadata is not None:
         write_json(layout.metadata, {"sae_metadata": sae.metadata})
     summary = _summary(training, sae)
     write_json(layout.summary, summary)
     if layout.manifest is not None:
-        write_run_manifest(
+        write_manifest(
             layout.root,
             config,
             summary,
@@ -315,7 +316,7 @@ def _summary(training: Training, sae: SAE) -> dict[str, Any]:
     if len(training.val_indices):
         # "dead" in a summary means: in no batch of the training (docs/metrics.md)
         seen = Activity(fired.long().cpu(), torch.zeros(sae.d_in, dtype=torch.float64), len(training.train_indices))
-        summary |= evaluate_sae(
+        summary |= evaluate_rows(
             sae,
             training.activations,
             training.val_indices,

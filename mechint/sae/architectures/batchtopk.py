@@ -8,14 +8,13 @@ then the threshold, and the SAE is saved as the JumpReLU SAE that it is with it.
 Autoencoders", section 3.
 """
 
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mechint.errors import MechintError
-from mechint.sae.architectures.jumprelu import JumpReLUSAE
 from mechint.sae.base import SAE, Loss, Objective, add_auxk, mean_squared_error, weighted_acts
 
 # Weight of the newest batch in the running mean of the cut: a window of about 100 steps.
@@ -30,16 +29,20 @@ class BatchSelecting(SAE):
     shardable = True
     cut_mean: Tensor
     cut_weight: Tensor
+    k: int | float
 
-    def __init__(self, d_in: int, d_sae: int, *, k: int | float, generator: torch.Generator | None = None):
-        super().__init__(d_in, d_sae, generator=generator)
-        if not 0 < k <= d_sae:
-            raise MechintError(f"--k must be above 0 and at most d_sae = {d_sae} for {self.architecture}, got {k:g}")
-        self.k = k
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
         # cut_mean / cut_weight is the mean; the weight starts at 0 so that the first batches count in full
-        self.register_buffer("cut_mean", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("cut_weight", torch.zeros((), dtype=torch.float64))
+        for name in ("cut_mean", "cut_weight"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.float64, device=self.W_enc.device))
         self.last_cut: Tensor | None = None  # of the batch that the next `constrain` belongs to
+
+    def check_options(self) -> None:
+        if not 0 < self.k <= self.d_sae:
+            raise MechintError(
+                f"--k must be above 0 and at most d_sae = {self.d_sae} for {self.architecture}, got {self.k:g}"
+            )
 
     def select(self, pre: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
         """ReLU of the entries that stay; remembers their cut in `last_cut`."""
@@ -69,24 +72,21 @@ class BatchSelecting(SAE):
         """Mean cut so far, in float32; 0 before the first step."""
         return (self.cut_mean / self.cut_weight.clamp_min(1e-30)).float()
 
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        pre = self.pre_activations(x)
+    def activate(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         return torch.where(weighted_acts(self, pre.relu()) > self.threshold, pre, torch.zeros_like(pre)).relu()
 
     def _inference_copy(self) -> SAE:
         """A JumpReLU SAE with the learned cut as the threshold of every latent."""
-        saved = JumpReLUSAE(self.d_in, self.d_sae)
-        with torch.no_grad():
-            for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-                saved.get_parameter(name).copy_(self.get_parameter(name))
-            norms = self.penalty_scale()
-            saved.threshold.copy_(self.threshold.expand(self.d_sae) / (1 if norms is None else norms))
-        saved.unit_decoder = self.unit_decoder
-        saved.metadata = {
+        norms = self.penalty_scale()
+        threshold = self.threshold.detach().expand(self.d_sae) / (1 if norms is None else norms.detach())
+        metadata = {
             **self.metadata,
             "training_architecture": self.architecture,
             "training_options": {name: getattr(self, name) for name in self.options},
         }
+        weights = {name: value.clone() for name, value in self.weights().items()}
+        saved = SAE.from_tensors("jumprelu", {**weights, "threshold": threshold}, metadata=metadata)
+        saved.unit_decoder = self.unit_decoder
         return saved.to(self.W_enc.device)
 
 
@@ -96,9 +96,6 @@ class BatchTopKSAE(BatchSelecting):
 
     architecture = "batchtopk"
     options = {"k": 32}
-
-    def __init__(self, d_in: int, d_sae: int, *, k: int | float = 32, generator: torch.Generator | None = None):
-        super().__init__(d_in, d_sae, k=k, generator=generator)
 
     def loss(self, x: Float[Tensor, "batch d_in"], objective: Objective) -> Loss:
         feature_acts = self.select(self.pre_activations(x))

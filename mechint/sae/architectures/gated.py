@@ -25,31 +25,36 @@ class GatedSAE(SAE):
 
     architecture = "gated"
     saved_tensors = ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag")
+    latent_vectors = {"b_gate": 0.0, "b_mag": 0.0, "r_mag": 0.0}
     has_l1 = True
     shardable = True
+    b_gate: nn.Parameter
+    b_mag: nn.Parameter
+    r_mag: nn.Parameter
 
-    def __init__(self, d_in: int, d_sae: int, *, generator: torch.Generator | None = None):
-        super().__init__(d_in, d_sae, generator=generator)
-        del self.b_enc
-        self.b_gate = nn.Parameter(torch.zeros(d_sae))
-        self.b_mag = nn.Parameter(torch.zeros(d_sae))
-        self.r_mag = nn.Parameter(torch.zeros(d_sae))
-
-    def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+    def pre_activations(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
         """Those of the gate: what decides whether a latent is active."""
-        return self._unbiased(x) + self.b_gate
+        return self.process_sae_in(x) @ self.W_enc + self.b_gate
 
-    def _unbiased(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        return (x - self.peers.shared(self.b_dec)) @ self.W_enc
+    def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
+        """`hook_sae_acts_pre` holds the magnitudes before their ReLU, as in SAELens."""
+        gate, magnitude = self._gate_and_magnitude(x)
+        return self.hook_sae_acts_post((gate > 0) * torch.relu(self.hook_sae_acts_pre(magnitude)))
 
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        u = self._unbiased(x)
-        return (u + self.b_gate > 0) * torch.relu(u * self.r_mag.exp() + self.b_mag)
+    def activate(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        return (pre > 0) * torch.relu(self._magnitude(pre - self.b_gate))
+
+    def _gate_and_magnitude(self, x: Float[Tensor, "... d_in"]) -> tuple[Tensor, Tensor]:
+        u = self.process_sae_in(x) @ self.W_enc
+        return u + self.b_gate, self._magnitude(u)
+
+    def _magnitude(self, u: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        return u * self.r_mag.exp() + self.b_mag
 
     def loss(self, x: Float[Tensor, "batch d_in"], objective: Objective) -> Loss:
-        u = self._unbiased(x)
-        gate = torch.relu(u + self.b_gate)
-        feature_acts = (gate > 0) * torch.relu(u * self.r_mag.exp() + self.b_mag)
+        gate, magnitude = self._gate_and_magnitude(x)
+        gate = torch.relu(gate)
+        feature_acts = (gate > 0) * torch.relu(magnitude)
         x_hat = self.decode(feature_acts)
         by_gate = self.peers.sum_latents(gate @ self.W_dec.detach()) + self.b_dec.detach()
         terms = {
@@ -60,5 +65,6 @@ class GatedSAE(SAE):
         loss = Loss(terms, {"mse": 1.0, "l1": objective.sparsity, "gate_mse": 1.0}, feature_acts)
         return add_auxk(loss, self, x, x_hat, objective)
 
-    def latent_offsets(self) -> tuple[str, ...]:
+    @classmethod
+    def latent_offsets(cls) -> tuple[str, ...]:
         return ("b_gate", "b_mag")

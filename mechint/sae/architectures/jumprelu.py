@@ -30,20 +30,20 @@ Penalty = Literal["step", "tanh", "quadratic"]
 
 
 class _Jump(torch.autograd.Function):
-    """pre * (pre > threshold); d/d threshold = -(threshold / bandwidth) * rectangle."""
+    """ReLU(pre) * (pre > threshold); d/d threshold = -(threshold / bandwidth) * rectangle."""
 
     @staticmethod
     def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
         ctx.save_for_backward(pre, threshold)
         ctx.bandwidth = bandwidth
-        return pre * (pre > threshold)
+        return pre.relu() * (pre > threshold)  # thresholds of other tools may lie below 0
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         pre, threshold = ctx.saved_tensors
         inside = (pre - threshold).abs() < ctx.bandwidth / 2
-        to_threshold = -(threshold / ctx.bandwidth) * (inside * grads[0]).sum(dim=0)
-        return grads[0] * (pre > threshold), to_threshold, None
+        to_threshold = -(threshold / ctx.bandwidth) * (inside * grads[0]).flatten(end_dim=-2).sum(dim=0)
+        return grads[0] * (pre > threshold.clamp_min(0.0)), to_threshold, None
 
 
 class _Step(torch.autograd.Function):
@@ -79,45 +79,39 @@ class JumpReLUSAE(SAE):
         "pre_act_coefficient": 0.0,
     }
 
-    def __init__(
-        self,
-        d_in: int,
-        d_sae: int,
-        *,
-        penalty: str = "step",
-        bandwidth: float = 0.05,
-        init_threshold: float = 0.01,
-        target_l0: float | None = None,
-        tanh_scale: float = 4.0,
-        ste_to_input: bool = False,
-        pre_act_coefficient: float = 0.0,
-        generator: torch.Generator | None = None,
-    ):
-        super().__init__(d_in, d_sae, generator=generator)
-        if penalty not in PENALTIES:
-            raise MechintError(f"unknown --penalty {penalty!r}; {nearest(penalty, PENALTIES)}")
-        for name, value in {"bandwidth": bandwidth, "tanh-scale": tanh_scale}.items():
-            if not value > 0:
-                raise MechintError(f"--{name} must be above 0, got {value:g}")
-        for name, value in {"init-threshold": init_threshold, "pre-act-coefficient": pre_act_coefficient}.items():
-            if not value >= 0:
-                raise MechintError(f"--{name} must not be negative, got {value:g}")
-        if (penalty == "quadratic") != (target_l0 is not None):
-            raise MechintError("--penalty quadratic and --target-l0 belong together: give both or neither")
-        if target_l0 is not None and not 0 < target_l0 <= d_sae:
-            raise MechintError(f"--target-l0 must be above 0 and at most d_sae = {d_sae}, got {target_l0:g}")
-        self.penalty, self.bandwidth, self.init_threshold = penalty, bandwidth, init_threshold
-        self.target_l0, self.tanh_scale = target_l0, tanh_scale
-        self.ste_to_input, self.pre_act_coefficient = ste_to_input, pre_act_coefficient
-        self.threshold = nn.Parameter(torch.full((d_sae,), init_threshold))
+    latent_vectors = {"b_enc": 0.0, "threshold": 0.0}
+    threshold: nn.Parameter
+    penalty: str
+    bandwidth: float
+    init_threshold: float
+    target_l0: float | None
+    tanh_scale: float
+    ste_to_input: bool
+    pre_act_coefficient: float
 
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        pre = self.pre_activations(x)
-        return pre * (pre > self.threshold)
+    def check_options(self) -> None:
+        if self.penalty not in PENALTIES:
+            raise MechintError(f"unknown --penalty {self.penalty!r}; {nearest(self.penalty, PENALTIES)}")
+        for name in ("bandwidth", "tanh_scale"):
+            if not getattr(self, name) > 0:
+                raise MechintError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name):g}")
+        for name in ("init_threshold", "pre_act_coefficient"):
+            if not getattr(self, name) >= 0:
+                raise MechintError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name):g}")
+        if (self.penalty == "quadratic") != (self.target_l0 is not None):
+            raise MechintError("--penalty quadratic and --target-l0 belong together: give both or neither")
+        if self.target_l0 is not None and not 0 < self.target_l0 <= self.d_sae:
+            raise MechintError(f"--target-l0 must be above 0 and at most d_sae = {self.d_sae}, got {self.target_l0:g}")
+
+    def vectors(self) -> dict[str, float]:
+        return {**self.latent_vectors, "threshold": 0.0 if self.is_transcoder else self.init_threshold}
+
+    def activate(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        return _Jump.apply(pre, self.threshold, self.bandwidth)  # type: ignore[return-value]
 
     def loss(self, x: Float[Tensor, "batch d_in"], objective: Objective) -> Loss:
         pre = self.pre_activations(x)
-        feature_acts: Tensor = _Jump.apply(pre, self.threshold, self.bandwidth)  # type: ignore[assignment]
+        feature_acts = self.activate(pre)
         x_hat = self.decode(feature_acts)
         terms = {"mse": mean_squared_error(x, x_hat), "l0_penalty": self._penalty(pre, feature_acts) / self.d_in}
         weights = {"mse": 1.0, "l0_penalty": objective.sparsity}
@@ -139,6 +133,3 @@ class JumpReLUSAE(SAE):
     def constrain(self) -> None:
         super().constrain()
         self.threshold.clamp_min_(0.0)
-
-    def latent_offsets(self) -> tuple[str, ...]:
-        return ("b_enc", "threshold")

@@ -26,21 +26,14 @@ class MatryoshkaBatchTopKSAE(BatchSelecting):
     architecture = "matryoshka_batchtopk"
     options = {"k": 32, "widths": None, "prefixes": 0}
 
-    def __init__(
-        self,
-        d_in: int,
-        d_sae: int,
-        *,
-        k: int | float = 32,
-        widths: tuple[int, ...] | None = None,
-        prefixes: int = 0,
-        generator: torch.Generator | None = None,
-    ):
-        super().__init__(d_in, d_sae, k=k, generator=generator)
-        self.widths = check_widths(widths or default_widths(d_sae), d_sae)
-        if not 0 <= prefixes <= d_sae:
-            raise MechintError(f"--prefixes must be from 0 to d_sae = {d_sae}, got {prefixes}")
-        self.prefixes = prefixes
+    widths: tuple[int, ...]
+    prefixes: int
+
+    def check_options(self) -> None:
+        super().check_options()
+        self.widths = check_widths(self.widths or default_widths(self.d_sae), self.d_sae)
+        if not 0 <= self.prefixes <= self.d_sae:
+            raise MechintError(f"--prefixes must be from 0 to d_sae = {self.d_sae}, got {self.prefixes}")
 
     def loss(self, x: Float[Tensor, "batch d_in"], objective: Objective) -> Loss:
         feature_acts = self.select(self.pre_activations(x))

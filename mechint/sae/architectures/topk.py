@@ -9,9 +9,8 @@ here (`relu=False`), not trained.
 Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2.3 and appendix A.2 (AuxK).
 """
 
-from typing import Any, final
+from typing import final
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -34,38 +33,32 @@ class TopKSAE(SAE):
     aux_relu = True
     has_penalty = False
     shardable = True
+    k: int
+    relu: bool
 
-    def __init__(
-        self,
-        d_in: int,
-        d_sae: int,
-        *,
-        k: int | float = 32,
-        relu: bool = True,
-        generator: torch.Generator | None = None,
-    ):
-        super().__init__(d_in, d_sae, generator=generator)
-        if not (float(k).is_integer() and 1 <= k <= d_sae):
-            raise MechintError(f"--k must be a whole number from 1 to d_sae = {d_sae} for topk, got {k:g}")
-        self.k = int(k)
-        self.relu = bool(relu)
+    def check_options(self) -> None:
+        usable = isinstance(self.k, (int, float)) and not isinstance(self.k, bool) and float(self.k).is_integer()
+        if not usable or not 1 <= self.k <= self.d_sae:
+            raise MechintError(f"--k must be a whole number from 1 to d_sae = {self.d_sae} for topk, got {self.k!r}")
+        self.k, self.relu = int(self.k), bool(self.relu)
 
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        return self.select(self.pre_activations(x))
-
-    def select(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+    def activate(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         """ReLU (if it has one) of the `k` largest entries of each row; with free decoder rows, largest times the row's
         norm. Between equal entries torch.topk decides."""
+        if self.cfg.rescale_acts_by_decoder_norm:
+            pre = pre * self.decoder_norms()
         scale = self.penalty_scale()
         scores = (pre if scale is None else pre * scale).detach()
         return self.peers.top(scores, self.k).place(pre, relu=self.relu)
 
+    def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
+        if self.cfg.rescale_acts_by_decoder_norm:
+            feature_acts = feature_acts / self.decoder_norms()
+        return super().decode(feature_acts)
+
     def loss(self, x: Float[Tensor, "batch d_in"], objective: Objective) -> Loss:
         if not self.relu:
             raise MechintError("a topk SAE without ReLU can be applied here, not trained: train one with ReLU instead")
-        x_hat, feature_acts = self(x)
+        x_hat, feature_acts = self.run(x)
         loss = Loss({"mse": mean_squared_error(x, x_hat)}, {"mse": 1.0}, feature_acts)
         return add_auxk(loss, self, x, x_hat, objective)
-
-    def extra_cfg(self) -> dict[str, Any]:
-        return {**super().extra_cfg(), "rescale_acts_by_decoder_norm": False}

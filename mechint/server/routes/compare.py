@@ -29,7 +29,7 @@ def compare(asked: CompareRequest, service: ServiceOf, settings: SettingsOf) -> 
     """Matches decoder directions by their cosine, both ways."""
     rows = [ready_sae(service, sae_id) for sae_id in (asked.left, asked.right)]
     with _one_at_a_time:
-        left, right = (load_library(settings, row).tensors["W_dec"] for row in rows)
+        left, right = (load_library(settings, row).weights()["W_dec"] for row in rows)
         if left.shape[1] != right.shape[1]:
             raise ServiceError(
                 "dimension_mismatch",

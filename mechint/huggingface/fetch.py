@@ -4,16 +4,16 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mechint.errors import MechintError
-from mechint.hub.bundle import METADATA
 from mechint.huggingface.client import REACH_TIMEOUT, check_repo_id, download, hub_api
 from mechint.huggingface.failures import hub_errors, is_ours, patiently, status_of
 from mechint.provenance import read_json, sha256_file, write_text
-from mechint.saelens.releases import is_inside
 
+# What the files of a repository of ours are, with their hashes.
+METADATA = "bundle_metadata.json"
 # A list of hashes is small; a file that is not must not be read as JSON.
 METADATA_BYTES = 64 << 20
 
@@ -49,6 +49,12 @@ class Fetched:
     folder: Path
     bundle: dict[str, Any]
     verified: dict[str, str]
+
+
+def is_inside(path: str) -> bool:
+    """Whether a path of a repository stays in it."""
+    parts = PurePosixPath(path).parts
+    return bool(parts) and not path.startswith("/") and ".." not in parts and "\\" not in path and "\0" not in path
 
 
 def split_id(given: str, what: str) -> tuple[str, str]:
@@ -110,8 +116,8 @@ def _cached_commit(repo_id: str, revision: str | None, cache_dir: Path | None) -
     return found if found is not None and found.is_dir() else None
 
 
-def fetch(repo: Repo, names: Iterable[str]) -> Fetched:
-    """The named files and bundle_metadata.json in the cache; only what is not there is downloaded.
+def fetch(repo: Repo, names: Iterable[str], *, again: bool = False) -> Fetched:
+    """The named files and bundle_metadata.json in the cache; only what is not there is downloaded, or all `again`.
 
     A file whose hash differs from what the bundle states is downloaded once more, in case the cache was damaged.
 
@@ -122,7 +128,7 @@ def fetch(repo: Repo, names: Iterable[str]) -> Fetched:
     wanted = sorted({*names, *({METADATA} & repo.sizes.keys())})
     if repo.sizes.get(METADATA, 0) > METADATA_BYTES:
         raise MechintError(f"{METADATA} of {repo.repo_id} is {repo.sizes[METADATA]} bytes long: not what a bundle has")
-    places = {name: _download(repo, name) for name in wanted}
+    places = {name: _download(repo, name, again=again and repo.online) for name in wanted}
     name, place = next(iter(places.items()))
     folder = place.parents[name.count("/")]
     bundle = read_json(places[METADATA], f"{METADATA} of {repo.repo_id}") if METADATA in places else {}
@@ -166,9 +172,9 @@ def local_bundle(folder: Path) -> dict[str, Any]:
     return read_json(folder / METADATA, METADATA) if (folder / METADATA).is_file() else {}
 
 
-def _download(repo: Repo, name: str) -> Path:
+def _download(repo: Repo, name: str, *, again: bool = False) -> Path:
     # by commit, so that all files belong together even if somebody publishes meanwhile
-    return download(repo.repo_id, name, revision=repo.commit, cache_dir=repo.cache_dir)
+    return download(repo.repo_id, name, revision=repo.commit, cache_dir=repo.cache_dir, again=again)
 
 
 def _note_revision(repo: Repo, folder: Path) -> None:

@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechint.kernels.sparse_choice import kth_largest
-from mechint.kernels.sparse_dense import product_error
-from mechint.kernels.sparse_loops import compiled
-from mechint.kernels.sparse_pool import Pool
-from mechint.kernels.sparse_space import product
+from mechint.kernels.cpu.choice import kth_largest
+from mechint.kernels.cpu.dense_route import product_error
+from mechint.kernels.cpu.loops import compiled
+from mechint.kernels.cpu.space import product
+from mechint.kernels.threads import Pool
 from mechint.sae import SAE, Objective
 
 VALUES = 2**18  # pre-activations of a chunk

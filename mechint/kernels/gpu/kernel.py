@@ -17,10 +17,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechint.errors import MechintError
-from mechint.kernels import cuda_sparse
 from mechint.kernels.contract import Pass, StepResult, StepSettings
-from mechint.kernels.cuda_pass import PASSES, Inputs, Outcome, Revive
-from mechint.kernels.cuda_products import Products, has_triton
+from mechint.kernels.gpu import skip_zeros
+from mechint.kernels.gpu.passes import PASSES, Inputs, Outcome, Revive
+from mechint.kernels.gpu.products import Products, has_triton
 from mechint.sae import SAE, Objective
 from mechint.sae.architectures.batchtopk import CUT_RATE, BatchSelecting
 from mechint.sae.architectures.jumprelu import JumpReLUSAE
@@ -52,9 +52,9 @@ def misfit(sae: SAE, optimizer: torch.optim.Optimizer) -> str | None:
 
 @final
 class ManualKernel:
-    """Gradients written out (`cuda_pass`), the step captured where there is CUDA, zeros skipped where that pays.
+    """Gradients written out (`passes`), the step captured where there is CUDA, zeros skipped where that pays.
 
-    `sparse`: True or False fixes whether the code's zeros are skipped (`cuda_sparse`); None decides by architecture and
+    `sparse`: True or False fixes whether the code's zeros are skipped (`skip_zeros`); None decides by architecture and
     density, on CUDA only.
     """
 
@@ -74,7 +74,7 @@ class ManualKernel:
         assert isinstance(optimizer, torch.optim.Adam), "misfit() checks"
         self.device = sae.W_dec.device
         self.sae, self.optimizer, self.project_gradient = sae, optimizer, project_gradient
-        self.sparse = sparse if sparse is not None or cuda_sparse.fits(sae) else False
+        self.sparse = sparse if sparse is not None or skip_zeros.fits(sae) else False
         # by the interpreter only where a test asks for it
         self.fuses = has_triton(self.device) and (self.device.type == "cuda" or bool(sparse))
         self.mm = Products(precision, self.device, fuse=self.fuses)
@@ -126,7 +126,7 @@ class ManualKernel:
     def _skips_zeros(self) -> bool:
         if self.sparse is not None:
             return self.sparse
-        return self.device.type == "cuda" and cuda_sparse.pays(self.sae, self.mm.precision, self.l0)
+        return self.device.type == "cuda" and skip_zeros.pays(self.sae, self.mm.precision, self.l0)
 
     def _inputs(self, x: Float[Tensor, "batch d_in"], objective: Objective) -> Inputs:
         """The objective as tensors. Waits for the device only to know how many latents AuxK revives."""
@@ -149,7 +149,7 @@ class ManualKernel:
         for name, parameter in self.sae.named_parameters():
             parameter.grad = self.grads[name]
         return (
-            cuda_sparse.sparse_pass(self.sae, inputs, self.mm)
+            skip_zeros.sparse_pass(self.sae, inputs, self.mm)
             if skips
             else PASSES[self.sae.architecture](self.sae, inputs, self.mm)
         )
@@ -170,7 +170,7 @@ class ManualKernel:
         # torch.nn.utils.clip_grad_norm_, with the division left to Adam
         too_long = ((norm + 1e-6) / max_grad_norm).clamp_min(1.0)
         if self.fuses:
-            cuda_sparse.adam(self.sae, self.optimizer, self.lr, too_long, go)
+            skip_zeros.adam(self.sae, self.optimizer, self.lr, too_long, go)
         else:
             with self._device_scalars(too_long, (~go).float()):
                 self.optimizer.step()

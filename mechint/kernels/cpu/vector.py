@@ -4,7 +4,7 @@ Left to itself the compiler keeps the running sums of a gather in memory; these 
 decides the speed. Vectors have 16 float32 lanes: one AVX512 register, or what the processor has instead (LLVM splits
 them). Products and sums may be fused; nothing is assumed about NaN or infinity.
 
-Arguments named `*_at` are addresses in bytes. Nothing is checked here: the callers in `sparse_loops` own the bounds.
+Arguments named `*_at` are addresses in bytes. Nothing is checked here: the callers in `loops` own the bounds.
 """
 
 from typing import no_type_check

@@ -18,7 +18,7 @@ from typing import no_type_check
 import numpy as np
 from numba import njit
 
-from mechint.kernels.sparse_vector import (
+from mechint.kernels.cpu.vector import (
     LANES,
     add_rows_64,
     add_rows_256,
@@ -38,7 +38,7 @@ from mechint.kernels.sparse_vector import (
 # Sums may be regrouped and products fused; NaN and infinity keep their meaning.
 _SUMS = {"reassoc", "contract"}
 _OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": _SUMS}
-_FILES = sorted(Path(__file__).parent.glob("sparse_*.py"))
+_FILES = sorted(Path(__file__).parent.glob("*.py"))
 _STAMP = hashlib.sha256(b"".join(path.read_bytes() for path in _FILES)).hexdigest()
 
 

@@ -9,22 +9,18 @@ Files are looked into in this order: the one that is passed, those that MECHINT_
 last the few releases that are known here without any file.
 """
 
-import contextlib
 import functools
 import importlib.util
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from mechint.errors import MechintError, nearest, one_line
-from mechint.formats.files import BESIDE, WEIGHTS
-from mechint.huggingface.client import hub_api, hub_errors
-from mechint.provenance import read_json, write_json
+from mechint.huggingface.fetch import is_inside
 
 VARIABLE = "MECHINT_SAE_REGISTRY"
 _RESID = "blocks.{layer}.hook_resid_pre"
@@ -92,6 +88,11 @@ def find_release(release: str, sae_id: str, registry: str | Path | None = None) 
     return Where(Path(sae_id), release, gemma_scope_metadata(release, sae_id))
 
 
+def release_names(registry: str | Path | None = None) -> list[str]:
+    """Names of all releases that are known."""
+    return sorted(dict(_releases(registry)))
+
+
 def gemma_scope_metadata(repo_id: str, path: str) -> dict[str, Any]:
     """What the names of Gemma Scope's repositories and folders say, which its files do not: the model and the hooks.
     Empty for other repositories."""
@@ -114,12 +115,6 @@ def gemma_scope_metadata(repo_id: str, path: str) -> dict[str, Any]:
         "dataset_path": "monology/pile-uncopyrighted",
     }
     return metadata | ({"hook_name_out": f"{block}hook_mlp_out"} if found[3] == "transcoders" else {})
-
-
-def is_inside(path: str) -> bool:
-    """Whether a path of a repository stays in it."""
-    parts = PurePosixPath(path).parts
-    return bool(parts) and not path.startswith("/") and ".." not in parts and "\\" not in path and "\0" not in path
 
 
 def _in_release(release: str, entry: Mapping[str, Any], sae_id: str) -> Where:
@@ -180,83 +175,3 @@ def _read_registry(path: Path) -> dict[str, Mapping[str, Any]]:
     if not whole:
         raise MechintError(f"registry file {path}: each release needs repo_id and a list saes, each with id and path")
     return found
-
-
-def fetch(where: Where, *, force_download: bool = False) -> Path:
-    """The SAE's files in the local cache, downloaded if they are not there. Returns their folder, or the one file that
-    was asked for.
-
-    Raises:
-        MechintError: no such repository or folder in it (those that hold an SAE are named), no access, or the Hub out
-            of reach and nothing in the cache.
-    """
-    from huggingface_hub import hf_hub_download
-
-    from mechint.models.resolve import check_repo
-
-    assert where.repo_id is not None
-    prefix = "" if str(where.folder) == "." else f"{where.folder.as_posix()}/"
-    state = check_repo(where.repo_id, "model")
-    if not state.online:
-        folder = _cached(where.repo_id, where.folder)
-        if folder is None:
-            raise MechintError(
-                f"{where.repo_id} {prefix.rstrip('/')} is not in the local cache and the Hub cannot be reached: check"
-                " the network (and HF_ENDPOINT, HF_HUB_OFFLINE), or give a local folder"
-            )
-        return folder
-    names = _names(where.repo_id, state.sha)
-    if (file := prefix.rstrip("/")) in names:  # one file, such as a .pt; what it needs lies beside it
-        beside = PurePosixPath(file).parent
-        wanted = [file, *(str(beside / name) for name in (*WEIGHTS, *BESIDE) if str(beside / name) in names - {file})]
-    else:
-        wanted = [f"{prefix}{name}" for name in (*WEIGHTS, *BESIDE) if f"{prefix}{name}" in names]
-    if file not in names and not any(PurePosixPath(name).name in WEIGHTS for name in wanted):
-        folders = sorted({str(PurePosixPath(name).parent) for name in names if PurePosixPath(name).name in WEIGHTS})
-        what = f"holds no SAE at {prefix.rstrip('/')!r}" if prefix else "holds no SAE at its root: give sae_id"
-        raise MechintError(f"{where.repo_id} {what}; {nearest(prefix.rstrip('/'), folders)}")
-    with hub_errors("downloading from", where.repo_id):
-        # weights last: what lies in the cache with its weights is whole
-        paths = {
-            name: Path(hf_hub_download(where.repo_id, name, revision=state.sha, force_download=force_download))
-            for name in sorted(wanted, key=lambda name: (name == file, PurePosixPath(name).name in WEIGHTS))
-        }
-    return paths[file] if file in names else paths[wanted[0]].parent
-
-
-def _cached(repo_id: str, folder: Path) -> Path | None:
-    """The SAE's folder of the commit that was downloaded last, if any was."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    commits = Path(HF_HUB_CACHE, f"models--{repo_id.replace('/', '--')}", "snapshots").glob("*")
-    newest_first = sorted(commits, key=lambda commit: commit.stat().st_mtime, reverse=True)
-    places = (commit / folder for commit in newest_first)
-    return next((at for at in places if at.is_file() or any((at / name).is_file() for name in WEIGHTS)), None)
-
-
-@contextlib.contextmanager
-def with_norm_factor(folder: Path, factor: float | None) -> Iterator[Path]:
-    """The SAE's folder, with the constant that inputs are scaled by in its cfg.json if a release says it elsewhere.
-
-    SAELens's list holds that number for files that only say `expected_average_only_in`.
-    """
-    config = folder / "cfg.json"
-    if factor is None or not config.is_file():
-        yield folder
-        return
-    cfg = read_json(config, "SAE configuration")
-    if cfg.get("normalize_activations") not in ("expected_average_only_in", True) or "norm_scaling_factor" in cfg:
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        for name in (*WEIGHTS, *BESIDE):
-            if (folder / name).is_file():
-                os.symlink((folder / name).resolve(), Path(temporary) / name)
-        (Path(temporary) / "cfg.json").unlink()
-        write_json(Path(temporary) / "cfg.json", {**cfg, "norm_scaling_factor": factor})
-        yield Path(temporary)
-
-
-def _names(repo_id: str, revision: str | None) -> set[str]:
-    with hub_errors("listing the files of", repo_id):
-        return set(hub_api().list_repo_files(repo_id, revision=revision))

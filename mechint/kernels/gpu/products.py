@@ -110,7 +110,7 @@ def _grid(code: Tensor) -> tuple[tuple[int, int], int, dict[str, int]]:
 def triton_kernels() -> ModuleType | None:
     """The kernels, or None where there is no Triton."""
     try:
-        from mechint.kernels import triton_kernels
+        from mechint.kernels.gpu import triton_kernels
     except ImportError:
         return None
     return triton_kernels

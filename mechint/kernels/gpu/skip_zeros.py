@@ -1,7 +1,7 @@
 """Passes that skip a code's zeros: one dense encoder product, and after it only the entries that are not zero.
 
 At 32 of 131,072 latents the four products after the encoder do 4,000 times more multiplications than they have to.
-Entries are listed by row and by latent (see triton_kernels), decoded by gathering rows of W_dec, and each latent's
+Entries are listed by row and by latent (see triton_kernels.py), decoded by gathering rows of W_dec, and each latent's
 gradients are summed over its own list. All of it after the encoder product is float32, whatever the precision.
 """
 
@@ -13,12 +13,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechint.kernels.contract import Pass
-from mechint.kernels.cuda_pass import Inputs, Outcome, add_auxk, grad, total_loss
-from mechint.kernels.cuda_products import Products, has_triton, kernels
+from mechint.kernels.gpu.passes import Inputs, Outcome, add_auxk, grad, total_loss
+from mechint.kernels.gpu.products import Products, has_triton, kernels
 from mechint.sae import SAE
 from mechint.sae.architectures.batchtopk import BatchTopKSAE
 from mechint.sae.architectures.jumprelu import JumpReLUSAE
-from mechint.sae.architectures.standard import SparseAutoEncoder
+from mechint.sae.architectures.standard import StandardSAE
 from mechint.sae.architectures.topk import TopKSAE
 from mechint.sae.base import MIN_DECODER_NORM
 
@@ -67,7 +67,7 @@ def pays(sae: SAE, precision: str, l0: float | None) -> bool:
 
 
 def sparse_pass(sae: SAE, inputs: Inputs, mm: Products) -> Outcome:
-    """Loss and gradients as `cuda_pass` gives them."""
+    """Loss and gradients as `passes` gives them."""
     x, (batch, d_in) = inputs.x, inputs.x.shape
     entries, cut = _entries(sae, inputs, mm)
     jump = isinstance(sae, JumpReLUSAE)
@@ -75,7 +75,7 @@ def sparse_pass(sae: SAE, inputs: Inputs, mm: Products) -> Outcome:
     dense_slots, slots = entries.slots is None, entries.rows if entries.slots is None else entries.slots
     shape = {"ENTRIES": max(1, 4096 // _block(d_in)), "BLOCK_D": _block(d_in), "num_warps": 8 if d_in > 1024 else 4}
     error, d_acts, code_sums = torch.empty_like(x), torch.empty_like(entries.pre), torch.empty_like(x[:, 0])
-    scale, saturation = 2 / x.numel(), sae.saturation if isinstance(sae, SparseAutoEncoder) else 0.0
+    scale, saturation = 2 / x.numel(), sae.saturation if isinstance(sae, StandardSAE) else 0.0
     kernels().reconstruct[(batch,)](
         x, sae.W_dec, sae.b_dec, entries.pre, threshold, entries.starts, entries.counts, entries.latents,
         error, d_acts, code_sums, scale, saturation, sae.d_sae, d_in, JUMP=jump, DENSE_SLOTS=dense_slots, **shape,

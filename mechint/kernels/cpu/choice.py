@@ -4,7 +4,7 @@ from typing import no_type_check
 
 import numpy as np
 
-from mechint.kernels.sparse_loops import (
+from mechint.kernels.cpu.loops import (
     BFLOAT16_STEP,
     add_rows,
     candidates,
@@ -14,7 +14,7 @@ from mechint.kernels.sparse_loops import (
     minus_row,
     scaled,
 )
-from mechint.kernels.sparse_vector import LANES, from_bfloat16, settle, stream_64
+from mechint.kernels.cpu.vector import LANES, from_bfloat16, settle, stream_64
 
 
 @compiled

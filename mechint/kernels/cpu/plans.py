@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from mechint.kernels import sparse_choice as choice
-from mechint.kernels.sparse_dense import gain_of, jump_penalty
-from mechint.kernels.sparse_pool import Pool
-from mechint.kernels.sparse_space import Space
+from mechint.kernels.cpu import choice
+from mechint.kernels.cpu.dense_route import gain_of, jump_penalty
+from mechint.kernels.cpu.space import Space
+from mechint.kernels.threads import Pool
 from mechint.sae import Objective
 from mechint.sae.architectures.matryoshka_batchtopk import check_widths
 

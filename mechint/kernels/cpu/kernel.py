@@ -26,13 +26,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechint.kernels.contract import Pass, StepResult, StepSettings
+from mechint.kernels.cpu.adam import adam_update, is_plain_adam
+from mechint.kernels.cpu.dead import DeadRoom, add_dead
+from mechint.kernels.cpu.dense_route import KINDS, DenseRoute, gain_of
+from mechint.kernels.cpu.plans import PLANS, widths_of
+from mechint.kernels.cpu.space import Space
 from mechint.kernels.dense import DenseKernel
-from mechint.kernels.sparse_adam import adam_update, is_plain_adam
-from mechint.kernels.sparse_dead import DeadRoom, add_dead
-from mechint.kernels.sparse_dense import KINDS, DenseRoute, gain_of
-from mechint.kernels.sparse_plans import PLANS, widths_of
-from mechint.kernels.sparse_pool import Pool, pool
-from mechint.kernels.sparse_space import Space
+from mechint.kernels.threads import Pool, pool
 from mechint.sae import SAE, Objective, build_sae
 
 # Share of active entries from which dense products are faster (docs/performance.md, "Where dense wins").

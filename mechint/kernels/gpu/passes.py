@@ -21,12 +21,12 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from mechint.kernels.contract import Pass
-from mechint.kernels.cuda_products import Products
+from mechint.kernels.gpu.products import Products
 from mechint.sae import SAE
 from mechint.sae.architectures.batchtopk import BatchSelecting
 from mechint.sae.architectures.jumprelu import JumpReLUSAE
 from mechint.sae.architectures.matryoshka_batchtopk import MatryoshkaBatchTopKSAE, check_widths
-from mechint.sae.architectures.standard import SparseAutoEncoder
+from mechint.sae.architectures.standard import StandardSAE
 from mechint.sae.architectures.topk import TopKSAE
 
 
@@ -119,7 +119,7 @@ def total_loss(terms: dict[str, Tensor], weights: dict[str, Tensor | float]) -> 
 
 
 def standard(sae: SAE, inputs: Inputs, mm: Products) -> Outcome:
-    assert isinstance(sae, SparseAutoEncoder)
+    assert isinstance(sae, StandardSAE)
     dense = Dense(sae, inputs, mm)
     code, fire_counts, penalty = mm.relu(dense.encode(), sae.b_enc, sae.saturation)
     error = dense.error(code)

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechint.kernels import sparse_loops as loops
-from mechint.kernels.sparse_pool import Pool
+from mechint.kernels.cpu import loops
+from mechint.kernels.threads import Pool
 from mechint.sae import SAE
 from mechint.sae.base import MIN_DECODER_NORM
 

@@ -6,10 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechint.kernels import sparse_choice as choice
-from mechint.kernels import sparse_loops as loops
-from mechint.kernels.sparse_pool import Pool
-from mechint.kernels.sparse_vector import LANES
+from mechint.kernels.cpu import choice, loops
+from mechint.kernels.cpu.vector import LANES
+from mechint.kernels.threads import Pool
 from mechint.sae import SAE
 
 LATENTS = 256  # a unit of work over latents

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechint.kernels.sparse_loops import compiled
-from mechint.kernels.sparse_pool import Pool
-from mechint.kernels.sparse_space import product
+from mechint.kernels.cpu.loops import compiled
+from mechint.kernels.cpu.space import product
+from mechint.kernels.threads import Pool
 from mechint.sae import SAE, Objective
 
 ROWS = 256  # of a chunk
