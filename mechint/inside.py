@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar, final
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from mechint.config import ReadsSAE, SAETrainConfig
 from mechint.data.store import Activations
@@ -34,9 +36,11 @@ ConfigT = TypeVar("ConfigT", bound=ReadsSAE)
 
 # What must be the same for an SAE and the activations it is applied to, beside the width.
 SETTING = ("hook_name", "processing", "prepend_bos")
-# Hooks that hold the residual stream or what is added to it: all that centring changes, and all that an unembedding
-# can be applied to.
-_RESIDUAL = re.compile(r"(.*\.)?hook_(resid_(pre|mid|post)|mlp_out|attn_out)")
+# Hooks that hold the residual stream or what is added to it, under the older and the newer of TransformerLens's names:
+# all that centring changes, and all that an unembedding can be applied to.
+_RESIDUAL = re.compile(
+    r"(.*\.)?hook_(resid_(pre|mid|post)|mlp_out|attn_out|embed|pos_embed)|blocks\.\d+\.(hook_in|((mlp|attn)\.)?hook_out)"
+)
 # What lies in a run directory from its first step on, beside config.json.
 _OF_A_RUN = ("checkpoint.pt", "metrics.csv", "state")
 # Roles that SAELens calls special: what else a tokenizer adds, such as the marks of a chat, is text like any other.
@@ -158,7 +162,9 @@ def output_folder(config: ReadsSAE, flag: str) -> Path:
     """
     path = place_of(config)
     folder = path if path.is_dir() else path.parent
-    if config.sae is None or run_of(path) is not None or path.suffix == ".pt" and path.is_file():
+    if (run := run_of(path)) is not None:
+        return run.path
+    if config.sae is None or (path.suffix == ".pt" and path.is_file()):
         return folder
     if (folder / CFG_FILE).is_file():
         metadata = read_json(folder / CFG_FILE).get("metadata")
@@ -353,7 +359,7 @@ def _processing(said: Mapping[str, Any], given: str | None, hook_name: str, mode
     if given is not None:
         _same_processing(said, given, model_name)
         return given
-    if recorded is None and _RESIDUAL.fullmatch(hook_name):
+    if recorded is None and in_residual(hook_name):
         notes.append(
             "nothing says how the SAE's activations were processed: taken as raw, as the model computes them"
             " (--processing centred says otherwise)"
@@ -389,6 +395,13 @@ def written_hook(sae: SAE, hook_name: str) -> str:
 def reads_of(sae: SAE, hook_name: str) -> str | None:
     """`reads` of `LanguageModel.logits_with`: the hook that a transcoder reads; None where input and output are one."""
     return None if written_hook(sae, hook_name) == hook_name else hook_name
+
+
+def written_acts(sae: SAE, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+    """`feature_acts` in units of the output: times its decoder row, each is what a latent adds to the reconstruction.
+    They are `encode`'s but where an SAE normalises or scales its input, which is undone behind the decoder."""
+    feature_acts, scale = sae.encode(x), sae.output_scale()
+    return feature_acts if isinstance(scale, float) and scale == 1.0 else feature_acts * scale
 
 
 def as_model(model: Any) -> Model:

@@ -19,7 +19,7 @@ from mechint.config import AblateConfig
 from mechint.errors import MechintError
 from mechint.models import load_model, matmul
 from mechint.models.suffix import NeoXSuffix
-from mechint.sae import StandardSAE, save_checkpoint, save_sae_folder
+from mechint.sae import StandardSAE, save_checkpoint
 
 HOOK = "blocks.3.hook_resid_post"
 TEXTS = ["the cat sat on the mat", 'and the dog, "far" away', "home", "ran far far away from home again and again"]
@@ -517,7 +517,7 @@ def run_dir(sae, sharp_neox_dir, tmp_path) -> Path:
         "model_source": str(sharp_neox_dir),
     }
     save_checkpoint(sae, folder / "checkpoint.pt")
-    save_sae_folder(sae, folder / "sae")
+    sae.save_model(folder / "sae")
     (folder / "texts.txt").write_text("\n".join(["", *TEXTS, "  "]), encoding="utf-8")
     return folder
 

@@ -185,7 +185,7 @@ def expected(
     """Every metric from its definition, over rows of special tokens or not, and rows unseen by the SAE or not."""
     edits: dict[str, Callable] = {
         "clean": lambda x: x,
-        "sae": lambda x: sae(x)[0],
+        "sae": lambda x: sae.run(x)[0],
         "zero": torch.zeros_like,
         "mean": lambda x: mean.expand_as(x),
     }
@@ -329,7 +329,7 @@ def test_hooks_inside_a_layer_go_through_the_whole_model(tiny_neox_dir: Path) ->
     found = evaluate_texts(subject_of(model, sae, hook_name), texts, mean=torch.zeros(32), n_resamples=0)
     x = torch.cat([model.activations(torch.tensor([text.tokens]), hook_name)[0, 1:] for text in texts])
     with torch.no_grad():
-        squared = (x - sae(x)[0]).square().sum(dim=1)
+        squared = (x - sae.run(x)[0]).square().sum(dim=1)
     assert found["mse_per_token"] == pytest.approx(float(squared.mean()), rel=1e-4)
     # Zero and mean 0 are the same edit.
     assert found["ce_zero"] == pytest.approx(found["ce_mean"], rel=1e-6) and found["ce_zero"] != found["ce_clean"]

@@ -19,7 +19,8 @@ from mechint.hub.bundle import StagedFile
 from mechint.hub.card import problems_of
 from mechint.hub.collections import collection_of
 from mechint.hub.metrics_source import read_records
-from mechint.hub.multi import Repository, bundle_of, choose, preflight, read_repositories, run_ids_of
+from mechint.hub.multi import Repository, choose, preflight, read_repositories, run_ids_of
+from mechint.hub.multi_bundle import bundle_of
 from mechint.hub.multi_card import error_text, readme
 from mechint.provenance import sha256_file
 

@@ -13,9 +13,11 @@ from mechint.ablation import interventions, rank_latents
 from mechint.analysis.search import fires_on
 from mechint.errors import MechintError
 from mechint.eval import evaluate_texts, texts_from_tokens
+from mechint.formats.saelens import save_folder
 from mechint.inside import Inside, check_fit, open_inside, put_inside, written_hook
 from mechint.models import LanguageModel, load_model
-from mechint.sae import SAE, SparseAutoEncoder, save_sae_folder
+from mechint.sae import SAE, SAEConfig
+from mechint.sae.config import SAEMetadata
 from mechint.steering import ablate_latent, clamp_latent, steer
 
 TEXTS = ["Anna lives in Paris.", "The small dog has a red ball."]
@@ -27,15 +29,15 @@ def tiny() -> LanguageModel:
     return load_model("builtin/pythia-tiny", device="cpu", backend="bridge")
 
 
-def make_sae(d_in: int, seed: int = 0, d_out: int | None = None, **metadata: object) -> SAE:
-    """A small SAE most of whose latents fire, of which little is lost when it is read."""
-    torch.manual_seed(seed)
-    sae = SparseAutoEncoder(d_in, d_sae=12)
+def make_sae(d_in: int, d_out: int | None = None, *, settings: dict[str, object] | None = None, **metadata) -> SAE:
+    """A small SAE many of whose latents fire; with `d_out` a transcoder with a skip connection."""
+    torch.manual_seed(3)
+    kind = "standard" if d_out is None else "skip_transcoder"
+    sae = SAE(SAEConfig(d_in, 12, kind, d_out=d_out, metadata=SAEMetadata(metadata), **(settings or {})))
     with torch.no_grad():
         sae.b_enc.fill_(0.5)
-        if d_out is not None:
-            sae.W_dec = torch.nn.Parameter(torch.randn(12, d_out))
-    sae.metadata = dict(metadata)
+        if sae.cfg.has_skip:
+            sae.W_skip.normal_(std=0.05)
     return sae.requires_grad_(False)
 
 
@@ -83,7 +85,7 @@ def test_at_every_hook_that_collect_accepts_every_reader_works(tiny: LanguageMod
         assert len(firing.tokens) == len(token_lists[0]), name
         rows, _ = rank_latents(sae, tiny, name, texts, top=2, control=0, draws=1, exact_texts=1)
         strongest = rows[0]["feature_idx"]
-        removed = ablation.compute_text_kl(sae, tiny, name, TEXTS[0], strongest)
+        removed = ablation.latent_text_kl(sae, tiny, name, TEXTS[0], strongest)
         edit = ablate_latent(sae, strongest)
         log_probs = [
             logits.log_softmax(-1) for logits in (clean, tiny.logits_with(torch.tensor(token_lists[:1]), name, edit))
@@ -121,18 +123,17 @@ def test_two_tokens_are_not_taken_for_heads(tiny: LanguageModel):
     """2 tokens of 64 numbers are no vector of 128, whatever else looks at the last two dimensions."""
     with pytest.raises(MechintError, match="d_in 256, but blocks.3.hook_resid_post .* is 128 wide"):
         check_fit(make_sae(256), tiny, HOOK)
-    from mechint.saelens.sae import SAE as ForSAELens
 
     from mechint.saelens.hooked import HookedSAETransformer
 
     hooked = HookedSAETransformer(tiny)
-    twice = ForSAELens.from_mechint(make_sae(256, hook_name=HOOK))
+    twice = make_sae(256, hook_name=HOOK)
     with pytest.raises(MechintError, match="d_in 256, but .* is 128 wide"):
         hooked.run_with_saes(torch.tensor([[0, 5]]), saes=[twice])
-    pattern = ForSAELens.from_mechint(make_sae(4 * 4, hook_name="blocks.3.attn.hook_pattern"))
+    pattern = make_sae(4 * 4, hook_name="blocks.3.attn.hook_pattern")
     with pytest.raises(MechintError, match="not one vector"):
         hooked.run_with_saes(torch.tensor([[0, 5, 6, 7]]), saes=[pattern])
-    heads = ForSAELens.from_mechint(make_sae(128, hook_name=HEADS))
+    heads = make_sae(128, hook_name=HEADS)
     assert hooked.run_with_saes(torch.tensor([[0, 5]]), saes=[heads]).shape == (1, 2, tiny.d_vocab)
 
 
@@ -153,34 +154,36 @@ def test_a_pattern_is_refused_whatever_the_number_of_heads(tmp_path: Path):
 
 # --- transcoders ------------------------------------------------------------------------------------------------------
 
-IN, OUT = "blocks.2.ln2.hook_normalized", "blocks.2.hook_mlp_out"
+IN, OUT, WIDER = "blocks.2.ln2.hook_normalized", "blocks.2.hook_mlp_out", "blocks.2.mlp.hook_post"
 
 
-@pytest.fixture(scope="module")
-def transcoder() -> SAE:
-    return make_sae(128, seed=3, hook_name=IN, hook_name_out=OUT)
+@pytest.fixture(scope="module", params=[(OUT, 128), (WIDER, 512), (HEADS, 128)])
+def transcoder(request: pytest.FixtureRequest) -> SAE:
+    hook_out, d_out = request.param
+    return make_sae(128, d_out, hook_name=IN, hook_name_out=hook_out)
 
 
-def replaced(model: LanguageModel, tokens: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities with `new` at the transcoder's output, by TransformerLens alone."""
-    hooks = [(OUT, lambda value, hook: new)]
+def replaced(model: LanguageModel, tokens: torch.Tensor, hook_name: str, new: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities with `new` at the hook, by TransformerLens alone."""
+    hooks = [(hook_name, lambda value, hook: new.reshape(value.shape))]
     return model.bridge.run_with_hooks(tokens, fwd_hooks=hooks, return_type="logits").log_softmax(-1)
 
 
 def test_a_transcoder_is_read_at_one_hook_and_replaces_another(tiny: LanguageModel, transcoder: SAE):
     check_fit(transcoder, tiny, IN)
-    assert written_hook(transcoder, IN) == OUT
+    out = transcoder.hook_out
+    assert written_hook(transcoder, IN) == out
     token_lists = tiny.tokenize(TEXTS, prepend_bos=True)
     texts = texts_from_tokens(token_lists, prepend_bos=True, keep_bos=True)
     found = evaluate_texts(at(transcoder, tiny, IN), texts, n_resamples=0)
-    squared, square, nll, count, rows = 0.0, torch.zeros(128), 0.0, 0, []
+    squared, square, nll, count, rows = 0.0, torch.zeros(()), 0.0, 0, []
     for row in token_lists:
         tokens = torch.tensor([row])
-        x, y = tiny.activations(tokens, IN), tiny.activations(tokens, OUT)
+        x, y = tiny.activations(tokens, IN), tiny.activations(tokens, out)
         x_hat = transcoder.run(x)[0]
         squared += float((x_hat - y).square().sum())
         rows.append(y[0])
-        log_probs = replaced(tiny, tokens, x_hat)
+        log_probs = replaced(tiny, tokens, out, x_hat)
         nll -= float(log_probs[0, :-1].gather(1, tokens[0, 1:, None]).sum())
         count += len(row) - 1
     y = torch.cat(rows)
@@ -191,16 +194,17 @@ def test_a_transcoder_is_read_at_one_hook_and_replaces_another(tiny: LanguageMod
 
 def test_readers_take_a_transcoders_latent_out_where_it_writes(tiny: LanguageModel, transcoder: SAE):
     tokens = torch.tensor(tiny.tokenize(TEXTS[:1], prepend_bos=True))
-    x, y = tiny.activations(tokens, IN), tiny.activations(tokens, OUT)
+    out = transcoder.hook_out
+    x, y = tiny.activations(tokens, IN), tiny.activations(tokens, out)
     acts = transcoder.encode(x)
     texts = texts_from_tokens(tokens.tolist(), prepend_bos=True, keep_bos=True)
     rows, _ = rank_latents(transcoder, tiny, IN, texts, top=12, control=0, draws=1, exact_texts=1)
     clean = tiny.logits(tokens).log_softmax(-1)
     for row in rows[:3]:
         latent = row["feature_idx"]
-        changed = replaced(tiny, tokens, y - acts[..., latent, None] * transcoder.W_dec[latent])
+        changed = replaced(tiny, tokens, out, y - acts[..., latent, None] * transcoder.W_dec[latent])
         kl = (clean.exp() * (clean - changed)).sum(-1)[0]
-        found = ablation.compute_text_kl(transcoder, tiny, IN, TEXTS[0], latent)
+        found = ablation.latent_text_kl(transcoder, tiny, IN, TEXTS[0], latent)
         assert found["kl"] == pytest.approx(kl.tolist(), abs=1e-5)
         assert row["exact_kl"] == pytest.approx(found["mean_kl"], rel=1e-3)
         nll = -(changed - clean)[0, :-1].gather(1, tokens[0, 1:, None]).mean()
@@ -211,10 +215,10 @@ def test_readers_take_a_transcoders_latent_out_where_it_writes(tiny: LanguageMod
     # steering and other edits read the one hook and write the other
     value = 4.0
     edit = clamp_latent(transcoder, 2, value)
-    expected = replaced(tiny, tokens, y + (value - acts[..., 2, None]) * transcoder.W_dec[2])
-    found = tiny.logits_with(tokens, OUT, edit, reads=IN).log_softmax(-1)
+    expected = replaced(tiny, tokens, out, y + (value - acts[..., 2, None]) * transcoder.W_dec[2])
+    found = tiny.logits_with(tokens, out, edit, reads=IN).log_softmax(-1)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    (steered,) = steer(tiny, TEXTS[:1], OUT, {"clamp": edit}, reads=IN, positions="new", max_new_tokens=2)
+    (steered,) = steer(tiny, TEXTS[:1], out, {"clamp": edit}, reads=IN, positions="new", max_new_tokens=2)
     assert steered[1].next_kl > 0
     outcome = interventions.intervene(transcoder, tiny, IN, texts, interventions.set_to([2], value))
     kl = (clean.exp() * (clean - expected)).sum(-1)[0]
@@ -224,6 +228,7 @@ def test_readers_take_a_transcoders_latent_out_where_it_writes(tiny: LanguageMod
 @pytest.mark.parametrize(
     ("hooks", "message"),
     [
+        ((IN, None), "does not say which hook it writes"),
         ((OUT, IN), f"cannot read {OUT} and replace {IN}, which the model computes first"),
         (("blocks.4.hook_resid_post", "blocks.2.hook_resid_post"), "which the model computes first"),
         ((IN, "blocks.2.mlp.hook_post"), "d_out 128, but blocks.2.mlp.hook_post .* is 512 wide"),
@@ -232,20 +237,49 @@ def test_readers_take_a_transcoders_latent_out_where_it_writes(tiny: LanguageMod
         ((IN, "blocks.2.attn.hook_pattern"), "not one vector"),
     ],
 )
-def test_transcoders_that_do_not_fit_are_refused(tiny: LanguageModel, hooks: tuple[str, str], message: str):
+def test_transcoders_that_do_not_fit_are_refused(tiny: LanguageModel, hooks: tuple[str, str | None], message: str):
     with pytest.raises(MechintError, match=message):
-        check_fit(make_sae(128, hook_name=hooks[0], hook_name_out=hooks[1]), tiny, hooks[0])
+        check_fit(make_sae(128, 128, hook_name=hooks[0], hook_name_out=hooks[1]), tiny, hooks[0])
 
 
 def test_a_transcoder_of_the_residual_stream_needs_no_transformer_lens():
     plain = load_model("builtin/pythia-tiny", device="cpu")
     here, there = "blocks.1.hook_resid_post", "blocks.3.hook_resid_post"
-    sae = make_sae(128, hook_name=here, hook_name_out=there)
+    sae = make_sae(128, 128, hook_name=here, hook_name_out=there)
     check_fit(sae, plain, here)
     tokens = torch.tensor(plain.tokenize(TEXTS[:1], prepend_bos=True))
     x_hat = sae.run(plain.activations(tokens, here))[0]
     found = plain.logits_with(tokens, there, lambda value, x: sae.run(x)[0], reads=here)
     torch.testing.assert_close(found, plain.logits_with(tokens, there, lambda value: x_hat))
+
+
+# --- SAEs that change their input -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"normalize_activations": "layer_norm"}, {"normalize_activations": "constant_norm_rescale"}, {"input_scale": 0.2}],
+)
+@pytest.mark.parametrize("hook", [HOOK, "blocks.2.mlp.hook_in"])
+def test_what_a_latent_adds_is_counted_behind_the_decoder(tiny: LanguageModel, settings: dict, hook: str):
+    """Removing a latent takes off what the reconstruction loses when its activation is 0."""
+    sae = make_sae(128, settings=settings)
+    tokens = torch.tensor(tiny.tokenize(TEXTS[:1], prepend_bos=True))
+    x = tiny.activations(tokens, hook)
+    acts = sae.encode(x)
+    latent = int(acts.sum((0, 1)).argmax())
+    without = acts.clone()
+    without[..., latent] = 0
+    new = x + sae.decode(without) - sae.decode(acts)
+    clean, changed = tiny.logits(tokens).log_softmax(-1), replaced(tiny, tokens, hook, new)
+    kl = (clean.exp() * (clean - changed)).sum(-1)[0]
+    assert kl.max() > 1e-4
+    assert ablation.latent_text_kl(sae, tiny, hook, TEXTS[0], latent)["kl"] == pytest.approx(kl.tolist(), abs=2e-5)
+    found = tiny.logits_with(tokens, hook, ablate_latent(sae, latent)).log_softmax(-1)
+    torch.testing.assert_close(found, changed, atol=1e-4, rtol=1e-4)
+    texts = texts_from_tokens(tokens.tolist(), prepend_bos=True, keep_bos=True)
+    outcome = interventions.intervene(sae, tiny, hook, texts, interventions.remove([latent]))
+    torch.testing.assert_close(outcome[0].kl, kl.double(), atol=2e-5, rtol=1e-3)
 
 
 # --- what belongs together --------------------------------------------------------------------------------------------
@@ -266,7 +300,7 @@ def folder(tiny_neox_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         "dtype": "float32",
     }
     folder = tmp_path_factory.mktemp("inside") / "sae"
-    save_sae_folder(make_sae(32, **known), folder)
+    save_folder(make_sae(32, **known), folder)
     return folder
 
 

@@ -25,9 +25,10 @@ from mechint.errors import MechintError
 from mechint.runs import Run
 from mechint.sae import StandardSAE, load_sae
 from mechint.train import resume, train
-from mechint.train.parallel import DataTeam, check_same, make_team
+from mechint.train.parallel import DataTeam, check_same
 from mechint.train.parallel_latents import LatentPeers, LatentTeam
 from mechint.train.state import TrainState
+from mechint.train.team import make_team
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = [sys.executable, str(ROOT / "scripts" / "train_sae.py")]

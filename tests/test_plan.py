@@ -83,7 +83,7 @@ def test_the_miniature_grows_to_what_the_full_step_allocates(config: SAETrainCon
     )
     mini = measure_miniature(big, 20_000, expected_dead=0.25)
     with torch.random.fork_rng(), CountTensors() as count:
-        sae = build_sae(architecture, 64, big.d_sae)
+        sae = build_sae(architecture, 64, big.num_features)
         kernel = make_kernel(sae, make_optimizer(sae, big), kernel="dense")
         objective = miniature_objective(big, sae, 0.25, 1.0)
         x = torch.randn(big.batch_size, 64)
@@ -92,7 +92,7 @@ def test_the_miniature_grows_to_what_the_full_step_allocates(config: SAETrainCon
             kernel.step(x, StepSettings(1e-4, 1.0, objective))
         full = count.peak - x.nbytes
     assert mini.weights == pytest.approx(
-        4 * (2 * 64 * big.d_sae + big.d_sae + 64),
+        4 * (2 * 64 * big.num_features + big.num_features + 64),
         rel=0.001 if architecture in ("standard", "topk", "batchtopk", "matryoshka_batchtopk") else 0.05,
     )
     assert mini.step / 1.1 + 4 * mini.weights == pytest.approx(full, rel=0.1)

@@ -368,14 +368,14 @@ def make_run(folder: Path) -> None:
     import torch
 
     from mechint.provenance import sha256_file, write_json
-    from mechint.sae import build_sae, save_checkpoint, save_sae_folder
+    from mechint.sae import build_sae, save_checkpoint
 
     torch.manual_seed(0)
     sae = build_sae("standard", 16, 32)
     sae.metadata = {"hook_name": "blocks.3.hook_resid_post", "model_name": "builtin/pythia-tiny", "processing": "raw"}
     folder.mkdir(parents=True)
     save_checkpoint(sae, folder / "checkpoint.pt")
-    save_sae_folder(sae, folder / "sae")
+    sae.save_model(folder / "sae")
     config = {"hook_name": "blocks.3.hook_resid_post", "epochs": 5, "dataset_name": "builtin/tales"}
     write_json(folder / "config.json", config)
     write_json(folder / "summary.json", {"l0": 12.5})

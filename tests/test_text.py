@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loopback_hub import LoopbackHub, client_env, closed_endpoint
 
-from mechint.data.text import FileTexts, iter_texts_from_path, open_texts
+from mechint.data.local_text import FileTexts
+from mechint.data.text import iter_texts_from_path, open_texts
 from mechint.errors import MechintError
 
 TEXTS = ["The first text.", "A second one, which is longer.", "née 北京", "last"]

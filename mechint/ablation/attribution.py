@@ -35,7 +35,7 @@ from mechint.ablation.engines import padded
 from mechint.ablation.gradient import Way, find_way
 from mechint.errors import MechintError
 from mechint.eval import Text
-from mechint.inside import reads_of, written_hook
+from mechint.inside import reads_of, written_acts, written_hook
 from mechint.models import LanguageModel
 from mechint.models.matmul import full_float32, linear
 from mechint.sae import SAE
@@ -295,7 +295,7 @@ def _acts_where_seen(sae: SAE, value: Tensor, batch: Sequence[Text]) -> Float[Te
     seen = torch.zeros(value.shape[:2], dtype=torch.bool)
     for index, text in enumerate(batch):
         seen[index, : len(text.seen)] = torch.tensor(text.seen)
-    return sae.encode(value.to(sae.W_enc)).detach() * seen.to(value.device)[..., None]
+    return written_acts(sae, value.to(sae.W_enc)).detach() * seen.to(value.device)[..., None]
 
 
 def _gradients(value: Tensor, final: Tensor, seeds: list[Tensor]) -> Iterator[Tensor]:

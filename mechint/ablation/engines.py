@@ -1,9 +1,10 @@
 """Two ways to the KL of removing latents from texts: a fast one for GPT-NeoX, and one for any model.
 
 Removing latent i means v -> v - f_i * W_dec[i] at the hook, with f = encode(v) of the clean value, at all positions at
-once. (A transcoder's f is of what it reads, and v is what stands at the hook that it replaces.) Where i does not fire
-the KL is exactly 0, and so it is at every position before its first firing; neither is computed. Both engines open a
-block of texts, give its feature activations, and then the KL per position of pairs.
+once. (A transcoder's f is of what it reads, and v is what stands at the hook that it replaces. f is in units of the
+output: `written_acts`.) Where i does not fire the KL is exactly 0, and so it is at every position before its first
+firing; neither is computed. Both engines open a block of texts, give its feature activations, and then the KL per
+position of pairs.
 """
 
 import copy
@@ -24,7 +25,7 @@ from mechint.ablation.kl import (
     float32_limit,
     kl_of_log_probs,
 )
-from mechint.inside import Model, reads_of, written_hook
+from mechint.inside import Model, reads_of, written_acts, written_hook
 from mechint.models.suffix import CleanPass, EntryPoint, NeoXSuffix, Span, entry_point, flat_positions
 from mechint.sae import SAE
 
@@ -144,7 +145,7 @@ class NeoXEngine:
 
     def _encode(self, sae: SAE, clean: CleanPass, text: int | None = None) -> Tensor:
         hooked = clean.hooked if text is None else clean.hooked[text]
-        return sae.encode(hooked - hooked.mean(-1, keepdim=True) if self.centred else hooked)
+        return written_acts(sae, hooked - hooked.mean(-1, keepdim=True) if self.centred else hooked)
 
     def _precise_acts(self, text: int) -> Tensor:
         if text not in self.precise_acts:
@@ -201,7 +202,7 @@ class GeneralEngine:
         self.tokens, self.lengths = padded(token_lists)
         self.targets = following(token_lists, self.tokens.shape[1])
         self.logits = self.model.logits(self.tokens)
-        acts = self.sae.encode(self.model.activations(self.tokens, self.hook_name).float())
+        acts = written_acts(self.sae, self.model.activations(self.tokens, self.hook_name).float())
         self.acts = acts * seen_mask(self.tokens, self.lengths, seen).to(acts)[..., None]
         return self.acts
 

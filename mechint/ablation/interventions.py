@@ -256,7 +256,7 @@ def as_hook(
         value: Float[Tensor, "text pos d_out"], read: Float[Tensor, "text pos d_in"] | None = None
     ) -> Float[Tensor, "text pos d_out"]:
         acts = sae.encode((value if read is None else read).to(sae.W_enc))[..., latents]
-        difference = edit.new_acts(acts, first_position, first_text) - acts
+        difference = (edit.new_acts(acts, first_position, first_text) - acts) * sae.output_scale()
         if seen is not None:
             difference = difference * seen.to(difference)[..., None]
         return value + (difference @ sae.W_dec[latents]).to(value)

@@ -11,7 +11,7 @@ from torch import Tensor
 from mechint.ablation.engines import Pair, following, make_engine
 from mechint.ablation.kl import Effect, effect_of_log_probs
 from mechint.ablation.rank import feature_indices
-from mechint.inside import Model, as_model, check_fit
+from mechint.inside import Model, as_model, check_fit, written_acts
 from mechint.models import load_model
 from mechint.models.matmul import full_float32
 from mechint.sae import SAE
@@ -34,7 +34,7 @@ def single_feature_ablation_hook(
     features = feature_indices([feature_idx] if isinstance(feature_idx, int) else feature_idx, sae.d_sae)
 
     def remove(resid: Float[Tensor, "*batch d_in"], hook: Any = None) -> Float[Tensor, "*batch d_in"]:
-        feature_acts = sae.encode(resid.to(sae.W_enc))[..., features]
+        feature_acts = written_acts(sae, resid.to(sae.W_enc))[..., features]
         return resid - (feature_acts @ sae.W_dec[features]).to(resid)
 
     return remove
@@ -84,9 +84,9 @@ def latent_text_kl(
 
     Returns:
         `text`, `features`, `token_ids`, `tokens` (strings), and per position `kl` (nats, clean || ablated) and
-        `feature_acts` (summed over the latents); `mean_kl`, `mean_kl_no_bos`, `max_kl`, `max_kl_token`,
-        `max_kl_token_position`, `n_active_positions`; `ce_change`, per position, of the text's own next token (0 at the
-        last). In float64 from the embedding on for a GPT-NeoX.
+        `feature_acts` (summed over the latents, as `written_acts` has them); `mean_kl`, `mean_kl_no_bos`, `max_kl`,
+        `max_kl_token`, `max_kl_token_position`, `n_active_positions`; `ce_change`, per position, of the text's own next
+        token (0 at the last). In float64 from the embedding on for a GPT-NeoX.
     """
     known = as_model(model)
     features = feature_indices([feature_idx] if isinstance(feature_idx, int) else feature_idx, sae.d_sae)

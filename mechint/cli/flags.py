@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import io
 import itertools
@@ -10,6 +11,7 @@ import os
 import re
 import sys
 import time
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,7 +42,7 @@ def parse(
     Raises:
         MechintError: unknown, missing or unusable flags, and what the config class itself refuses.
     """
-    argv = list(argv)
+    argv = _with_values(cls, argv)
     default: Any = tyro.MISSING_NONPROP
     if config_file or presets:
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -81,7 +83,30 @@ def parse(
             f"unknown flag {word}; {nearest(word, flags)}" if word.startswith("-") else f"{word!r} belongs to no flag"
         )
         raise MechintError(f"{what}; `{prog} --help` explains the flags")
-    return config
+    given = {word.split("=", 1)[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+    superseded = cls.superseded(given, dataclasses.asdict(config))
+    return dataclasses.replace(config, **dict.fromkeys(superseded)) if superseded else config
+
+
+def _with_values(cls: type[Config], argv: Sequence[str]) -> list[str]:
+    """`argv` with `--x` and `--no-x` spelled as `--x True` and `--x False` for flags that may also be left open."""
+    open_flags = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(cls) if _plain(f.type) == (bool | None)}
+    found: list[str] = []
+    for word, after in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        flag = word.replace("_", "-")
+        negated = flag.replace("--no-", "--", 1) if flag.startswith("--no-") else None
+        if negated in open_flags:
+            found += [negated, "False"]
+        elif flag in open_flags and after not in ("True", "False", "None"):
+            found += [flag, "True"]
+        else:
+            found.append(word)
+    return found
+
+
+def _plain(kind: Any) -> Any:
+    """A field's type without what `Annotated` says of its flag."""
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
 
 
 def _without_box(text: str) -> str:

@@ -30,6 +30,9 @@ class PlanFlags(SAETrainConfig):
     json: bool = False
     """Print JSON: bytes and seconds."""
 
+    def check_width(self) -> None:
+        """As in train, left to the config that is made once d_in is known."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.n_rows is None or self.n_rows > 0, f"--n-rows must be at least 1, got {self.n_rows}")
@@ -50,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     from mechint.data import open_activations
     from mechint.provenance import detect_device
     from mechint.train.plan import make_plan
-    from mechint.train.resolve import resolve, split
+    from mechint.train.resolve import resolve, split, without_unsaid
 
     width_given = flag_given(argv, "--activation-dim", "--d-in", "--config")
     if Path(flags.activations_path).exists():
@@ -62,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         n_rows = activations.n_rows
     elif width_given:
         activations, n_rows = None, flags.n_rows or 1_000_000
-        config = SAETrainConfig.from_dict(settings | {"device": detect_device(flags.device)})
+        config = without_unsaid(SAETrainConfig.from_dict(settings | {"device": detect_device(flags.device)}))
     else:
         raise MechintError(
             f"activations not found: {flags.activations_path}; to plan without them, give --activation-dim and --n-rows"
@@ -100,8 +103,8 @@ def table(plan: Any, *, exists: bool) -> list[str]:
 
     config = plan.config
     lines = [
-        f"{config.architecture}, {config.activation_dim:,} -> {config.d_sae:,} latents, {config.steps:,} steps of"
-        f" {config.batch_size:,} vectors on {config.device}, {plan.kernel} kernel; {plan.n_rows:,} rows"
+        f"{config.architecture}, {config.activation_dim:,} -> {config.num_features:,} latents, {config.steps:,} steps"
+        f" of {config.batch_size:,} vectors on {config.device}, {plan.kernel} kernel; {plan.n_rows:,} rows"
     ]
     for place, free in zip(plan.memory, plan.available, strict=True):
         name = "RAM" if place.device == "cpu" else f"{place.device} memory"
@@ -146,11 +149,12 @@ def heading(name: str, needed: int, free: int | None, size: Any) -> str:
 
 def advice(phase: str, config: SAETrainConfig) -> str:
     """What makes the fullest moment smaller."""
+    width = f"--{config.width_setting[0].replace('_', '-')}"
     return {
         "before": "fewer rows make it smaller",
         "start": "it is short, does not grow with --batch-size, and is given back before the first step",
-        "steps": "a smaller --batch-size or --expansion makes it smaller in proportion",
-        "end": f"a smaller --eval-batch-size (now {config.eval_batch_size}) or --expansion makes it smaller",
+        "steps": f"a smaller --batch-size or {width} makes it smaller in proportion",
+        "end": f"a smaller --eval-batch-size (now {config.eval_batch_size}) or {width} makes it smaller",
     }[phase]
 
 

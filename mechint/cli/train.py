@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mechint.cli.flags import command, flag_given, is_first_process, parse, said_once
 from mechint.config import SAETrainConfig, preset_values
@@ -16,6 +17,9 @@ class TrainFlags(SAETrainConfig):
 
     resume: Path | None = None
     """Go on with a stopped run: its directory. Settings come from the run; another value for one is an error."""
+
+    def check_width(self) -> None:
+        """What is wrong is known once d_in is, which the activations may say: the config that is made then checks."""
 
 
 @command
@@ -42,11 +46,35 @@ def main(argv: Sequence[str]) -> int:
     if not is_first_process():
         return 0
     summary = read_json(layout.summary)
+    if flags.resume is None:
+        for note in notes(read_json(layout.config)):
+            print(f"note: {note}", file=sys.stderr)
     if layout.manifest is not None:  # files hold paths relative to the run; a person wants them from here
         paths = {"run_dir": layout.root, "checkpoint_path": layout.checkpoint, "config_path": layout.config}
         summary |= {name: str(path) for name, path in paths.items()}
     print_eval_summary(summary)
     return 0
+
+
+def notes(config: dict[str, Any]) -> list[str]:
+    """In words, what is not known of the activations that a training was on, or was assumed of them."""
+    from mechint.data import open_activations
+
+    found = []
+    if assumed := open_activations(config["activations_path"]).info.get("assumed"):
+        found.append(f"{config['activations_path']}: {assumed}")
+    flags = {
+        "model_name": "--model",
+        "hook_name": "--hook",
+        "processing": "--processing",
+        "prepend_bos": "--prepend-bos",
+    }
+    if unknown := {name: flag for name, flag in flags.items() if config[name] is None}:
+        found.append(
+            f"{config['activations_path']} does not say its {', '.join(unknown)}: not recorded;"
+            f" {', '.join(unknown.values())} can say it here, or to the commands that read the SAE"
+        )
+    return found
 
 
 def check_same_settings(run_dir: Path, argv: Sequence[str]) -> None:
@@ -57,6 +85,8 @@ def check_same_settings(run_dir: Path, argv: Sequence[str]) -> None:
     asked = parse(
         TrainFlags, argv, prog="train_sae.py", presets=preset_values, config_file=True, defaults=config.to_dict()
     )
+    SAETrainConfig.check_width(asked)
+    config, asked = (one.with_latents(one.num_features) for one in (config, asked))
     for name in SAETrainConfig.field_names():
         was, now = getattr(config, name), getattr(asked, name)
         if was != now:

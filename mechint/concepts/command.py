@@ -151,7 +151,7 @@ def _score(
         found = score_dictionary(
             task,
             lambda x: inside.sae.encode(x.to(device)),
-            W_dec=inside.sae.W_dec,
+            W_dec=None if inside.sae.is_transcoder else inside.sae.W_dec,  # concepts' directions are those of the input
             on_stage=lambda stage: bar.set_postfix_str(f"sae: {stage}"),
             **ks,
         )

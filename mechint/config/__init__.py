@@ -11,6 +11,7 @@ from mechint.config.base import (
     check_run_name,
     layer_of_hook,
     require,
+    said,
 )
 from mechint.config.collect import COLLECT_PRESETS, CollectConfig
 from mechint.config.concepts import ConceptsConfig
@@ -46,4 +47,5 @@ __all__ = [
     "layer_of_hook",
     "preset_values",
     "require",
+    "said",
 ]

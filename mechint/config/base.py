@@ -2,7 +2,7 @@
 
 A config is a value: nothing is resolved, opened or logged here. Names that the first version of the pipeline used
 (`epochs`, `l1_lambda`, `activation_dim`, ...) stay, because old config.json files and scripts use them; the word of the
-field is an alias of the flag. `d_sae` and `layer` are derived, never set beside what decides them.
+field is an alias of the flag.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -28,6 +29,19 @@ Backend = Literal["auto", "transformers", "bridge"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
+class Unsaid(str):
+    """A default that is there for old code to read: nobody said it, so nothing may be recorded as if somebody had."""
+
+
+class UnsaidInt(int):
+    """As `Unsaid`."""
+
+
+def said(value: Any) -> Any:
+    """`value`, or None where it is a default that nobody said."""
+    return None if isinstance(value, (Unsaid, UnsaidInt)) else value
+
+
 # Not typing.Self, which the shape checks of the tests (beartype) cannot take on methods of undecorated classes.
 ConfigT = TypeVar("ConfigT", bound="Config")
 
@@ -40,6 +54,11 @@ class Config:
     @classmethod
     def aliases(cls) -> dict[str, str]:
         return {}
+
+    @classmethod
+    def superseded(cls, given: Collection[str], under: dict[str, Any]) -> tuple[str, ...]:
+        """The settings of `under` that the `given` ones, which come on top, take the place of beside their own."""
+        return ()
 
     @classmethod
     def field_names(cls) -> list[str]:
@@ -82,7 +101,9 @@ class Config:
     def with_overrides(self: ConfigT, **overrides: Any) -> ConfigT:
         """A copy with the given fields replaced; None means "leave as it is" and an unknown name is an error."""
         given = {key: value for key, value in overrides.items() if value is not None}
-        return type(self).from_dict({**self.to_dict(), **given}, source="override")
+        under = self.to_dict()
+        under |= dict.fromkeys(self.superseded(given, under))
+        return type(self).from_dict({**under, **given}, source="override")
 
 
 @dataclass(frozen=True)
@@ -141,6 +162,8 @@ def _fitted(kind: Any, value: Any) -> Any:
     if kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
         if kind is float:
             return float(value)
+        if isinstance(value, int):
+            return value
         if math.isfinite(value) and value == int(value):
             return int(value)
     if kind in (bool, str, types.NoneType) and isinstance(value, kind):

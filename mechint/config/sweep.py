@@ -12,16 +12,16 @@ from mechint.config.train import Preset, SAETrainConfig
 from mechint.errors import MechintError, nearest
 
 # What a grid may vary: fields of SAETrainConfig, in the order in which they name a member.
-AXES = ("architecture", "expansion", "l1_lambda", "k", "learning_rate", "seed")
+AXES = ("architecture", "expansion", "d_sae", "l1_lambda", "k", "learning_rate", "seed")
 
 
 @dataclass(frozen=True)
 class SweepConfig(Config):
     """Train one SAE for each combination of the values given, over one reading of the activations.
 
-    --architecture, --expansion, --lam, --k, --learning-rate and --seed take several values each; what does not apply to
-    an architecture (--k to standard, --lam to topk) is left out there. All other settings are those of train: from
-    --config, --preset and --set.
+    --architecture, --expansion, --d-sae, --lam, --k, --learning-rate and --seed take several values each; what does not
+    apply to an architecture (--k to standard, --lam to topk) is left out there. --expansion and --d-sae are one axis:
+    given both, all their widths are trained. All other settings are those of train: from --config, --preset and --set.
     """
 
     activations_path: str | None = None
@@ -30,6 +30,8 @@ class SweepConfig(Config):
     """Architectures, as in train."""
     expansion: tuple[int, ...] | None = None
     """Latents per input dimension."""
+    d_sae: tuple[int, ...] | None = None
+    """Numbers of latents; need not be multiples of d_in."""
     l1_lambda: Annotated[tuple[float, ...] | None, arg(aliases=["--lam"])] = None
     """Weights of the sparsity penalty, for the architectures that have one."""
     k: tuple[float, ...] | None = None
@@ -97,7 +99,8 @@ class SweepConfig(Config):
         preset = {} if self.preset == "none" else {"preset": self.preset, **TRAIN_PRESETS[self.preset]}
         base = SAETrainConfig.from_dict({**file, **preset}, source=str(self.config or "settings")).to_dict()
         given = {"activations_path": self.activations_path, "epochs": self.epochs, "device": self.device}
-        return base | self._set() | {name: value for name, value in given.items() if value is not None}
+        given = self._set() | {name: value for name, value in given.items() if value is not None}
+        return base | dict.fromkeys(SAETrainConfig.superseded(given, base)) | given
 
     def preset_for(self, architecture: str) -> dict[str, Any]:
         """What the preset says for the members of an architecture, without what --set says."""

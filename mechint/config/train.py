@@ -1,19 +1,22 @@
 """Settings of `train_sae.py`."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from tyro.conf import arg
 
-from mechint.config.base import DEFAULT_HOOK, Config, check_run_name, require
+from mechint.config.base import DEFAULT_HOOK, Config, Processing, Unsaid, UnsaidInt, check_run_name, require
 from mechint.config.presets import ORIGINAL_KEYS, TRAIN_PRESETS, preset_values
 from mechint.errors import MechintError, nearest
 
 Preset = Literal[
     "none", "mech-int", "mechint", "mechint-topk", "anthropic-2024-04", "anthropic-2025-01", "gao-2024", "batchtopk"
 ]
+# What --help says of the fields that are recorded.
+RECORDED = "(if not given: as the activations say, else unknown)"
 # Fields that only some architectures have; which ones, the architectures say themselves (`SAE.options`).
 ARCHITECTURE_OPTIONS = (
     "k",
@@ -36,6 +39,9 @@ def architecture_names() -> list[str]:
     return sorted(path.stem for path in folder.glob("[!_]*.py"))
 
 
+TrainConfigT = TypeVar("TrainConfigT", bound="SAETrainConfig")
+
+
 @dataclass(frozen=True)
 class SAETrainConfig(Config):
     """Train a sparse autoencoder; by default the canonical one: ReLU, L1, decoder rows renormalised after each step.
@@ -47,8 +53,10 @@ class SAETrainConfig(Config):
     """What to train on: a store folder, or a .pt tensor."""
     activation_dim: Annotated[int, arg(aliases=["--d-in"])] = 512
     """Width of the activations, d_in; taken from the activations if not given."""
-    expansion: int = 8
+    expansion: Annotated[int | None, arg(help_behavior_hint="(8 if neither this nor --d-sae is given)")] = None
     """Latents per input dimension: d_sae = expansion * d_in."""
+    d_sae: Annotated[int | None, arg(help_behavior_hint="(if not given: expansion * d_in)")] = None
+    """Number of latents, in place of --expansion; need not be a multiple of d_in."""
     architecture: str = "standard"
     """standard (ReLU and L1), topk, batchtopk, matryoshka_batchtopk, jumprelu or gated; or a file that you added."""
     k: float | None = None
@@ -161,22 +169,26 @@ class SAETrainConfig(Config):
     """cuda, mps or cpu; the best that works if not given."""
     legacy_layout: bool = False
     """Write saved_models/ and training_metrics/ as the first version did, instead of a run directory."""
-    model_name: str = "pythia-70m"
-    """Recorded; taken from the activations when they say."""
-    model_source: str = "EleutherAI/pythia-70m"
-    """Recorded; taken from the activations when they say."""
-    layer: int = 3
-    """Recorded; follows from the hook."""
-    hook_name: Annotated[str, arg(aliases=["--hook"])] = DEFAULT_HOOK
-    """Recorded; taken from the activations when they say, and then a different value is an error."""
-    dataset_name: Annotated[str, arg(aliases=["--dataset"])] = "openwebtext"
-    """Recorded; taken from the activations when they say."""
-    dataset_split: str = "train"
-    """Recorded; taken from the activations when they say."""
-    num_texts: int = 50_000
-    """Recorded; taken from the activations when they say."""
-    max_chars: int = 512
-    """Recorded; taken from the activations when they say."""
+    model_name: Annotated[str | None, arg(aliases=["--model"], help_behavior_hint=RECORDED)] = Unsaid("pythia-70m")
+    """Model that the activations are of, for activations that do not say; another than they say is an error."""
+    model_source: Annotated[str | None, arg(help_behavior_hint=RECORDED)] = Unsaid("EleutherAI/pythia-70m")
+    """Hub id or folder of that model; as --model-name."""
+    layer: Annotated[int | None, arg(help_behavior_hint="(follows from the hook)")] = UnsaidInt(3)
+    """Recorded; follows from the hook where that is known."""
+    hook_name: Annotated[str | None, arg(aliases=["--hook"], help_behavior_hint=RECORDED)] = Unsaid(DEFAULT_HOOK)
+    """Where in the model the activations were read; as --model-name."""
+    processing: Annotated[Processing | None, arg(help_behavior_hint=RECORDED)] = None
+    """How the activations were processed, as in collect; as --model-name."""
+    prepend_bos: Annotated[bool | None, arg(help_behavior_hint=RECORDED)] = None
+    """Whether BOS stood before each text (--no-prepend-bos: it did not); as --model-name."""
+    dataset_name: Annotated[str | None, arg(aliases=["--dataset"], help_behavior_hint=RECORDED)] = Unsaid("openwebtext")
+    """Texts that the activations are of; as --model-name."""
+    dataset_split: Annotated[str | None, arg(help_behavior_hint=RECORDED)] = Unsaid("train")
+    """Split of them; as --model-name."""
+    num_texts: Annotated[int | None, arg(help_behavior_hint=RECORDED)] = UnsaidInt(50_000)
+    """Number of them; what the activations say is right."""
+    max_chars: Annotated[int | None, arg(help_behavior_hint=RECORDED)] = UnsaidInt(512)
+    """Characters kept of each; as --model-name."""
 
     @classmethod
     def aliases(cls) -> dict[str, str]:
@@ -203,10 +215,23 @@ class SAETrainConfig(Config):
         own = preset_values(preset, architecture if isinstance(architecture, str) else None)
         return super().from_dict({**own, "preset": preset, **values}, source=source)
 
+    @classmethod
+    def superseded(cls, given: Collection[str], under: dict[str, Any]) -> tuple[str, ...]:
+        """The width is said in one of two ways, and the later one counts: a saved config.json holds both."""
+        widths = {"expansion", "d_sae"} & set(given)
+        if len(widths) == 1:
+            return tuple({"expansion", "d_sae"} - widths)
+        # at another d_in, so many latents per dimension stay so many
+        other_d_in = bool({"activation_dim", "d_in"} & set(given)) and under.get("expansion") is not None
+        return ("d_sae",) if other_d_in and not widths else ()
+
     def __post_init__(self) -> None:
-        for name in ("activation_dim", "expansion", "epochs", "batch_size", "eval_batch_size", "dead_after"):
+        if self.expansion is None and self.d_sae is None:
+            object.__setattr__(self, "expansion", 8)
+        for name in ("activation_dim", "expansion", "d_sae", "epochs", "batch_size", "eval_batch_size", "dead_after"):
             value = getattr(self, name)
-            require(value > 0, f"--{name.replace('_', '-')} must be at least 1, got {value}")
+            require(value is None or value > 0, f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        self.check_width()
         for name in ("l1_lambda", "aux_coefficient", "save_every", "log_every"):
             value = getattr(self, name)
             require(value >= 0, f"--{name.replace('_', '-')} must not be negative, got {value}")
@@ -270,14 +295,38 @@ class SAETrainConfig(Config):
             given.pop("saturation", None)  # that preset is for every architecture, and only this one has it
         return given | dict(word.split("=", 1) for word in self.option)
 
-    @property
-    def num_features(self) -> int:
-        """d_sae, under its old name."""
-        return self.activation_dim * self.expansion
+    def check_width(self) -> None:
+        """Raise `MechintError` where `expansion` and `d_sae` say two things."""
+        if self.expansion is None or self.d_sae in (None, self.expansion * self.activation_dim):
+            return
+        raise MechintError(
+            f"--d-sae {self.d_sae} and --expansion {self.expansion} contradict each other: {self.expansion} times d_in"
+            f" {self.activation_dim} is {self.expansion * self.activation_dim}; give one of the two"
+        )
 
     @property
-    def d_sae(self) -> int:
-        return self.num_features
+    def num_features(self) -> int:
+        """The number of latents, whichever way it was said."""
+        if self.d_sae is not None:
+            return self.d_sae
+        assert self.expansion is not None, "__post_init__ sees to one of the two"
+        return self.activation_dim * self.expansion
+
+    def with_latents(self: "TrainConfigT", d_sae: int) -> "TrainConfigT":
+        """A copy with this many latents, said in both ways where d_in divides it."""
+        whole = d_sae % self.activation_dim == 0
+        return replace(self, d_sae=d_sae, expansion=d_sae // self.activation_dim if whole else None)
+
+    @property
+    def width_setting(self) -> tuple[str, int]:
+        """Name and value of the setting that says the width: `expansion` where it can."""
+        return ("d_sae", self.num_features) if self.expansion is None else ("expansion", self.expansion)
+
+    @property
+    def width_label(self) -> str:
+        """The width for people and for names: `8x`, or `1000 latents` where d_in does not divide it."""
+        times, rest = divmod(self.num_features, self.activation_dim)
+        return f"{self.num_features} latents" if rest else f"{times}x"
 
     @property
     def steps(self) -> int:

@@ -15,11 +15,12 @@ from typing import Any
 
 from mechint.config import CollectConfig, SAETrainConfig, layer_of_hook
 from mechint.data import store_write
+from mechint.data.local_text import local_files
 from mechint.data.norms import report_norms
 from mechint.data.pt_file import assemble_pt
 from mechint.data.ranks import Ranks, launcher, process_group
 from mechint.data.store import shards_folder, sidecar_path
-from mechint.data.text import BUILTIN, TextSource, local_files, no_texts, open_texts
+from mechint.data.text import BUILTIN, TextSource, no_texts, open_texts
 from mechint.data.watch import RankLost
 from mechint.data.windows import window_rows
 from mechint.errors import MechintError

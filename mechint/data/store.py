@@ -305,7 +305,7 @@ def _load_pt(path: Path) -> Any:
 
 
 def _sidecar_info(path: Path) -> dict[str, Any]:
-    """What the sidecar says; the original's sidecars get the settings that the original always had."""
+    """What the sidecar says; the original's sidecars get the settings that the original always had, and say so."""
     if not sidecar_path(path).is_file():
         return {}
     sidecar = read_json(sidecar_path(path), "sidecar")
@@ -313,11 +313,13 @@ def _sidecar_info(path: Path) -> dict[str, Any]:
         _check_version(sidecar["store"], sidecar_path(path))
         return sidecar["store"]
     config = sidecar.get("config")
-    if not isinstance(config, dict) or "activation_path" not in sidecar:
+    if not isinstance(config, dict) or not sidecar.keys() >= {"activation_dim", "activation_path", "num_vectors"}:
         return {}  # another file that happens to have this name
     hook_name = config.get("hook_name")
     return {
         "legacy": True,
+        "assumed": "centred residual, BOS prepended and kept: the original pipeline always collected so, and does not"
+        " say it in its sidecars",
         "hook_name": hook_name,
         # the original's `layer` could contradict its hook, and its activation_dim was always 512
         "layer": layer_of_hook(hook_name) if isinstance(hook_name, str) else None,

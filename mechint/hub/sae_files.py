@@ -150,6 +150,8 @@ def _prompts(
 def _decoder(run: Run) -> Any:
     """`decode(list of token lists) -> list of texts` of the run's model, from local files; None without them."""
     source = run.manifest.get("inputs", {}).get("activations", {}).get("model_source") or run.config.model_name
+    if source is None:
+        return None
     try:
         source = resolve_model(str(source))
     except MechintError:

@@ -45,13 +45,14 @@ def choose_members(
         why = "; ".join(f"{name}: {reason}" for name, reason in list(gathered.skipped.items())[:3])
         raise MechintError(f"{folder}: no member can be published as {format}: {why or 'it has none'}")
     config = sweep.members[0].config  # model, hook and texts are the same for all members
+    model, hook = config.model_name or "a model that is not recorded", config.hook_name or "a hook"
     spec = RepoSpec(
         repo=repo,
-        title=title or f"Sparse autoencoders of {config.model_name}: sweep {folder.resolve().name}",
-        description=f"A sweep of sparse autoencoders on {config.hook_name} of {config.model_name}.",
+        title=title or f"Sparse autoencoders of {model}: sweep {folder.resolve().name}",
+        description=f"A sweep of sparse autoencoders on {hook} of {model}.",
         run_ids=tuple(candidate.run_id for candidate in gathered.candidates),
         base_model=config.model_source,
-        datasets=(DATASET_ALIASES.get(config.dataset_name, config.dataset_name),),
+        datasets=(DATASET_ALIASES.get(config.dataset_name, config.dataset_name),) if config.dataset_name else (),
     )
     return Repository(spec, license, {}, gathered, select_layers(gathered.candidates, max_per_layer), format=format)
 

@@ -63,12 +63,12 @@ def run_facts(run: Run) -> dict[str, Any]:
     )
     quality |= evaluated or {}
     source = manifest.get("inputs", {}).get("activations", {})
-    d_sae = int(quality.get("num_features") or config.activation_dim * config.expansion)
+    d_sae = int(quality.get("num_features") or config.num_features)
     facts = {
         "name": run.path.resolve().name,
-        "model": config.model_name,
-        "hook": config.hook_name,
-        "dataset": source.get("dataset_name") or config.dataset_name,
+        "model": config.model_name or "a model that is not recorded",
+        "hook": config.hook_name or "a hook that is not recorded",
+        "dataset": source.get("dataset_name") or config.dataset_name or "texts that are not recorded",
         "n_rows": source.get("n_rows"),
         "architecture": config.architecture,
         "d_in": config.activation_dim,
@@ -104,10 +104,11 @@ def sparsity_words(config: SAETrainConfig) -> str:
 def changed_settings(config: SAETrainConfig) -> list[dict[str, str]]:
     """The settings that are not the defaults: name, value, default, as text."""
     ours, defaults = config.to_dict(), SAETrainConfig().to_dict()
+    width = "expansion" if config.expansion is None else "d_sae"  # the way that it is not said in
     return [
         {"name": name, "value": _shown(value), "default": _shown(defaults[name])}
         for name, value in ours.items()
-        if value != defaults[name] and name not in PLACES
+        if value != defaults[name] and name not in PLACES | {width}
     ]
 
 

@@ -264,7 +264,8 @@ def _headline(run: Run, sae: SAE) -> str:
     if isinstance(dead := found.get("dead_features"), int):
         shown.append(f"{dead:,} dead")
     what = (
-        f"{run.path.resolve().name}: {config.model_name}, {config.hook_name}, {sae.d_sae:,} latents on {sae.d_in}"
+        f"{run.path.resolve().name}: {config.model_name or 'model not recorded'},"
+        f" {config.hook_name or 'hook not recorded'}, {sae.d_sae:,} latents on {sae.d_in}"
         f" dimensions, {config.architecture}, {config.steps:,} steps, {_sparsity(config)}"
     )
     return what + ("\nHeld-out: " + ", ".join(shown) if shown else "")

@@ -170,22 +170,21 @@ class LanguageModelSAERunnerConfig:
     def total_training_steps(self) -> int:
         return self.training_tokens // self.train_batch_size_tokens
 
-    def expansion(self, d_in: int) -> int:
-        """d_sae / d_in. Raises `MechintError` if a given d_in is another, or d_sae no multiple of it."""
+    def latents(self, d_in: int) -> int:
+        """The number of latents. Raises `MechintError` if a given d_in is another, or d_sae and expansion_factor
+        contradict each other."""
         given = self.nested.d_in if self.nested is not None else self.d_in
         if given not in (None, d_in):
             raise MechintError(f"d_in is {given}, but {self.hook_name} of {self.model_name} is {d_in} wide")
         d_sae = self.nested.d_sae if self.nested is not None else self.d_sae
         if d_sae is None:
-            return self.expansion_factor or 4  # SAELens's default
-        if d_sae % d_in:
-            below = max(d_sae // d_in, 1)
+            return (self.expansion_factor or 4) * d_in  # SAELens's default
+        if self.expansion_factor is not None and self.expansion_factor * d_in != d_sae:
             raise MechintError(
-                f"d_sae {d_sae} is no multiple of d_in {d_in}: take {below * d_in} or {(below + 1) * d_in}"
+                f"d_sae {d_sae} and expansion_factor {self.expansion_factor} contradict each other:"
+                f" {self.expansion_factor} times d_in {d_in} is {self.expansion_factor * d_in}; give one of the two"
             )
-        if self.expansion_factor not in (None, d_sae // d_in):
-            raise MechintError(f"d_sae {d_sae} and expansion_factor {self.expansion_factor} contradict each other")
-        return d_sae // d_in
+        return d_sae
 
     def collect_config(self, output: Any, num_texts: int) -> CollectConfig:
         """What `mechint collect` gets."""
@@ -216,7 +215,7 @@ class LanguageModelSAERunnerConfig:
         values: dict[str, Any] = {
             "activations_path": str(activations_path),
             "activation_dim": d_in,
-            "expansion": self.expansion(d_in),
+            "d_sae": self.latents(d_in),
             "architecture": self.sae_architecture,
             "epochs": steps,
             "batch_size": self.train_batch_size_tokens,
@@ -238,7 +237,8 @@ class LanguageModelSAERunnerConfig:
             "l1_reduction": "sum",
         }
         values |= self._flat_sae() if self.nested is None else our_settings(self.nested)
-        return SAETrainConfig.from_dict(values, source="LanguageModelSAERunnerConfig")
+        config = SAETrainConfig.from_dict(values, source="LanguageModelSAERunnerConfig")
+        return config.with_latents(config.num_features)
 
     @property
     def notes(self) -> tuple[str, ...]:

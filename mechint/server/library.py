@@ -68,8 +68,7 @@ def open_service(settings: Settings) -> Service:
     Raises:
         MechintError: settings that cannot be used.
     """
-    from mechint.server.broker import make_app
-    from mechint.server.tasks import sender
+    from mechint.server.broker import make_app, sender
 
     service = Service(settings, open_database(settings), sender(make_app(settings)))
     tokens.hide(settings, "a key that cannot be used is found now")

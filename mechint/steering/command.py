@@ -268,4 +268,5 @@ def edits_of(
         raise MechintError(f"latent {latent} writes nothing (its decoder row is zero): choose another")
     if mode == "add":
         return {f"add {value:g}": add_direction(row / norm, value * scale) for value in coefficients}
-    return {f"clamp {value:g}": clamp_latent(sae, latent, value * scale / norm) for value in coefficients}
+    scale *= sae.cfg.input_scale / norm
+    return {f"clamp {value:g}": clamp_latent(sae, latent, value * scale) for value in coefficients}

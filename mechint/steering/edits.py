@@ -47,9 +47,10 @@ def clamp_latent(sae: SAE, latent: int, value: float) -> Edit:
         x: Float[Tensor, "*batch d_out"], read: Float[Tensor, "*batch d_in"] | None = None
     ) -> Float[Tensor, "*batch d_out"]:
         wide = (x if read is None else read).to(sae.W_enc)
-        acts = sae.encode(wide.reshape(-1, wide.shape[-1]))[:, latent].reshape(wide.shape[:-1])
+        acts = sae.encode(wide.reshape(-1, wide.shape[-1]))[:, latent, None]
         with torch.no_grad():
-            return (x.to(sae.W_enc) + (value - acts)[..., None] * sae.W_dec[latent]).to(x)
+            change = ((value - acts) * sae.output_scale()).reshape(*wide.shape[:-1], 1)
+            return (x.to(sae.W_enc) + change * sae.W_dec[latent]).to(x)
 
     return edit
 

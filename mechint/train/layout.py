@@ -48,8 +48,9 @@ def run_layout(run_dir: Path) -> Layout:
 
 
 def legacy_layout(config: SAETrainConfig) -> Layout:
-    """`saved_models/sae_model_{N}x.pt`, `training_metrics/...`, and config.json in the current folder."""
-    name = f"{config.expansion}x"
+    """`saved_models/sae_model_{N}x.pt`, `training_metrics/...`, and config.json in the current folder; `{N}latents` in
+    place of `{N}x` where d_in does not divide the width."""
+    name = config.width_label.replace(" ", "")
     metrics = Path("training_metrics")
     return Layout(
         root=Path("."),

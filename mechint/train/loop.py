@@ -23,11 +23,12 @@ from mechint.runs import Run
 from mechint.sae import build_sae
 from mechint.train.feed import Feed
 from mechint.train.layout import Layout, layout_of, legacy_layout, make_layout, run_layout
-from mechint.train.parallel import Team, join, make_team
+from mechint.train.parallel import Team
 from mechint.train.plan import check_memory
 from mechint.train.resolve import resolve, split
 from mechint.train.signals import Stopped, stop_signals
 from mechint.train.state import has_state
+from mechint.train.team import join, make_team
 from mechint.train.training import Training, advance, finish, prepare, save, write_state
 
 # Seconds between refreshes of the progress bar: reading a loss off an accelerator makes it wait.
@@ -98,7 +99,7 @@ def check_architecture(config: SAETrainConfig) -> None:
     if config.kernel not in KERNELS:
         raise MechintError(f"unknown --kernel {config.kernel!r}; {nearest(config.kernel, KERNELS)}")
     with torch.device("meta"):
-        build_sae(config.architecture, config.activation_dim, config.d_sae, options=config.architecture_options)
+        build_sae(config.architecture, config.activation_dim, config.num_features, options=config.architecture_options)
 
 
 def run(training: Training, *, progress: bool = True) -> Layout:
@@ -183,7 +184,8 @@ def out_of_memory(config: SAETrainConfig) -> Iterator[None]:
                 and "not enough memory" not in words
             ):
                 raise
+        name, width = config.width_setting
         raise MechintError(
-            f"out of memory with {config.batch_size} vectors a step and {config.d_sae} latents: lower --batch-size"
-            f" (now {config.batch_size}) or --expansion (now {config.expansion})"
+            f"out of memory with {config.batch_size} vectors a step and {config.num_features} latents: lower"
+            f" --batch-size (now {config.batch_size}) or --{name.replace('_', '-')} (now {width})"
         ) from error

@@ -37,10 +37,10 @@ class LatentTeam(Team):
     together, a tensor at a time."""
 
     def __init__(self, ranks: Ranks, config: SAETrainConfig):
-        if config.d_sae % ranks.world_size:
+        if config.num_features % ranks.world_size:
             raise MechintError(
-                f"--shard-latents: {config.d_sae} latents cannot be dealt out to {ranks.world_size} processes in equal"
-                " shares: change --expansion, or --nproc-per-node to a number that divides them"
+                f"--shard-latents: {config.num_features} latents cannot be dealt out to {ranks.world_size} processes in"
+                " equal shares: change --d-sae or --expansion, or --nproc-per-node to a number that divides them"
             )
         if not find_architecture(config.architecture).shardable:
             raise MechintError(
@@ -49,7 +49,7 @@ class LatentTeam(Team):
             )
         if config.kernel not in ("auto", "dense"):
             raise MechintError(f"--shard-latents: steps are computed by --kernel dense, not {config.kernel}")
-        self._latents = LatentPeers(ranks, config.d_sae // ranks.world_size)
+        self._latents = LatentPeers(ranks, config.num_features // ranks.world_size)
         super().__init__(ranks, self._latents)
         self._stops = False
         self._make: Callable[[], SAE] | None = None

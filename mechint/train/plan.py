@@ -191,12 +191,19 @@ def refuse_memory(
                 return place, free
         return None
 
-    def largest(name: str) -> int | None:
+    width_name, width = config.width_setting
+
+    def other(name: str, value: int) -> SAETrainConfig:
+        if name == "batch_size":
+            return dataclasses.replace(config, batch_size=value)
+        return config.with_latents(value if name == "d_sae" else value * config.activation_dim)
+
+    def largest(name: str, now: int) -> int | None:
         """The largest value of a setting, to 2 %, that fits."""
-        low, high = 0, getattr(config, name)
+        low, high = 0, now
         while high - low > max(1, low // 50):
             middle = (low + high) // 2
-            if misfit(dataclasses.replace(config, **{name: middle})) is None:
+            if misfit(other(name, middle)) is None:
                 low = middle
             else:
                 high = middle
@@ -206,12 +213,16 @@ def refuse_memory(
     if found is None:
         return
     place, free = found
-    options = [
-        f"{flag} to {value:,}".replace(",", "") + f" (now {getattr(config, name)})"
-        for name, flag in (("batch_size", "--batch-size"), ("expansion", "--expansion"))
-        if (value := largest(name)) is not None
+    flags = [
+        (name, f"--{name.replace('_', '-')}", now)
+        for name, now in (("batch_size", config.batch_size), (width_name, width))
     ]
-    advice = "lower " + " or ".join(options) if options else "neither a smaller --batch-size nor --expansion fits here"
+    options = [
+        f"{flag} to {value} (now {now})" for name, flag, now in flags if (value := largest(name, now)) is not None
+    ]
+    advice = (
+        "lower " + " or ".join(options) if options else f"neither a smaller --batch-size nor {flags[1][1]} fits here"
+    )
     where = "RAM" if place.device == "cpu" else f"{place.device} memory"
     raise MechintError(
         f"this training needs about {size(place.peak)} of {where} ({_largest_part(place)}), and {size(free)} are"
@@ -228,11 +239,12 @@ def refuse_disk(config: SAETrainConfig, disk: Disk, free: int) -> None:
     """Raise `MechintError` if the run directory has no room."""
     if disk.peak <= free:
         return
-    largest = max(1, int(config.expansion * free / disk.peak))
+    name, now = config.width_setting
+    largest = max(1, int(now * free / disk.peak))
     raise MechintError(
         f"this training writes up to {size(disk.peak)} below {config.runs_root} (states of {size(disk.state)}, the SAE"
-        f" twice), and {size(free)} are free: give another --runs-root, or lower --expansion to {largest} (now"
-        f" {config.expansion})"
+        f" twice), and {size(free)} are free: give another --runs-root, or lower --{name.replace('_', '-')} to"
+        f" {largest} (now {now})"
     )
 
 
@@ -242,8 +254,9 @@ def predict_disk(config: SAETrainConfig) -> Disk:
     The state of step 0 has no moments of Adam yet.
     """
     vectors = {"gated": 3, "jumprelu": 2, "batchtopk": 2, "matryoshka_batchtopk": 2}.get(config.architecture, 1)
-    weights = FLOAT * (2 * config.activation_dim * config.d_sae + vectors * config.d_sae + config.activation_dim)
-    state = 3 * weights + 8 * config.d_sae
+    d_in, d_sae = config.activation_dim, config.num_features
+    weights = FLOAT * (2 * d_in * d_sae + vectors * d_sae + d_in)
+    state = 3 * weights + 8 * d_sae
     small = 40_000 + 300 * (config.steps // config.log_every if config.log_every else 10)
     states = [weights, *[state] * ((config.steps - 1) // config.save_every)] if config.save_every else []
     states.append(state)

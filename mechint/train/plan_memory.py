@@ -107,7 +107,8 @@ def predict_memory(
     step = Part(f"step buffers ({mini.kernel})", mini.step, arrays_note(mini.step, config))
     at_start = Part("sample of the rows", mini.start, "decides where training starts")
     block = evaluation_block(config, n_rows)
-    at_end = Part("evaluation block", mini.evaluation, f"{block:,} vectors and their {config.d_sae:,} activations")
+    what = f"{block:,} vectors and their {config.num_features:,} activations"
+    at_end = Part("evaluation block", mini.evaluation, what)
     copies = Part("weights to save", mini.saved, "copies while files are written")
     base = Part("library", library + RUNTIME, "Python, torch and mechint")
     batches = Part("batch", 2 * batch, "vectors of this step, and the next")
@@ -140,12 +141,12 @@ def _on_gpu(phase: Phase, *on_host: Part) -> Phase:
 
 def weights_note(config: SAETrainConfig) -> str:
     """How the weights' size comes about."""
-    return f"2 x {config.activation_dim:,} x {config.d_sae:,} x 4 bytes"
+    return f"2 x {config.activation_dim:,} x {config.num_features:,} x 4 bytes"
 
 
 def arrays_note(n_bytes: int, config: SAETrainConfig) -> str:
     """How many arrays of the activations' size that is."""
-    return f"{n_bytes / (config.batch_size * config.d_sae * FLOAT):.1f} x batch x d_sae x 4 bytes"
+    return f"{n_bytes / (config.batch_size * config.num_features * FLOAT):.1f} x batch x d_sae x 4 bytes"
 
 
 # --- the miniature ----------------------------------------------------------------------------------------------------
@@ -167,8 +168,9 @@ def kernel_name(config: SAETrainConfig) -> str:
     """The kernel that this training would get, found by asking for one for a small SAE."""
     device = str(config.device or "cpu")
     options = scaled_options(config, config.activation_dim / 64)
+    times = max(1, min(config.num_features // config.activation_dim, 8))
     with torch.random.fork_rng(devices=[]):
-        sae = build_sae(config.architecture, 64, 64 * min(config.expansion, 8), options=options).to(device)
+        sae = build_sae(config.architecture, 64, 64 * times, options=options).to(device)
     sae.unit_decoder = config.decoder == "unit"
     optimizer = make_optimizer(sae, dataclasses.replace(config, device=device))
     return make_kernel(sae, optimizer, kernel=config.kernel, project_gradient=config.project_gradient).name
@@ -183,14 +185,17 @@ def measure_miniature(
     """
     on_cpu = str(config.device or "cpu") == "cpu"
     skips = kernel == "sparse"
-    shrink = math.sqrt(config.batch_size * config.d_sae / MINIATURE_ELEMENTS)
+    shrink = math.sqrt(config.batch_size * config.num_features / MINIATURE_ELEMENTS)
     d_in = min(config.activation_dim, max(4, round(config.activation_dim / max(shrink, 1.0))))
     shrink = config.activation_dim / d_in
+    d_sae = max(1, round(config.num_features / shrink))
     # where d_in cannot shrink as far as the rows should, they are also made fewer
-    fewer = max(1.0, config.batch_size / shrink * config.expansion * d_in / MINIATURE_ELEMENTS / 4)
+    fewer = max(1.0, config.batch_size / shrink * d_sae / MINIATURE_ELEMENTS / 4)
     small = dataclasses.replace(
         config,
         activation_dim=d_in,
+        d_sae=d_sae,
+        expansion=None,
         batch_size=_divided(config.batch_size, shrink * fewer),
         init_l0=None,  # works in blocks of a fixed number of latents, which do not shrink: `density_bytes`
         device="cpu",
@@ -200,13 +205,14 @@ def measure_miniature(
     n_sample = min(SAMPLE_ROWS, n_rows - int(n_rows * config.val_fraction))
     grow = shrink**2
     with torch.device("meta"):
-        whole = build_sae(config.architecture, config.activation_dim, config.d_sae, options=config.architecture_options)
+        shape = (config.architecture, config.activation_dim, config.num_features)
+        whole = build_sae(*shape, options=config.architecture_options)
     result: dict[str, Any] = {"weights": FLOAT * whole.num_params}
 
     def run() -> None:
         with torch.random.fork_rng(devices=[]), CountTensors(casts=on_cpu) as count:
             torch.manual_seed(0)
-            sae = build_sae(config.architecture, d_in, small.d_sae, options=options)
+            sae = build_sae(config.architecture, d_in, small.num_features, options=options)
             sae.unit_decoder = config.decoder == "unit"
             optimizer = make_optimizer(sae, small)
             weights = sum(p.untyped_storage().nbytes() for p in sae.parameters())
@@ -232,11 +238,11 @@ def measure_miniature(
             result["saved"] = int((count.peak - fixed + weights) * grow)  # and the bytes that safetensors makes of them
             del tensors
             fixed = count.now()
-            sums = ReconstructionSums(d_in, small.d_sae)
+            sums = ReconstructionSums(d_in, small.num_features)
             x = torch.randn(_divided(block, shrink * fewer), d_in)
             count.restart()
             with torch.inference_mode():
-                sums.add(x, *saved(x))
+                sums.add(x, *saved.run(x))
             result["evaluation"] = int((count.peak - fixed) * grow * fewer)
 
     _on_one_thread(run)
@@ -253,12 +259,12 @@ def _revival(config: SAETrainConfig, expected_dead: float) -> int:
     """AuxK's arrays of [batch, dead latents]."""
     if config.revive != "auxk" or config.steps * config.batch_size < config.dead_after:
         return 0
-    return int(6 * config.batch_size * expected_dead * config.d_sae * FLOAT)
+    return int(6 * config.batch_size * expected_dead * config.num_features * FLOAT)
 
 
 def evaluation_block(config: SAETrainConfig, n_rows: int) -> int:
     """Held-out vectors that are evaluated at once."""
-    at_once = min(config.eval_batch_size, max(1, MAX_BLOCK_ELEMENTS // config.d_sae))
+    at_once = min(config.eval_batch_size, max(1, MAX_BLOCK_ELEMENTS // config.num_features))
     return min(at_once, int(n_rows * config.val_fraction))
 
 
@@ -270,7 +276,7 @@ def density_bytes(config: SAETrainConfig, n_sample: int) -> int:
     """What --init-l0 takes: pre-activations of the sample for 1,024 latents at once, and their largest."""
     if config.init_l0 is None:
         return 0
-    return int(n_sample * min(1024, config.d_sae) * FLOAT * (2 + 3 * config.init_l0 / config.d_sae))
+    return int(n_sample * min(1024, config.num_features) * FLOAT * (2 + 3 * config.init_l0 / config.num_features))
 
 
 def scaled_options(config: SAETrainConfig, shrink: float) -> dict[str, Any]:

@@ -97,14 +97,14 @@ def measure_speed(
 ) -> Speed:
     """Time steps of `config` for about `seconds`; needs no more memory than the training itself."""
     device, started = str(config.device or "cpu"), time.perf_counter()
-    narrower = max(1, -(-config.activation_dim * config.d_sae // MOST_WEIGHTS))
-    small = dataclasses.replace(config, expansion=max(1, config.expansion // narrower))
-    wider = config.expansion / small.expansion
+    narrower = max(1, -(-config.activation_dim * config.num_features // MOST_WEIGHTS))
+    small = config if narrower == 1 else config.with_latents(max(1, config.num_features // narrower))
+    wider = config.num_features / small.num_features
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        sae = build_sae(small.architecture, small.activation_dim, small.d_sae, options=_narrowed(small, config)).to(
-            device
-        )
+        sae = build_sae(
+            small.architecture, small.activation_dim, small.num_features, options=_narrowed(small, config)
+        ).to(device)
         sae.unit_decoder = config.decoder == "unit"
         optimizer = make_optimizer(sae, small)
         rows = _rows(config, activations, min(8192, max(n_rows, 2)))
@@ -140,7 +140,7 @@ def measure_speed(
     del kernel, optimizer
     evaluation = _evaluation(sae, rows, config, int(n_rows * config.val_fraction)) * wider
     read, check = _reading(config, activations, n_rows)
-    state_bytes = 3 * FLOAT * 2 * config.activation_dim * config.d_sae
+    state_bytes = 3 * FLOAT * 2 * config.activation_dim * config.num_features
     return Speed(
         step_at_start=at_start * wider,
         step_midway=midway * wider,
@@ -153,20 +153,20 @@ def measure_speed(
         l0_at_end=l0_end * wider,
         kernel=timer.kernel.name,
         measured=f"{min(batch, config.batch_size):,} of {config.batch_size:,} vectors a step,"
-        f" {small.d_sae:,} of {config.d_sae:,} latents",
+        f" {small.num_features:,} of {config.num_features:,} latents",
     )
 
 
 def _wanted_l0(config: SAETrainConfig, expected_l0: float | None) -> float:
-    return expected_l0 or config.target_l0 or min(EXPECTED_L0, config.d_sae / 8)
+    return expected_l0 or config.target_l0 or min(EXPECTED_L0, config.num_features / 8)
 
 
 def _narrowed(small: SAETrainConfig, config: SAETrainConfig) -> dict[str, object]:
     options = dict(small.architecture_options)
-    if small.d_sae != config.d_sae:
+    if small.num_features != config.num_features:
         options.pop("widths", None)
         if options.get("k"):
-            options["k"] = min(float(options["k"]), small.d_sae)
+            options["k"] = min(float(options["k"]), small.num_features)
     return options
 
 
@@ -251,7 +251,7 @@ class _Timer:
 
 def _evaluation(sae: SAE, rows: Tensor, config: SAETrainConfig, n_val: int) -> float:
     """Seconds of the held-out rows, from one block of them."""
-    size = min(config.eval_batch_size, max(1, MAX_BLOCK_ELEMENTS // config.d_sae), max(n_val, 1), 1024)
+    size = min(config.eval_batch_size, max(1, MAX_BLOCK_ELEMENTS // config.num_features), max(n_val, 1), 1024)
     x = rows[torch.arange(size, device=rows.device) % len(rows)]
     sums = ReconstructionSums(sae.d_in, sae.d_sae)
 

@@ -2,16 +2,24 @@
 
 from typing import Any
 
-from mechint.config import SAETrainConfig, layer_of_hook
+from mechint.config import SAETrainConfig, layer_of_hook, said
 from mechint.data.batches import split_indices
 from mechint.data.store import Activations
 from mechint.errors import MechintError
 from mechint.provenance import detect_device
 
+# What is recorded of where the activations are from. Nothing here changes how an SAE is trained.
+RECORDED = (
+    *("model_name", "model_source", "hook_name", "processing", "prepend_bos"),
+    *("dataset_name", "dataset_split", "num_texts", "max_chars"),
+)
+
 
 def resolve(config: SAETrainConfig, activations: Activations) -> SAETrainConfig:
-    """The config with what the activations record filled in; a contradiction between the two is a `MechintError`."""
-    info, default = activations.info, SAETrainConfig()
+    """The config with what the activations record filled in; a contradiction between the two is a `MechintError`.
+
+    What neither of them says is None.
+    """
     if activations.d_in != config.activation_dim:
         raise MechintError(
             f"{config.activations_path} holds vectors of width {activations.d_in}, but --activation-dim is"
@@ -20,23 +28,37 @@ def resolve(config: SAETrainConfig, activations: Activations) -> SAETrainConfig:
     filled: dict[str, Any] = {"device": detect_device(config.device)}
     if config.precision == "tf32" and not filled["device"].startswith("cuda"):
         raise MechintError(f"--precision tf32 needs --device cuda, not {filled['device']}: use float32 or bf16")
-    for key in ("hook_name", "model_name", "model_source", "dataset_name", "dataset_split", "num_texts", "max_chars"):
-        recorded = info.get("n_texts" if key == "num_texts" else key)
-        if recorded is None:
-            continue
-        given = getattr(config, key)
-        if key in ("hook_name", "model_name") and given not in (recorded, getattr(default, key)):
-            flag = "--hook-name" if key == "hook_name" else "--model-name"
-            raise MechintError(
-                f"{config.activations_path} was collected with {key} {recorded!r}, but {flag} is {given!r}: leave the"
-                " flag out, or collect other activations"
-            )
-        filled[key] = recorded
-    hook_name = filled.get("hook_name", config.hook_name)
-    filled["layer"] = layer if (layer := layer_of_hook(hook_name)) is not None else config.layer
+    for key in RECORDED:
+        recorded = activations.info.get("n_texts" if key == "num_texts" else key)
+        if recorded is not None:
+            _check_same(config, key, recorded, activations)
+            filled[key] = recorded
     if config.split_by == "text" and activations.text_ids is None:
         filled["split_by"] = "row"  # an old .pt does not know its texts; the config that is written says what was done
-    return config.with_overrides(**filled)
+    return without_unsaid(SAETrainConfig.from_dict({**config.with_latents(config.num_features).to_dict(), **filled}))
+
+
+def without_unsaid(config: SAETrainConfig) -> SAETrainConfig:
+    """The config with None for what nobody said of the activations; the layer is the hook's."""
+    known: dict[str, Any] = {key: said(getattr(config, key)) for key in (*RECORDED, "layer")}
+    if known["hook_name"] is not None:
+        known["layer"] = layer_of_hook(known["hook_name"])
+    return SAETrainConfig.from_dict({**config.to_dict(), **known})
+
+
+def _check_same(config: SAETrainConfig, key: str, recorded: Any, activations: Activations) -> None:
+    """Raise `MechintError` if the config says something else than the activations' own record."""
+    given = said(getattr(config, key))
+    if key == "model_name" and given == activations.info.get("model_source"):
+        return  # pythia-70m by its full name
+    # that many texts were asked for, and there may have been fewer
+    if given is None or given == recorded or key == "num_texts":
+        return
+    flag = f"--{key.replace('_', '-')}"
+    raise MechintError(
+        f"{config.activations_path} was collected with {key} {recorded!r}, but {flag} (or {key} in --config) says"
+        f" {given!r}: leave it out, or collect other activations"
+    )
 
 
 def split(config: SAETrainConfig, activations: Activations) -> tuple[Any, Any]:

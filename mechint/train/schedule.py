@@ -48,4 +48,4 @@ def sparsity_at(config: SAETrainConfig, step: int) -> float:
 def penalty_weight(config: SAETrainConfig, lam: float, *, has_l1: bool) -> float:
     """Weight beside the mean over d_in of squared errors. An L1 given per sum, lam * sum|f| beside |x_hat - x|^2, is
     lam * d_sae / d_in times the mean of |f| after division by d_in."""
-    return lam * config.d_sae / config.activation_dim if has_l1 and config.l1_reduction == "sum" else lam
+    return lam * config.num_features / config.activation_dim if has_l1 and config.l1_reduction == "sum" else lam

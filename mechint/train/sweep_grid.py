@@ -20,11 +20,14 @@ from mechint.train.resolve import resolve, split
 LABELS = {
     "architecture": "{}",
     "expansion": "{}x",
+    "d_sae": "{}latents",
     "l1_lambda": "lam{:.8g}",
     "k": "k{:.8g}",
     "learning_rate": "lr{:.8g}",
     "seed": "seed{}",
 }
+# The two ways to say the width.
+WIDTHS = ("expansion", "d_sae")
 # Where the activations, the split and so the held-out rows of two members are the same.
 SPLIT_FIELDS = ("seed", "val_fraction", "split_by")
 
@@ -47,7 +50,9 @@ def plan_members(config: SweepConfig, base: SAETrainConfig, activations: Activat
     """
     grid = config.grid
     if not grid:
-        raise MechintError("nothing varies: give values for --lam, --k, --architecture, --expansion, --lr or --seed")
+        raise MechintError(
+            "nothing varies: give values for --lam, --k, --architecture, --expansion, --d-sae, --lr or --seed"
+        )
     _check_base(base)
     base = resolve(base, activations)
     architectures = grid.get("architecture", [base.architecture])
@@ -64,19 +69,27 @@ def plan_members(config: SweepConfig, base: SAETrainConfig, activations: Activat
             raise MechintError(
                 f"{option}={value!r} of the settings applies to none of {', '.join(classes)}: leave it out"
             )
+    widths = _widths(grid, base.activation_dim)
+    several = {axis for axis, values in grid.items() if len(values) > 1} | (set(WIDTHS) if len(widths) > 1 else set())
     plans: list[Plan] = []
     for name, cls in classes.items():
         settings = base.to_dict() | config.preset_for(name) | {"architecture": name}
         settings |= {option: None for option in ARCHITECTURE_OPTIONS if option not in cls.options}
         settings["option"] = [word for word in base.option if word.split("=", 1)[0] in cls.options]
-        axes = {axis: values for axis, values in grid.items() if axis != "architecture" and _applies(axis, cls)}
-        for combination in itertools.product(*axes.values()):
-            chosen = {"architecture": name, **dict(zip(axes, combination, strict=True))}
-            label = _label(chosen, grid, {plan.name for plan in plans})
+        axes = [
+            [(axis, value) for value in values]
+            for axis, values in grid.items()
+            if axis not in ("architecture", *WIDTHS) and _applies(axis, cls)
+        ]
+        for combination in itertools.product(*([widths] if widths else []), *axes):
+            chosen = {"architecture": name, **dict(combination)}
+            label = _label(chosen, several, {plan.name for plan in plans})
             try:
-                member = SAETrainConfig.from_dict({**settings, **chosen, "runs_root": folder, "run_name": label})
+                under = settings | dict.fromkeys(base.superseded(chosen, settings))
+                member = SAETrainConfig.from_dict({**under, **chosen, "runs_root": folder, "run_name": label})
+                member = member.with_latents(member.num_features)
                 with torch.device("meta"):
-                    build_sae(name, member.activation_dim, member.d_sae, options=member.architecture_options)
+                    build_sae(name, member.activation_dim, member.num_features, options=member.architecture_options)
             except MechintError as error:
                 raise MechintError(f"member {label}: {error}") from None
             values = {axis: getattr(member, axis) for axis in AXES if _applies(axis, cls)}
@@ -105,15 +118,24 @@ def _class(name: str, base: SAETrainConfig) -> type[SAE]:
     return find_architecture(name)
 
 
+def _widths(grid: dict[str, list[Any]], d_in: int) -> list[tuple[str, int]]:
+    """The two axes of the width as one, each width once, as it was first given."""
+    found: dict[int, tuple[str, int]] = {}
+    for axis in WIDTHS:
+        for value in grid.get(axis, []):
+            found.setdefault(value * d_in if axis == "expansion" else value, (axis, value))
+    return list(found.values())
+
+
 def _applies(axis: str, cls: type[SAE]) -> bool:
     if axis == "k":
         return "k" in cls.options
     return cls.has_penalty if axis == "l1_lambda" else True
 
 
-def _label(values: dict[str, Any], grid: dict[str, list[Any]], taken: set[str]) -> str:
+def _label(values: dict[str, Any], several: set[str], taken: set[str]) -> str:
     """The architecture and every axis that has more than one value; a number if two members would be called alike."""
-    named = [axis for axis in values if axis == "architecture" or len(grid[axis]) > 1]
+    named = [axis for axis in values if axis == "architecture" or axis in several]
     label = "-".join(LABELS[axis].format(values[axis]) for axis in named)
     return next(
         name for name in itertools.chain([label], (f"{label}-{n}" for n in itertools.count(1))) if name not in taken

@@ -25,7 +25,16 @@ LOCKS = ".locks"
 # What the table takes from a member's summary.json and from its language.json.
 SUMMARY_COLUMNS = ("l0", "fvu", "dead_features", "dead_fraction", "training_seconds")
 LANGUAGE_COLUMNS = ("ce_recovered_zero", "ce_recovered_mean", "kl_clean_sae")
-COLUMNS = ("member", *AXES, "d_sae", "status", *SUMMARY_COLUMNS, *LANGUAGE_COLUMNS, "pareto", "error")
+COLUMNS = (
+    "member",
+    *(axis for axis in AXES if axis != "d_sae"),
+    "d_sae",
+    "status",
+    *SUMMARY_COLUMNS,
+    *LANGUAGE_COLUMNS,
+    "pareto",
+    "error",
+)
 
 
 @dataclass(frozen=True)
@@ -176,7 +185,7 @@ def is_pareto(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
 def _row(member: Member) -> dict[str, Any]:
     config = member.config
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
-    row |= {"member": member.name, **member.values, "d_sae": config.d_sae}
+    row |= {"member": member.name, **member.values, "d_sae": config.num_features}
     row |= {"status": member.status, "error": member.error}
     if row["status"] == "done":
         summary = Run(member.path).summary

@@ -28,9 +28,10 @@ from mechint.sae.init import centre, fit_encoder, input_scale, set_density, tie_
 from mechint.train.dead import dead_latents, resample
 from mechint.train.layout import Layout
 from mechint.train.log import MetricsLog
-from mechint.train.parallel import Team, describe
+from mechint.train.parallel import Team
 from mechint.train.schedule import learning_rate_at, penalty_weight, sparsity_at
 from mechint.train.state import TrainState, load_state, save_state
+from mechint.train.team import describe
 
 # Training rows, evenly spaced, that decide where training starts and how inputs are scaled.
 SAMPLE_ROWS = 65_536
@@ -39,6 +40,7 @@ SAMPLE_ROWS = 65_536
 READ_EVERY = {"cuda": 50}
 # Metrics of an evaluation that need each latent's number of firings.
 OF_FREQUENCY = ("dense_features", "dense_fraction", "features_over_1_percent")
+<<<<<<< HEAD
 # What is copied from the record of the activations into the SAE's own: an SAE is only valid on activations like these.
 ACTIVATION_KEYS = (
     "model_name",
@@ -55,6 +57,12 @@ ACTIVATION_KEYS = (
     "context_size",
     "dataset_name",
 )
+=======
+# What the SAE's own record says of the activations it was trained on, as it is only valid on such: what the config has,
+# and what only the activations can say. What nobody knows is left out.
+IDENTITY_KEYS = ("model_name", "model_source", "hook_name", "processing", "prepend_bos", "dataset_name")
+ACTIVATION_KEYS = ("model_revision", "model_sha256", "keep_bos", "context_size")
+>>>>>>> main
 
 
 @dataclass
@@ -131,13 +139,11 @@ def prepare(
 def make_sae(config: SAETrainConfig, activations: Activations, team: Team) -> SAE:
     """The SAE that the config asks for, with initial weights drawn on the CPU, whatever device it goes to."""
     set_global_seed(config.seed)
-    shape, options = (config.architecture, config.activation_dim, config.d_sae), config.architecture_options
+    shape, options = (config.architecture, config.activation_dim, config.num_features), config.architecture_options
     sae = team.build(lambda: build_sae(*shape, options=options)).to(config.device)
     sae.unit_decoder = config.decoder == "unit"
     sae.metadata = {
-        "hook_name": config.hook_name,
-        "model_name": config.model_name,
-        "model_source": config.model_source,
+        **{key: value for key in IDENTITY_KEYS if (value := getattr(config, key)) is not None},
         **{key: activations.info[key] for key in ACTIVATION_KEYS if activations.info.get(key) is not None},
         "activations_sha256": activations.sha256,
     }
@@ -335,6 +341,7 @@ def _describe(activations: Activations, layout: Layout) -> dict[str, Any]:
     """The activations' place and hashes, for the manifest: text -> activations -> weights, by hash."""
     info = activations.info
     return {
+        **({"assumed": info["assumed"]} if "assumed" in info else {}),
         "path": os.path.relpath(activations.path, layout.root),
         "sha256": activations.sha256,
         "n_rows": activations.n_rows,
