@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechint.config import ReadsSAE, SAETrainConfig
+from mechint.config import DEFAULT_HOOK, ReadsSAE, SAETrainConfig
+from mechint.config.base import Unsaid
 from mechint.data.store import Activations
 from mechint.errors import MechintError
 from mechint.formats.saelens import CFG_FILE
@@ -324,7 +325,8 @@ def _hook_name(
         found[str(path)] = recorded
     if config is not None:
         values = SAETrainConfig.from_dict(read_json(config, "config file"), source=str(config))
-        found[str(config)] = values.hook_name
+        if values.hook_name is not None and not isinstance(values.hook_name, Unsaid):
+            found[str(config)] = values.hook_name
     if hook is not None:
         found["--hook"] = hook
     if recorded := known.get("hook_name"):
@@ -336,7 +338,7 @@ def _hook_name(
         return next(iter(found.values()))
     if sae.metadata.get("legacy"):
         notes.append(f"nothing says which hook {path} belongs to: taken as the original pipeline's")
-        return SAETrainConfig().hook_name
+        return DEFAULT_HOOK
     raise NotPlaced(f"nothing says which hook {path} belongs to: give --hook, such as blocks.3.hook_resid_post")
 
 
@@ -349,7 +351,7 @@ def _model_name(said: Mapping[str, Any], notes: list[str]) -> str:
         return str(name or source)
     if said.get("legacy"):
         notes.append("nothing says which model the SAE belongs in: taken as the original pipeline's")
-        return SAETrainConfig().model_name
+        return "pythia-70m"
     raise NotPlaced("nothing says which model the SAE belongs in: give --model, a Hub id or a folder")
 
 

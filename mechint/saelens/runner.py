@@ -150,13 +150,8 @@ class SAETrainingRunner:
             raise MechintError(f"{cfg.dataset_path} has no text")
         sample = model.tokenize(texts, prepend_bos=cfg.prepend_bos, context_size=cfg.context_size)
         lengths = [len(row) for row in sample]
-<<<<<<< HEAD
         d_in = model.hook_width(cfg.hook_name)
-        cfg.expansion(d_in)  # widths that do not fit are known before anything is collected
-=======
-        d_in = hook_width(model, cfg.hook_name)
         cfg.latents(d_in)  # widths that do not fit are known before anything is collected
->>>>>>> main
         most = MOST_BYTES // (4 * d_in)
         # a tenth more: what is held out for validation, and texts that are shorter than those at the beginning
         rows = min(math.ceil(cfg.training_tokens * 1.1), most)

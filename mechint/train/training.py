@@ -40,29 +40,10 @@ SAMPLE_ROWS = 65_536
 READ_EVERY = {"cuda": 50}
 # Metrics of an evaluation that need each latent's number of firings.
 OF_FREQUENCY = ("dense_features", "dense_fraction", "features_over_1_percent")
-<<<<<<< HEAD
-# What is copied from the record of the activations into the SAE's own: an SAE is only valid on activations like these.
-ACTIVATION_KEYS = (
-    "model_name",
-    "model_source",
-    "model_revision",
-    "model_sha256",
-    "tokenizer_sha256",
-    "d_vocab",
-    "dtype",
-    "hook_name",
-    "processing",
-    "prepend_bos",
-    "keep_bos",
-    "context_size",
-    "dataset_name",
-)
-=======
 # What the SAE's own record says of the activations it was trained on, as it is only valid on such: what the config has,
 # and what only the activations can say. What nobody knows is left out.
 IDENTITY_KEYS = ("model_name", "model_source", "hook_name", "processing", "prepend_bos", "dataset_name")
-ACTIVATION_KEYS = ("model_revision", "model_sha256", "keep_bos", "context_size")
->>>>>>> main
+ACTIVATION_KEYS = ("model_revision", "model_sha256", "tokenizer_sha256", "d_vocab", "dtype", "keep_bos", "context_size")
 
 
 @dataclass
