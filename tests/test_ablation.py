@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import mechint.subject
+import mechint.inside
 from mechint import ablation
-from mechint.ablation import engines, kl, rank, subject
+from mechint.ablation import engines, kl, rank
 from mechint.ablation.engines import GeneralEngine, NeoXEngine, Pair
 from mechint.cli.ablate import main
 from mechint.config import AblateConfig
@@ -184,7 +184,7 @@ def test_only_firing_latents_from_the_first_firing_on_are_run(sae, model, monkey
 
 
 def test_general_engine_agrees_and_says_so(sae, model, expected, rows, monkeypatch, caplog):
-    monkeypatch.setattr(subject, "entry_point", lambda hf_model, hook_name: "it was asked for")
+    monkeypatch.setattr(engines, "entry_point", lambda hf_model, hook_name: "it was asked for")
     with caplog.at_level(logging.WARNING):
         general = ablation.rank_features_by_ablation(sae, model, HOOK, TEXTS, show_progress=False, batch_size=9)
     assert "because it was asked for" in caplog.text
@@ -198,12 +198,12 @@ def test_a_model_that_is_not_its_plain_weights_takes_the_general_way(sae, sharp_
     odd = load_model(str(sharp_neox_dir), device="cpu")
     odd.hf_model.gpt_neox.layers[1].mlp.register_forward_hook(lambda module, args, out: 2 * out)
     with caplog.at_level(logging.WARNING):
-        assert isinstance(subject.make_engine(sae, odd, HOOK, [0, 5, 9, 3]), GeneralEngine)
+        assert isinstance(engines.make_engine(sae, odd, HOOK, [0, 5, 9, 3]), GeneralEngine)
     assert "not those of its plain weights" in caplog.text
 
 
 def test_large_effects_are_computed_again_in_float64(sae, model, monkeypatch):
-    engine = subject.make_engine(sae, model, HOOK, [0, 5, 9, 3])
+    engine = engines.make_engine(sae, model, HOOK, [0, 5, 9, 3])
     assert isinstance(engine, NeoXEngine)
     with torch.inference_mode():
         tokens = model.tokenize(TEXTS, prepend_bos=True)
@@ -294,7 +294,7 @@ def test_several_latents_together_by_both_engines(sae, model, monkeypatch):
     logits = model.logits_with(tokens, HOOK, hook)
     wanted = kl.kl_of_log_probs(model.logits(tokens)[0], logits[0])
     torch.testing.assert_close(torch.tensor(fast["kl"], dtype=torch.float64), wanted, rtol=1e-4, atol=2e-5)
-    monkeypatch.setattr(subject, "entry_point", lambda hf_model, hook_name: "it was asked for")
+    monkeypatch.setattr(engines, "entry_point", lambda hf_model, hook_name: "it was asked for")
     general = ablation.latent_text_kl(sae, model, HOOK, TEXTS[3], features)
     torch.testing.assert_close(torch.tensor(general["kl"], dtype=torch.float64), wanted, rtol=1e-6, atol=1e-6)
 
@@ -573,7 +573,7 @@ def test_command(run_dir, rows, capsys):
     ],
 )
 def test_mistakes_are_found_before_the_model_is_loaded(run_dir, changes, message, monkeypatch, capsys):
-    monkeypatch.setattr(mechint.subject, "load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(mechint.inside, "load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     assert main(flags(run_dir, **changes)) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
@@ -593,7 +593,7 @@ def test_device_reaches_the_model(run_dir, monkeypatch, capsys):
         asked.append(settings["device"])
         return load_model(name, **settings)
 
-    monkeypatch.setattr(mechint.subject, "load_model", spy)
+    monkeypatch.setattr(mechint.inside, "load_model", spy)
     assert main(flags(run_dir, feature_subset="1")) == 0
     assert asked == ["cpu"]
     assert main([*flags(run_dir, feature_subset="1", device="no-such-device"), "--overwrite"]) == 2

@@ -11,12 +11,11 @@ from conftest import HOOK
 
 from mechint.errors import MechintError
 from mechint.eval import Text, evaluate_texts, language_metrics, one_pass, predictions
-from mechint.eval.from_texts import special_tokens
 from mechint.eval.predictions import Unembedding, WholeLogits, compare, fix
+from mechint.inside import Inside, special_tokens
 from mechint.models import LanguageModel, load_model
 from mechint.models.splice import Splice, make_splice
 from mechint.sae import SAE, StandardSAE
-from mechint.subject import Subject
 
 # --- predictions -----------------------------------------------------------------------------------------------------
 
@@ -163,8 +162,8 @@ def sae(model: LanguageModel) -> SAE:
     return made
 
 
-def subject_of(model: LanguageModel, sae: SAE, hook_name: str = HOOK) -> Subject:
-    return Subject(sae, model, hook_name, Path("x"), None, True, False, None)
+def subject_of(model: LanguageModel, sae: SAE, hook_name: str = HOOK) -> Inside:
+    return Inside(sae, model, hook_name, Path("x"), None, True, False, None)
 
 
 def random_texts(lengths: list[int], first: int = 1) -> list[Text]:
@@ -350,4 +349,4 @@ def test_texts_as_strings(model: LanguageModel, sae: SAE) -> None:
 
 
 def test_special_tokens_include_token_0(model: LanguageModel) -> None:
-    assert special_tokens(model) == {0}
+    assert special_tokens(model.tokenizer) == {0}

@@ -37,6 +37,7 @@ from mechint.hub.sae_bundle import artifact_bundle, artifact_dir, artifact_ids, 
 from mechint.hub.steering_bundle import steering_bundle, steering_repo_name
 from mechint.provenance import sha256_file
 from mechint.runs import Run
+from mechint.sae.config import SAEMetadata
 from mechint.saelens import SAE, SAEConfig
 
 

@@ -24,7 +24,7 @@ GROUPS = [
     ["kernels"],
     ["data"],
     ["runs"],
-    ["subject"],
+    ["inside"],
     ["eval"],
     ["train"],
     ["ablation", "analysis", "compare", "concepts", "steering"],

@@ -354,7 +354,7 @@ def test_transcoders_that_do_not_fit_are_refused(model: HookedSAETransformer):
     with pytest.raises(MechintError, match="d_out 24.*hook_mlp_out.*32 wide"):
         model.run_with_saes(TOKENS, saes=[drawn_transcoder(d_in=32, d_out=24).requires_grad_(False)])
     sae = drawn_transcoder(d_in=32, d_out=32).requires_grad_(False)
-    with pytest.raises(MechintError, match="which the model computes after"):
+    with pytest.raises(MechintError, match="which the model computes first"):
         turned = with_metadata(sae, hook_name="blocks.4.hook_resid_post", hook_name_out="blocks.2.hook_resid_post")
         model.run_with_saes(TOKENS, saes=[turned])
     with pytest.raises(MechintError, match="no hook 'blocks.3.hook_mlp_ou'"):

@@ -31,6 +31,9 @@ from torch import Tensor
 from mechint.eval.predictions import Unembedding
 from mechint.models.matmul import linear
 
+# KL of the model's own predictions to those of its parts put together up to which the two count as the same: rounding
+# gives about 1e-9, another activation function or folded weights give 1e-3 and more.
+SAME_MODEL_KL = 1e-6
 # Vocabulary a tile: rows x tile stays in the cache between the product and the sums, and the allocator reuses it.
 TILE = 4192
 # Rows at once, for the same reason, and for float64 to bound rows x d_vocab.

@@ -504,6 +504,11 @@ class SAE(Hooked, ABC):
             out = out * self._undo[0] + self._undo[1]
         return out if self.cfg.input_scale == 1.0 else out / self.cfg.input_scale
 
+    def output_scale(self) -> Float[Tensor, "*batch 1"] | float:
+        """What `decode` multiplies `feature_acts @ W_dec` by for the batch that was encoded last: 1 for most SAEs."""
+        undone = 1.0 if self._undo is None else self._undo[0]
+        return undone / self.cfg.input_scale
+
     def run(
         self, x: Float[Tensor, "*batch d_in"]
     ) -> tuple[Float[Tensor, "*batch d_out"], Float[Tensor, "*batch d_sae"]]:

@@ -43,7 +43,7 @@ OF_FREQUENCY = ("dense_features", "dense_fraction", "features_over_1_percent")
 # What the SAE's own record says of the activations it was trained on, as it is only valid on such: what the config has,
 # and what only the activations can say. What nobody knows is left out.
 IDENTITY_KEYS = ("model_name", "model_source", "hook_name", "processing", "prepend_bos", "dataset_name")
-ACTIVATION_KEYS = ("model_revision", "model_sha256", "keep_bos", "context_size")
+ACTIVATION_KEYS = ("model_revision", "model_sha256", "tokenizer_sha256", "d_vocab", "dtype", "keep_bos", "context_size")
 
 
 @dataclass
