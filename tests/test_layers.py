@@ -47,9 +47,9 @@ LIGHT = (
 )
 
 
-# The class's own way to open and write files, `SAE.load`: the one arrow that runs back up.
+# The class's own way to open and write files, `SAE.load`, and its names: the one arrow that runs back up.
 DOOR = "sae.load"
-DOORWAY = PACKAGE / "sae" / "base.py"
+DOORWAY = (PACKAGE / "sae" / "base.py", PACKAGE / "sae" / "__init__.py")
 
 
 def group_of(path: Path) -> str:
@@ -94,7 +94,7 @@ def test_imports_flow_one_way():
     for path in sources():
         own = group_of(path)
         for line, other in imports_of(path):
-            if other == "__version__" or other == own or (path, other) == (DOORWAY, DOOR):
+            if other == "__version__" or other == own or (path in DOORWAY and other == DOOR):
                 continue
             if other not in RANK or RANK[other] >= RANK[own]:
                 wrong.append(f"{path.relative_to(ROOT)}:{line} imports {other}")
@@ -109,7 +109,7 @@ def test_no_circle_of_files():
     needs: dict[str, set[str]] = {}
     for name, path in files.items():
         taken = {full if full in files else full.rpartition(".")[0] for _, full in names_imported(path)}
-        needs[name] = (taken & files.keys()) - {name, f"mechint.{DOOR}" if path == DOORWAY else ""}
+        needs[name] = (taken & files.keys()) - {name, f"mechint.{DOOR}" if path in DOORWAY else ""}
     # files that need nothing which is left fall away, until only circles and what leads to them are there
     while free := [name for name, needed in needs.items() if not needed & needs.keys()]:
         for name in free:

@@ -299,8 +299,7 @@ def load_or_gather(
             return latents
     except MechintError:
         pass  # nothing there that could be used: it is made anew
-    sae = sae if sae is not None else load_sae(checkpoint)
-    latents = gather(sae, activations, settings, progress=progress)
+    latents = gather(sae if sae is not None else load_sae(checkpoint), activations, settings, progress=progress)
     try:
         save_latents(latents, run.path, key)
     except MechintError as error:

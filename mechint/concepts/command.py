@@ -89,16 +89,17 @@ def write_label_texts(config: ConceptsConfig) -> int:
     Raises:
         MechintError: no activations with tokens, an existing file without `overwrite`.
     """
-    assert config.texts_output is not None
-    if config.texts_output.exists() and not config.overwrite:
-        raise MechintError(f"{config.texts_output} exists: give another --texts-output, or --overwrite to replace it")
-    check_output_path(config.texts_output)
+    output = config.texts_output
+    assert output is not None
+    if output.exists() and not config.overwrite:
+        raise MechintError(f"{output} exists: give another --texts-output, or --overwrite to replace it")
+    check_output_path(output)
     config = named_sae(config)
     rows = _activations(config, None, place_of(config))
     assert rows is not None
     inside = open_named(config)
     texts = stored_texts(rows, inside.model.tokenizer, config.max_texts)
-    write_texts(config.texts_output, texts, overwrite=config.overwrite)
+    write_texts(output, texts, overwrite=config.overwrite)
     return len(texts)
 
 

@@ -73,7 +73,9 @@ def _gather(sweep: Sweep, format: str) -> Gathered:
     return found
 
 
-def _candidate(name: str, path: Path, layer: int, config: Mapping[str, Any]) -> Candidate | str:
+def _candidate(name: str, path: Path, layer: int | None, config: Mapping[str, Any]) -> Candidate | str:
+    if layer is None:
+        return "nothing says which layer its activations are of"
     summary = Run(path).summary
     for key in ("l0", "fvu"):
         value = summary.get(key)

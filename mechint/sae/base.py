@@ -184,7 +184,7 @@ class SAE(Hooked, ABC):
         if cfg.architecture not in (*ARCHITECTURES, *kinds):
             known = (*ARCHITECTURES, *kinds)
             raise MechintError(f"unknown architecture {str(cfg.architecture)!r}; {nearest(cfg.architecture, known)}")
-        return super().__new__(ARCHITECTURES[cfg.base_architecture])
+        return object.__new__(ARCHITECTURES[cfg.base_architecture])
 
     def __init__(
         self,
@@ -363,7 +363,7 @@ class SAE(Hooked, ABC):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any]) -> "SAE":
         """A new SAE from a cfg as a dictionary: `SAE(SAEConfig.from_dict(...))`."""
-        return SAE(SAEConfig.from_dict(config_dict))
+        return SAE(SAEConfig.from_dict(config_dict))  # pyright: ignore[reportAbstractUsage]  (its `__new__`)
 
     def save_model(self, path: str | Path, sparsity: Float[Tensor, " d_sae"] | None = None) -> tuple[Path, Path]:
         """Write `cfg.json` and `sae_weights.safetensors` into the folder `path` (`sparsity.safetensors` too, if it is

@@ -39,10 +39,10 @@ class HookPoint(nn.Module):
     ) -> RemovableHandle:
         """Attach a function; `bwd` gives it the gradient of the value. `level` is TransformerLens's, and not used."""
         if dir == "fwd":
-            handle = self.register_forward_hook(lambda _, __, value: hook(value, self), prepend=prepend)
+            handle = self.register_forward_hook(lambda *at: hook(at[-1], self), prepend=prepend)
         else:
 
-            def backward(_: Any, __: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+            def backward(_: Any, __: Any, gradients: Any) -> Any:
                 given = hook(gradients[0], self)
                 return None if given is None else (given,)
 
