@@ -89,11 +89,11 @@ def write_label_texts(config: ConceptsConfig) -> int:
     Raises:
         MechintError: no activations with tokens, an existing file without `overwrite`.
     """
+    config = named_sae(config)
     assert config.texts_output is not None
     if config.texts_output.exists() and not config.overwrite:
         raise MechintError(f"{config.texts_output} exists: give another --texts-output, or --overwrite to replace it")
     check_output_path(config.texts_output)
-    config = named_sae(config)
     rows = _activations(config, None, place_of(config))
     assert rows is not None
     inside = open_named(config)
