@@ -338,16 +338,17 @@ def test_delta_form_against_float64():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(9000, 24, generator=generator) + 0.5  # more than two tiles, with a common mean
     bias = torch.randn(9000, generator=generator)
-    head = kl.Unembedding(weight, bias)
+    head = kl.ChangedHead(weight, bias)
     clean = torch.randn(7, 24, generator=generator, dtype=torch.float64)
     position = torch.randint(0, 7, (50,), generator=generator)
     change = torch.randn(50, 24, generator=generator) * torch.logspace(-5, -0.5, 50)[:, None]
     log_p = torch.log_softmax(clean @ weight.double().T + bias, -1)[position]
     log_q = torch.log_softmax((clean[position] + change) @ weight.double().T + bias, -1)
     wanted = (log_p.exp() * (log_p - log_q)).sum(-1)
+    nothing = torch.full((50,), -1)
     with torch.inference_mode():
-        got = head.kl(change, head.clean(clean), position)
-        precise = head.precise_kl(clean, clean[position] + change, position)
+        got = head.effect(change, head.clean(clean), position, nothing).kl
+        precise = head.precise_effect(clean, clean[position] + change, position, nothing).kl
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=2e-8)
     torch.testing.assert_close(precise, wanted, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(kl.kl_of_log_probs(log_p, log_q), wanted, rtol=1e-9, atol=1e-12)
@@ -358,15 +359,16 @@ def test_a_common_move_of_all_logits_costs_no_digits():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(3000, 16, generator=generator)
     weight[:, 0] = 5.0
-    head = kl.Unembedding(weight, None)
+    head = kl.ChangedHead(weight, None)
     clean = torch.randn(1, 16, generator=generator, dtype=torch.float64)
     change = 3e-3 * torch.randn(40, 16, generator=generator)
     change[:, 0] = 1 + 0.1 * torch.randn(40, generator=generator)
     log_p = torch.log_softmax(clean @ weight.double().T, -1)
     log_q = torch.log_softmax((clean + change) @ weight.double().T, -1)
     wanted = (log_p.exp() * (log_p - log_q)).sum(-1)
+    nothing = torch.full((40,), -1)
     with torch.inference_mode():
-        got = head.kl(change, head.clean(clean), torch.zeros(40, dtype=torch.int64))
+        got = head.effect(change, head.clean(clean), torch.zeros(40, dtype=torch.int64), nothing).kl
     assert (got - wanted).abs().max() < 3e-8
 
 
@@ -374,7 +376,7 @@ def test_logit_error_is_that_of_the_logits():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(5000, 8, generator=generator)
     error = 1e-6 * torch.randn(3, 8, generator=generator)
-    head = kl.Unembedding(weight, None)
+    head = kl.ChangedHead(weight, None)
     with torch.inference_mode():
         predictions = head.clean(torch.randn(3, 8, generator=generator, dtype=torch.float64))
         got = head.logit_error(error, predictions)

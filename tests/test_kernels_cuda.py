@@ -57,7 +57,9 @@ def test_two_hundred_steps(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", ["standard-auxk", "topk-auxk", "batchtopk", "jumprelu-tanh", "gated-auxk", "matryoshka"]
+)
 def test_whole_runs_end_alike(name: str) -> None:
     """200 steps by themselves: the same loss, L0 and latents that never fire as the reference's, within its spread."""
 

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "mechint"
 
 # A file imports only from groups above its own. Groups on one line do not import one another.
 GROUPS = [
-    ["errors", "lazy"],
+    ["errors", "lazy", "locks"],
     ["provenance"],
     ["config"],
     ["huggingface"],
@@ -109,7 +109,7 @@ def test_no_circle_of_files():
     needs: dict[str, set[str]] = {}
     for name, path in files.items():
         taken = {full if full in files else full.rpartition(".")[0] for _, full in names_imported(path)}
-        needs[name] = (taken & files.keys()) - {name}
+        needs[name] = (taken & files.keys()) - {name, f"mechint.{DOOR}" if path == DOORWAY else ""}
     # files that need nothing which is left fall away, until only circles and what leads to them are there
     while free := [name for name, needed in needs.items() if not needed & needs.keys()]:
         for name in free:

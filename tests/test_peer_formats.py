@@ -16,8 +16,9 @@ from torch import Tensor
 from mechint.errors import MechintError
 from mechint.formats import FORMATS, plain_form, reference_decode, reference_encode
 from mechint.formats.convert import convert, load, write_proved
-from mechint.formats.folds import as_jumprelu, not_ours
+from mechint.formats.folds import as_jumprelu, not_plain
 from mechint.sae import SAE, build_sae, load_sae
+from mechint.sae.config import NORMALIZE
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("sae_lens") is None, reason="SAELens is not in this environment: `make test-peers`"
@@ -26,7 +27,6 @@ pytestmark = pytest.mark.skipif(
 D_IN, D_SAE = 12, 40
 SAES = ("standard", "topk", "jumprelu", "gated")
 TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
-NORMALIZE = {"none": "none", "constant_norm_rescale": "constant_norm_rescale", "layer_norm": "layer_norm"}
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -87,15 +87,15 @@ def test_peer_saes_open_here(architecture: str, subtracts: bool, normalize: str,
     sae = theirs(architecture, apply_b_dec_to_input=subtracts, normalize_activations=normalize)
     sae.save_model(tmp_path / "theirs")
     found, loaded = load(tmp_path / "theirs")
-    assert found.name == "saelens" and loaded.cfg.normalize_activations == NORMALIZE[normalize]
+    assert found.name == "saelens" and loaded.cfg.normalize_activations == normalize
     both_agree(sae, loaded, 1e-6 if normalize == "none" else 1e-5)
     assert loaded.metadata["hook_name"] == "blocks.2.hook_resid_post" and loaded.metadata["processing"] == "raw"
-    if not_ours(loaded) is None:
+    if not_plain(loaded) is None:
         convert(tmp_path / "theirs", tmp_path / "ours", to="mechint")
         mine, x = load_sae(tmp_path / "ours"), vectors()
         with torch.no_grad():
             close(mine.encode(x), sae.encode(x), 1e-5)
-            close(mine(x)[0], sae(x), 1e-5)
+            close(mine(x), sae(x), 1e-5)
     # and what we write of it they open
     write_proved(loaded, tmp_path / "again", FORMATS["saelens"])
     both_agree(saelens_opens(tmp_path / "again"), loaded, 1e-6 if normalize == "none" else 1e-5)

@@ -71,7 +71,7 @@ def agrees(loaded: SAE, f: Tensor, x_hat: Tensor, tolerance: float) -> None:
     close(x_hat, reference_decode(loaded, expected, x), tolerance)
     if not loaded.is_transcoder:
         with torch.no_grad():
-            found, codes = plain_form(loaded)(x)
+            found, codes = plain_form(loaded).run(x)
         close(codes, f, FOLDED)
         close(found, x_hat, FOLDED)
 

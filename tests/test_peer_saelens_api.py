@@ -444,3 +444,27 @@ print(json.dumps([float(sae.W_enc.sum()), float(sae.threshold.sum()), cfg["archi
     found = json.loads(done.stdout.splitlines()[-1])
     assert found[2] == "jumprelu" and found[3] == -2.0
     assert found[:2] == pytest.approx([float(sae.W_enc.sum()), float(sae.threshold.sum())], rel=1e-6)
+
+
+def test_every_name_of_its_class_is_here_or_says_what_does_the_same(tmp_path: Path):
+    """Its caches too: the same names, the same numbers, from one file."""
+    from sae_lens import SAE as Theirs  # pyright: ignore[reportMissingImports]
+
+    from mechint.sae.base import ELSEWHERE
+
+    ours = drawn("jumprelu")
+    ours.save_model(tmp_path / "x")
+    theirs = Theirs.load_from_disk(str(tmp_path / "x"))
+    names = {name for name in (*dir(theirs), *vars(theirs)) if not name.startswith("_")}
+    lost = sorted(name for name in names if not hasattr(ours, name) and name not in ELSEWHERE)
+    assert not lost
+    x = torch.randn(2, 5, D_IN, generator=torch.Generator().manual_seed(3))
+    ours.use_error_term = theirs.use_error_term = True
+    (out, cache), (expected, their_cache) = ours.run_with_cache(x), theirs.run_with_cache(x)
+    assert_same(out, expected)
+    assert set(cache) == set(their_cache)
+    for name, value in cache.items():
+        assert_same(value, their_cache[name], 1e-5)
+    hooks = [("hook_sae_acts_post", lambda value, hook: value * 0.5)]
+    assert_same(ours.run_with_hooks(x, fwd_hooks=hooks), theirs.run_with_hooks(x, fwd_hooks=hooks), 1e-5)
+    assert_same(ours.process_sae_in(x), theirs.process_sae_in(x))

@@ -30,7 +30,7 @@ from serving import (
 from mechint.formats.convert import load  # noqa: E402
 from mechint.server import library  # noqa: E402
 from mechint.server.errors import ServiceError  # noqa: E402
-from mechint.server.models import SAE, Job  # noqa: E402
+from mechint.server.models import Job, SharedSAE  # noqa: E402
 
 REPO = "jbloom/GPT2-Small-SAEs"
 
@@ -66,7 +66,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         service.db.close()
 
 
-def download(world: World, filepath: str, repo_id: str = REPO, **more: Any) -> tuple[SAE, Job]:
+def download(world: World, filepath: str, repo_id: str = REPO, **more: Any) -> tuple[SharedSAE, Job]:
     """The SAE and the job once that is over."""
     sae, job = library.create_download(world.service, repo_id=repo_id, filepath=filepath, **more)
     job = ended(world.service, job.id)

@@ -256,4 +256,4 @@ def test_an_unreachable_hub_is_said_at_once(tmp_path: Path, offline: bool):
     env = client_env(closed_endpoint(), tmp_path / "hf", offline=offline)
     found = read_in_process(env, [[0, 1]], dataset="openwebtext")
     assert "the Hub cannot be reached" in found["error"] and "--dataset builtin/tales" in found["error"]
-    assert found["seconds"] < 10  # and nearly all of it is imports
+    assert found["seconds"] < 25, "mostly imports, on a busy machine; the library's retries alone take longer"

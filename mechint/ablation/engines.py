@@ -17,14 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechint.ablation.kl import (
-    SAME_MODEL_KL,
-    Effect,
-    Unembedding,
-    effect_of_log_probs,
-    float32_limit,
-    kl_of_log_probs,
-)
+from mechint.ablation.kl import SAME_MODEL_KL, ChangedHead, Effect, effect_of_log_probs, float32_limit, kl_of_log_probs
 from mechint.inside import Model, reads_of, written_acts, written_hook
 from mechint.models.suffix import CleanPass, EntryPoint, NeoXSuffix, Span, entry_point, flat_positions
 from mechint.sae import SAE
@@ -72,7 +65,7 @@ class NeoXEngine:
         # Apple's GPUs have no float64: there the reference runs on the processor.
         self.precise_device = torch.device("cpu") if device.type == "mps" else device
         self.precise_suffix = NeoXSuffix(hf_model, entry, dtype=torch.float64, device=self.precise_device)
-        self.unembedding = Unembedding(self.suffix.head_weight.to(device), self.suffix.head_bias)
+        self.unembedding = ChangedHead(self.suffix.head_weight.to(device), self.suffix.head_bias)
         self.limit = 0.0
 
     @functools.cached_property

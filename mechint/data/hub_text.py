@@ -22,7 +22,6 @@ class HubTexts:
     """
 
     by_rank = True
-    seekable = False
 
     def __init__(
         self,

@@ -43,7 +43,6 @@ class TaleTexts:
     """The built-in tales; any text can be had at once."""
 
     by_rank = False
-    seekable = True
 
     def __init__(self, split: str, seed: int, max_chars: int):
         if split not in ("train", "heldout"):
@@ -83,7 +82,6 @@ class FileTexts:
     """Lines of .txt, records of .jsonl and .parquet, file after file in the order of their names."""
 
     by_rank = False
-    seekable = False
 
     def __init__(self, dataset: str, files: list[Path], text_field: str, max_chars: int):
         self.dataset, self.files, self.text_field, self.max_chars = dataset, files, text_field, max_chars

@@ -19,11 +19,10 @@ class TextSource(Protocol):
     """Texts with the numbers `start`, `start + 1`, ... in order.
 
     `by_rank` says that the source itself gives each process its own texts (numbered from 0 in each); otherwise every
-    process sees all of them. `seekable` says that reading ahead costs nothing for what is skipped.
+    process sees all of them.
     """
 
     by_rank: bool
-    seekable: bool
 
     def read(self, start: int, count: int) -> list[str]:
         """Texts `start` to `start + count`; fewer at the end of the source."""

@@ -208,7 +208,10 @@ class SAE(Hooked, ABC):
         if self.is_transcoder and not cfg.d_out:
             raise MechintError("a transcoder needs d_out, the width of what it writes")
         if self.is_transcoder and (cfg.normalize_activations != "none" or cfg.input_scale != 1.0):
-            raise MechintError("a transcoder whose input is changed before encoding has no definition here")
+            changed = f"normalize_activations {cfg.normalize_activations!r}, input_scale {cfg.input_scale:g}"
+            raise MechintError(
+                f"a transcoder whose input is changed before encoding ({changed}) has no definition here"
+            )
         if cfg.rescale_acts_by_decoder_norm and self.architecture != "topk":
             raise MechintError(f"rescale_acts_by_decoder_norm belongs to topk, this is {self.architecture}")
         given = dict(cfg.options) if cfg.k is None else {**cfg.options, "k": cfg.k}
@@ -809,7 +812,7 @@ def mean_squared_error(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "bat
     return (x_hat - x).pow(2).mean()
 
 
-def weighted_acts(sae: SAE, feature_acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
+def weighted_acts(sae: SAE, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
     """`feature_acts` in units of what they add to the reconstruction: times the norm of their decoder row."""
     scale = sae.penalty_scale()
     return feature_acts if scale is None else feature_acts * scale

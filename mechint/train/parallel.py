@@ -108,7 +108,7 @@ class DataTeam(Team):
 
     def kernel(self, sae: SAE, name: str, make: Callable[[str], Kernel]) -> Kernel:
         kernel = make(name)
-        if looks_across_rows(sae) and not getattr(kernel, "asks_peers", kernel.name == "dense"):
+        if looks_across_rows(sae) and kernel.name != "dense":
             if name != "auto":
                 raise MechintError(
                     f"--kernel {name} cannot train {sae.architecture} in several processes: use --kernel auto"
