@@ -24,6 +24,7 @@ from mechint.config import DEFAULT_HOOK, ReadsSAE, SAETrainConfig
 from mechint.config.base import Unsaid
 from mechint.data.store import Activations
 from mechint.errors import MechintError
+from mechint.formats.mechint import sniff
 from mechint.formats.saelens import CFG_FILE
 from mechint.models import BridgedModel, LanguageModel, load_model
 from mechint.models.bridge import is_bridge
@@ -193,10 +194,12 @@ def open_named(config: ReadsSAE, *, check: Callable[[SAE], object] | None = None
 
 
 def open_sae(path: Path, *, config: Path | None = None) -> SAE:
-    """`SAE.load` of what a command names; what was assumed is in `sae.notes` alone."""
+    """`SAE.load` of what a command names; what was assumed is in `sae.notes` alone. `config` is for a checkpoint that
+    has no record; what says itself where it belongs needs none."""
+    needed = config if config is not None and sniff(path) else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return SAE.load(path if path.exists() or config is not None else str(path), config=config)
+        return SAE.load(path if path.exists() else str(path), config=needed)
 
 
 def open_inside(
@@ -436,7 +439,7 @@ def check_fit(sae: SAE, model: Model, hook_name: str, said: Mapping[str, Any] | 
             )
     if hook_out != hook_name:
         model.logits_with(torch.zeros(1, 2, dtype=torch.int64), hook_out, lambda value, x: value, reads=hook_name)
-    _check_identity(said, model)
+    check_identity(said, model)
     processing = model.processing
     if processing is None and hook_name.rpartition(".")[2].startswith("hook_resid"):
         # A residual stream whose mean is rounding error has been centred.
@@ -447,7 +450,7 @@ def check_fit(sae: SAE, model: Model, hook_name: str, said: Mapping[str, Any] | 
         _same_processing(said, processing, model.name)
 
 
-def _check_identity(said: Mapping[str, Any], model: Model) -> None:
+def check_identity(said: Mapping[str, Any], model: Model) -> None:
     """Raise `MechintError` if the SAE's record names another vocabulary or tokenizer; what is not recorded, fits."""
     trained = said.get("model_name") or "another model"
     if (d_vocab := said.get("d_vocab")) not in (None, model.d_vocab):

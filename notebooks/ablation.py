@@ -39,10 +39,10 @@ from mechint.analysis import highlight_html
 from mechint.config import RankConfig
 from mechint.data import open_activations, split_indices
 from mechint.eval import texts_from_rows, texts_from_tokens
+from mechint.inside import open_inside
 from mechint.report import figures, tables
 from mechint.report.files import attribution_figure
 from mechint.runs import Run, latest_run
-from mechint.inside import open_inside
 
 run = latest_run(prefer="ranking.csv") if RUN is None else Run(RUN)
 subject = open_inside(run.path)

@@ -47,10 +47,10 @@ from mechint.analysis import (
 )
 from mechint.data import open_activations
 from mechint.eval import read_metrics_csv
+from mechint.inside import open_inside
 from mechint.report import figures, tables
 from mechint.report.files import map_figure
 from mechint.runs import Run, latest_run
-from mechint.inside import open_inside
 
 run = latest_run() if RUN is None else Run(RUN)
 subject = open_inside(run.path, device="cpu")  # what is left to compute here is little

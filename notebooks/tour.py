@@ -45,6 +45,7 @@ from mechint.config import CollectConfig, EvalConfig, RankConfig, SAETrainConfig
 from mechint.data import open_activations
 from mechint.data.collect import collect
 from mechint.eval import evaluate_checkpoint, read_metrics_csv
+from mechint.inside import open_inside
 from mechint.models import generate, load_model
 from mechint.report import figures, tables
 from mechint.runs import Run
@@ -57,7 +58,6 @@ from mechint.steering import (
     prompt_activations,
     steer,
 )
-from mechint.inside import open_inside
 from mechint.train import train
 
 folder = Path(tempfile.mkdtemp(prefix="mechint-tour-")) if FOLDER is None else Path(FOLDER)

@@ -401,7 +401,7 @@ def test_ablate(place: Path, capsys: pytest.CaptureFixture[str], flags: str | li
 
 
 def test_ablate_without_flags(place: Path, capsys: pytest.CaptureFixture[str]):
-    message = r"missing: --checkpoint PATH, --eval-texts-path PATH, --output PATH; `batch_ablate.py --help`"
+    message = r"missing: --eval-texts-path PATH, --output PATH; `batch_ablate.py --help`"
     check_refused(place, capsys, "ablate", "", message)
 
 
@@ -540,7 +540,7 @@ def run_script(
         ("scripts/train_sae.py", "--val-fraction 1", "--val-fraction is the share held out"),
         ("train.py", "--run-name a/b", "must be one folder name"),
         ("scripts/collect_activations.py", "--num-texts 0", "--num-texts must be at least 1"),
-        ("scripts/batch_ablate.py", "--output x", "missing: --checkpoint PATH, --eval-texts-path PATH"),
+        ("scripts/batch_ablate.py", "--output x", "missing: --eval-texts-path PATH"),
         ("mechint/__main__.py", "trian", "unknown command 'trian'; nearest: train"),
     ],
 )

@@ -208,7 +208,7 @@ def expected(
                 found[name].append(part[kept[:-1]])
     x = torch.cat(rows).double()
     with torch.no_grad():
-        x_hat, acts = (part.double() for part in sae(x.float()))
+        x_hat, acts = (part.double() for part in sae.run(x.float()))
     squared = (x - x_hat).square().sum(dim=1)
     ce = {name: float(torch.cat(parts).mean()) for name, parts in nll.items()}
     divergence = {name: float(torch.cat(parts).mean()) for name, parts in kl.items()}

@@ -332,6 +332,14 @@ def test_another_tokenizer_or_vocabulary_is_refused(folder: Path, tiny_neox_dir:
     (swapped / "tokenizer.json").write_text(json.dumps(said))
     with pytest.raises(MechintError, match="tokenizer of .* is another one"):
         open_inside(folder, model=str(swapped), device="cpu")
+    sae = SAE.load(folder)
+    from mechint.saelens.hooked import HookedSAETransformer
+    from mechint.saelens.store import ActivationsStore
+
+    hooked = HookedSAETransformer.from_pretrained(str(swapped), device="cpu")
+    for put in (lambda: hooked.add_sae(sae), lambda: ActivationsStore.from_sae(hooked, sae, ["a"], context_size=8)):
+        with pytest.raises(MechintError, match="tokenizer of .* is another one"):
+            put()
     # a vocabulary with one token more
     larger = tmp_path / "larger"
     model, tokenizer = (kind.from_pretrained(tiny_neox_dir) for kind in (AutoModelForCausalLM, AutoTokenizer))

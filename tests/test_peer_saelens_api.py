@@ -168,7 +168,8 @@ def test_their_class_of_this_name_gives_the_same(
     assert {name for name in cache if "hook_sae" in name} == set(names)
     for name in names:
         assert_same(cache[name].reshape(their_cache[name].shape), their_cache[name], 1e-5)
-    value = model.language_model.activations(TOKENS, hook).clone()  # [batch, pos, head, d_head] of hook_z
+    value = model.language_model.activations(TOKENS, hook).clone()
+    value = value.unflatten(-1, model.language_model.hook_shape(hook))  # [batch, pos, head, d_head] of hook_z
     sae = SAE.load_from_disk(tmp_path / "sae").requires_grad_(False)
     assert sae.cfg.reshape_activations == their_sae.cfg.reshape_activations
     assert_same(sae.encode(value), their_sae.encode(value), 1e-5)

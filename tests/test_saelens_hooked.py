@@ -284,7 +284,7 @@ def test_activations_are_those_that_the_sae_was_trained_on(model: HookedSAETrans
     same(store.get_activations(TOKENS), residual[:, 2:-1])
     assert store.training_context_size == 13 and store.get_batch_tokens().shape == (2, 16)
     assert store.next_batch().shape == (13, 32)
-    heads = model.language_model.activations(TOKENS, "blocks.3.attn.hook_z")
+    heads = model.language_model.activations(TOKENS, "blocks.3.attn.hook_z").unflatten(-1, (4, 8))
     assert heads.shape == (2, 6, 4, 8)
     one = with_metadata(sae_at("blocks.3.attn.hook_z", d_in=8), hook_head_index=2)
     same(ActivationsStore.from_sae(model, one, TEXTS).get_activations(TOKENS), heads[:, :, 2])

@@ -130,13 +130,13 @@ def test_cached_logits_equal_recomputed_ones(model, prompt):
     tokens = torch.tensor([prompt] * 2)
     with torch.inference_mode():
         for _ in range(12):
-            cached = _cached_step(model, tokens, hook, edits, 4, state)
-            plain = _plain_step(model, tokens, hook, edits, 4, {})
+            cached = _cached_step(model, tokens, hook, None, edits, 4, state)
+            plain = _plain_step(model, tokens, hook, None, edits, 4, {})
             torch.testing.assert_close(cached, plain, rtol=1e-4, atol=1e-4)
             tokens = torch.cat((tokens, plain.argmax(-1)[:, None]), 1)
     assert state["read"] == tokens.shape[1] - 1
     _, logits = plain_loop(model, prompt, 1, (3, "post"), shift(5.0), 4)
-    torch.testing.assert_close(_plain_step(model, torch.tensor([prompt]), hook, [shift(5.0)], 4, {}), logits)
+    torch.testing.assert_close(_plain_step(model, torch.tensor([prompt]), hook, None, [shift(5.0)], 4, {}), logits)
 
 
 def test_centred_processing_hands_the_edit_centred_values(prompt):

@@ -38,8 +38,9 @@ class Way(NamedTuple):
 
     def probs(self, final: Float[Tensor, "rows _"]) -> Float[Tensor, "rows d_vocab"]:
         logits = final if self.weight is None else linear(final, self.weight)
-        # in float32 whatever the model's precision: what is drawn goes by sums over the vocabulary
-        return torch.softmax((logits if self.bias is None else logits + self.bias).float(), dim=-1)
+        logits = logits if self.bias is None else logits + self.bias
+        # in float32 at least: what is drawn goes by sums over the vocabulary
+        return torch.softmax(logits if logits.dtype is torch.float64 else logits.float(), dim=-1)
 
     def back(self, of_logits: Float[Tensor, "rows d_vocab"]) -> Float[Tensor, "rows _"]:
         """A gradient of the logits as one of `final`."""

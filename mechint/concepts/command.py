@@ -89,12 +89,12 @@ def write_label_texts(config: ConceptsConfig) -> int:
     Raises:
         MechintError: no activations with tokens, an existing file without `overwrite`.
     """
+    config = named_sae(config)
     output = config.texts_output
     assert output is not None
     if output.exists() and not config.overwrite:
         raise MechintError(f"{output} exists: give another --texts-output, or --overwrite to replace it")
     check_output_path(output)
-    config = named_sae(config)
     rows = _activations(config, None, place_of(config))
     assert rows is not None
     inside = open_named(config)

@@ -216,8 +216,7 @@ def _run_target(run: Run, config: EvalConfig) -> Target:
 
 def _take_setting(sae: SAE, activations: Activations, target: Target) -> bool:
     """Whether an SAE without a record of its own could take the record of the activations that it was trained on."""
-    trained_on, used = target.trained_on, target.activations
-    same = trained_on is not None and used is not None and trained_on.resolve() == used.resolve()
+    same = target.trained_on is not None and target.trained_on.resolve() == activations.path.resolve()
     if not same or "processing" not in activations.info or activations.info.get("legacy"):
         return False
     taken = {key: activations.info[key] for key in (*SETTING, "keep_bos") if key in activations.info}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mechint.errors import MechintError, nearest
-from mechint.inside import centres, read_hook, special_tokens, written_hook
+from mechint.inside import centres, check_identity, read_hook, special_tokens, written_hook
 from mechint.models import LanguageModel, load_model
 from mechint.models.bridge import wrong_order
 from mechint.sae import SAE
@@ -143,7 +143,8 @@ class HookedSAETransformer:
             exclude_special_tokens: pass the SAE by at special tokens (those of the tokenizer, or these ids).
 
         Raises:
-            MechintError: the SAE names no hook, or one that the model does not have; another width or processing.
+            MechintError: the SAE names no hook, or one that the model does not have; another width, processing,
+                vocabulary or tokenizer.
         """
         sae = as_sae(sae)
         reads = read_hook(sae)
@@ -152,6 +153,7 @@ class HookedSAETransformer:
         for name in (reads, writes):
             if name not in hooks:
                 raise self._no_hook(name, hooks)
+        check_identity(sae.metadata, self.language_model)
         error = sae.use_error_term if use_error_term is None else use_error_term
         exclude = self._excluded(exclude_special_tokens)
         centred_in, centred_out = (centres(sae, name, self.language_model) for name in (reads, writes))

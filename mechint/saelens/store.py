@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mechint.data.text import open_texts
 from mechint.errors import MechintError
-from mechint.inside import centres, read_hook, special_tokens
+from mechint.inside import centres, check_identity, read_hook, special_tokens
 from mechint.models import LanguageModel
 from mechint.sae.base import as_sae, usable
 from mechint.saelens.hooked import HookedSAETransformer
@@ -138,6 +138,7 @@ class ActivationsStore:
         dataset = dataset if dataset is not None else said.get("dataset_path") or said.get("dataset_name")
         context_size = int(context_size or said.get("context_size") or 0)
         hook_name = read_hook(sae)
+        check_identity(said, language_model_of(model))
         for name, value in {"dataset": dataset, "context_size": context_size}.items():
             if not value:
                 raise MechintError(f"the SAE does not say its {name}: pass {name}=...")
