@@ -242,7 +242,7 @@ def measure_miniature(
             x = torch.randn(_divided(block, shrink * fewer), d_in)
             count.restart()
             with torch.inference_mode():
-                sums.add(x, *saved(x))
+                sums.add(x, *saved.run(x))
             result["evaluation"] = int((count.peak - fixed) * grow * fewer)
 
     _on_one_thread(run)
