@@ -67,7 +67,7 @@ def make_run(root: Path, n_rows: int, d_sae: int) -> Path:
     from mechint.config import SAETrainConfig
     from mechint.data import open_activations
     from mechint.runs import write_manifest
-    from mechint.sae import save_checkpoint, save_sae_folder
+    from mechint.sae import save_checkpoint
 
     make_model(root / "model")
     store, run = root / f"activations-{n_rows}", root / "runs" / f"rows-{n_rows}-{d_sae}"
@@ -85,7 +85,7 @@ def make_run(root: Path, n_rows: int, d_sae: int) -> Path:
     steps = [f"{i * 100},{1 / (i + 1)},{0.9 / (i + 1)},0.01,{0.1 / (i + 1) + 0.015},3,0.001,3" for i in range(500)]
     (run / "metrics.csv").write_text("\n".join(["step,loss,mse,l1,l0,dead_features,lr,lam", *steps]) + "\n")
     save_checkpoint(sae, run / "checkpoint.pt")
-    save_sae_folder(sae, run / "sae")
+    sae.save_model(run / "sae")
     summary = {"num_features": d_sae, "l0": 60.0, "fvu": 0.1, "n_train": n_rows, "n_val": n_rows // 20}
     (run / "summary.json").write_text(json.dumps(summary))
     write_tables(run, d_sae)

@@ -123,7 +123,7 @@ def run_ours(path: Path, args: argparse.Namespace, kernel: str) -> tuple[Runner,
 
     def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         sae = training.state.sae
-        return *sae(x), sae.W_dec.norm(dim=1)
+        return *sae.run(x), sae.W_dec.norm(dim=1)
 
     return Runner(f"ours, {training.kernel.name} kernel", step, forward), train, val
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import fcntl
 import functools
 import hashlib
 import json
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mechint.errors import DISK_FULL_ERRNOS, MechintError
+from mechint.locks import lock, open_folder
 
 RECORDED_PACKAGES = ("mechint", "torch", "transformer-lens", "transformers", "datasets", "safetensors", "numpy")
 _SCRATCH_SUFFIX = ".tmp"
@@ -31,15 +31,21 @@ def scratch_folder(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     remove_abandoned(path.parent, path.name)
-    handle = None
-    while handle is None:
+    while True:
         folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=_SCRATCH_SUFFIX))
-        handle = _lock(folder, fcntl.LOCK_EX)  # None if another process took it for left behind before it was locked
+        handle = open_folder(folder)
+        if handle is not None:
+            lock(handle, wait=True)
+        if folder.exists():  # else another process took it for left behind before it was locked
+            break
+        if handle is not None:
+            os.close(handle)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
 
 
 def remove_abandoned(folder: Path, name: str = "") -> None:
@@ -52,29 +58,11 @@ def remove_abandoned(folder: Path, name: str = "") -> None:
     for entry in entries:
         if entry.name.startswith(prefix) and entry.name.endswith(_SCRATCH_SUFFIX) and entry.is_dir():
             with contextlib.suppress(OSError):
-                handle = _lock(Path(entry.path), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                handle = open_folder(entry.path)
                 if handle is not None:
-                    shutil.rmtree(entry.path, ignore_errors=True)
+                    if lock(handle):
+                        shutil.rmtree(entry.path, ignore_errors=True)
                     os.close(handle)
-
-
-def _lock(folder: Path, how: int) -> int | None:
-    """A handle that holds the folder until it is closed; None if the folder is gone. Raises `OSError` if it is held."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(handle, how)
-    except OSError:
-        if how & fcntl.LOCK_NB:
-            os.close(handle)
-            raise
-        # a file system without locks: whoever comes by cannot take it for left behind
-    if folder.exists():
-        return handle
-    os.close(handle)  # removed while it was waited for
-    return None
 
 
 @contextlib.contextmanager
@@ -163,11 +151,12 @@ def _umask() -> int:
 
 def fsync_dir(path: str | os.PathLike) -> None:
     """Make renames inside the directory durable (POSIX: the entry is in the directory's own data)."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    handle = open_folder(path)
+    if handle is not None:
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_text(path: str | os.PathLike, text: str, *, overwrite: bool = True) -> None:

@@ -42,10 +42,10 @@ from mechint.eval import texts_from_rows, texts_from_tokens
 from mechint.report import figures, tables
 from mechint.report.files import attribution_figure
 from mechint.runs import Run, latest_run
-from mechint.subject import open_subject
+from mechint.inside import open_inside
 
 run = latest_run(prefer="ranking.csv") if RUN is None else Run(RUN)
-subject = open_subject(run.path)
+subject = open_inside(run.path)
 sae, model, hook_name = subject.sae, subject.model, subject.hook_name
 decode = model.tokenizer.decode
 if TEXTS is None:

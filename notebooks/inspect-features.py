@@ -50,10 +50,10 @@ from mechint.eval import read_metrics_csv
 from mechint.report import figures, tables
 from mechint.report.files import map_figure
 from mechint.runs import Run, latest_run
-from mechint.subject import open_subject
+from mechint.inside import open_inside
 
 run = latest_run() if RUN is None else Run(RUN)
-subject = open_subject(run.path, device="cpu")  # what is left to compute here is little
+subject = open_inside(run.path, device="cpu")  # what is left to compute here is little
 sae, decode = subject.sae, subject.model.tokenizer.decode
 activations = open_activations(run.activations_path())
 print(run, activations, f"{sae.d_sae:,} latents", sep="\n")

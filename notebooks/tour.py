@@ -57,7 +57,7 @@ from mechint.steering import (
     prompt_activations,
     steer,
 )
-from mechint.subject import open_subject
+from mechint.inside import open_inside
 from mechint.train import train
 
 folder = Path(tempfile.mkdtemp(prefix="mechint-tour-")) if FOLDER is None else Path(FOLDER)
@@ -166,7 +166,7 @@ display(HTML(tables.table_html(rows)))
 # rather than on one word, and that raise a few words far above the others (a high kurtosis).
 
 # %%
-subject = open_subject(run.path, device="cpu")
+subject = open_inside(run.path, device="cpu")
 sae = subject.sae
 gathered = load_or_gather(run)
 decode = model.tokenizer.decode

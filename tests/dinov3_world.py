@@ -11,7 +11,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +102,8 @@ def _run(
     path.parent.mkdir(parents=True)
     write = FORMATS["saev"].write
     assert write is not None
-    write(replace(loaded, topk_relu=not topk), path)
-    key = {"key": "top-k", "top_k": loaded.options["k"]} if topk else {"key": "relu", "sparsity": {"coeff": 4e-4}}
+    write(loaded.variant(relu=not topk), path)
+    key = {"key": "top-k", "top_k": loaded.k} if topk else {"key": "relu", "sparsity": {"coeff": 4e-4}}
     config = {
         "objective": {"n_prefixes": n_prefixes} if n_prefixes else {},
         "sae": {"d_model": spec["d_model"], "d_sae": D_SAE, "activation": key},

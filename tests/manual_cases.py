@@ -14,7 +14,9 @@ ON_CUDA = torch.cuda.is_available()
 if not ON_CUDA:  # read when the kernels are imported, which is later
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from mechint.kernels import DenseKernel, StepSettings  # noqa: E402
+from step_by_step import compare_pass, compare_step, reference_for  # noqa: E402
+
+from mechint.kernels import StepSettings  # noqa: E402
 from mechint.kernels.gpu import ManualKernel  # noqa: E402
 from mechint.kernels.gpu.products import triton_kernels  # noqa: E402
 from mechint.sae import SAE, Objective, build_sae  # noqa: E402
@@ -88,64 +90,36 @@ def adam_for(sae: SAE) -> torch.optim.Adam:
     return torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
 
 
-def pair(name: str, *, project_gradient: bool = False, sparse: bool = False) -> tuple[DenseKernel, ManualKernel]:
-    """The reference and the kernel under test, over equal SAEs."""
+def kernel_for(name: str, *, project_gradient: bool = False, sparse: bool = False) -> ManualKernel:
     sae, _ = make_case(name)
-    other = copy.deepcopy(sae)
-    return (
-        DenseKernel(sae, adam_for(sae), project_gradient=project_gradient),
-        ManualKernel(other, adam_for(other), project_gradient=project_gradient, sparse=sparse),
-    )
+    return ManualKernel(sae, adam_for(sae), project_gradient=project_gradient, sparse=sparse)
 
 
-def assert_same_gradients(reference: SAE, other: SAE) -> None:
-    """Float32 products of up to 96 terms, summed in another order: errors near 1e-7 times the largest entry; 2e-6
-    leaves room for the four products that follow each other."""
-    for (name, expected), (_, got) in zip(reference.named_parameters(), other.named_parameters(), strict=True):
-        assert expected.grad is not None and got.grad is not None
-        largest = expected.grad.abs().max().item()
-        bound = 2e-6 * largest + 1e-9
-        torch.testing.assert_close(got.grad, expected.grad, rtol=0, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
+def compare_gradients(name: str, *, sparse: bool = False) -> None:
+    _, objective = make_case(name)
+    compare_pass(kernel_for(name, sparse=sparse), pool_of(0), BATCH, objective)
 
 
-def compare_pass(reference: DenseKernel, kernel: ManualKernel, objective: Objective) -> None:
-    x = batch_of(0)
-    expected, got = reference.backward(x, objective), kernel.backward(x, objective)
-    assert list(got.terms) == list(expected.terms)
-    for term, value in expected.terms.items():
-        torch.testing.assert_close(got.terms[term], value, rtol=2e-6, atol=1e-8)
-    assert torch.equal(got.fire_counts, expected.fire_counts) and got.fire_counts.dtype == expected.fire_counts.dtype
-    assert got.n_active == expected.n_active
-    assert_same_gradients(reference.sae, kernel.sae)
+def pool_of(step: int) -> torch.Tensor:
+    """More rows than a batch, for those on which rounding would decide."""
+    return batch_of(step, BATCH + 30)
 
 
 def compare_steps(name: str, *, sparse: bool, steps: int) -> None:
     """Update, constraints and running means included; clipping acts in every other step."""
-    reference, kernel = pair(name, sparse=sparse, project_gradient=True)
+    kernel = kernel_for(name, sparse=sparse, project_gradient=True)
+    reference = reference_for(kernel)
     _, objective = make_case(name)
     for step in range(steps):
         settings = StepSettings(1e-3 * (step + 1), (100.0, 0.05)[step % 2], objective)
-        expected, got = reference.step(batch_of(step), settings), kernel.step(batch_of(step), settings)
-        torch.testing.assert_close(got.grad_norm, expected.grad_norm, rtol=5e-6, atol=1e-8)
-        assert 0.05 < expected.grad_norm < 100
-    assert_same_weights(reference, kernel, 1e-6)
+        compare_step(reference, pool_of(step), BATCH, settings, kernel)
+    assert_plain_groups(kernel)
 
 
-def assert_same_weights(reference: DenseKernel, kernel: ManualKernel, atol: float) -> None:
-    """Parameters, buffers and the optimizer's state."""
-    expected, got = reference.sae.state_dict(), kernel.sae.state_dict()
-    assert expected.keys() == got.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
-    states = zip(reference.optimizer.state.values(), kernel.optimizer.state.values(), strict=True)
-    for expected_state, got_state in states:
-        assert expected_state.keys() == got_state.keys()
-        assert got_state["step"] == expected_state["step"]
-        torch.testing.assert_close(got_state["exp_avg"], expected_state["exp_avg"], rtol=0, atol=atol)
-    assert [group.keys() for group in kernel.optimizer.param_groups] == [
-        group.keys() for group in reference.optimizer.param_groups
-    ]
+def assert_plain_groups(kernel: ManualKernel) -> None:
+    """The optimizer's settings as another kernel or a file expects them."""
     for group in kernel.optimizer.param_groups:
+        assert group.keys() == adam_for(kernel.sae).param_groups[0].keys()
         assert isinstance(group["lr"], float) and group["capturable"] is False
 
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import mechint.subject
+import mechint.inside
 from mechint import ablation
-from mechint.ablation import engines, kl, rank, subject
+from mechint.ablation import engines, kl, rank
 from mechint.ablation.engines import GeneralEngine, NeoXEngine, Pair
 from mechint.cli.ablate import main
 from mechint.config import AblateConfig
 from mechint.errors import MechintError
 from mechint.models import load_model, matmul
 from mechint.models.suffix import NeoXSuffix
-from mechint.sae import StandardSAE, save_checkpoint, save_sae_folder
+from mechint.sae import StandardSAE, save_checkpoint
 
 HOOK = "blocks.3.hook_resid_post"
 TEXTS = ["the cat sat on the mat", 'and the dog, "far" away', "home", "ran far far away from home again and again"]
@@ -184,7 +184,7 @@ def test_only_firing_latents_from_the_first_firing_on_are_run(sae, model, monkey
 
 
 def test_general_engine_agrees_and_says_so(sae, model, expected, rows, monkeypatch, caplog):
-    monkeypatch.setattr(subject, "entry_point", lambda hf_model, hook_name: "it was asked for")
+    monkeypatch.setattr(engines, "entry_point", lambda hf_model, hook_name: "it was asked for")
     with caplog.at_level(logging.WARNING):
         general = ablation.rank_features_by_ablation(sae, model, HOOK, TEXTS, show_progress=False, batch_size=9)
     assert "because it was asked for" in caplog.text
@@ -198,12 +198,12 @@ def test_a_model_that_is_not_its_plain_weights_takes_the_general_way(sae, sharp_
     odd = load_model(str(sharp_neox_dir), device="cpu")
     odd.hf_model.gpt_neox.layers[1].mlp.register_forward_hook(lambda module, args, out: 2 * out)
     with caplog.at_level(logging.WARNING):
-        assert isinstance(subject.make_engine(sae, odd, HOOK, [0, 5, 9, 3]), GeneralEngine)
+        assert isinstance(engines.make_engine(sae, odd, HOOK, [0, 5, 9, 3]), GeneralEngine)
     assert "not those of its plain weights" in caplog.text
 
 
 def test_large_effects_are_computed_again_in_float64(sae, model, monkeypatch):
-    engine = subject.make_engine(sae, model, HOOK, [0, 5, 9, 3])
+    engine = engines.make_engine(sae, model, HOOK, [0, 5, 9, 3])
     assert isinstance(engine, NeoXEngine)
     with torch.inference_mode():
         tokens = model.tokenize(TEXTS, prepend_bos=True)
@@ -294,7 +294,7 @@ def test_several_latents_together_by_both_engines(sae, model, monkeypatch):
     logits = model.logits_with(tokens, HOOK, hook)
     wanted = kl.kl_of_log_probs(model.logits(tokens)[0], logits[0])
     torch.testing.assert_close(torch.tensor(fast["kl"], dtype=torch.float64), wanted, rtol=1e-4, atol=2e-5)
-    monkeypatch.setattr(subject, "entry_point", lambda hf_model, hook_name: "it was asked for")
+    monkeypatch.setattr(engines, "entry_point", lambda hf_model, hook_name: "it was asked for")
     general = ablation.latent_text_kl(sae, model, HOOK, TEXTS[3], features)
     torch.testing.assert_close(torch.tensor(general["kl"], dtype=torch.float64), wanted, rtol=1e-6, atol=1e-6)
 
@@ -338,16 +338,17 @@ def test_delta_form_against_float64():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(9000, 24, generator=generator) + 0.5  # more than two tiles, with a common mean
     bias = torch.randn(9000, generator=generator)
-    head = kl.Unembedding(weight, bias)
+    head = kl.ChangedHead(weight, bias)
     clean = torch.randn(7, 24, generator=generator, dtype=torch.float64)
     position = torch.randint(0, 7, (50,), generator=generator)
     change = torch.randn(50, 24, generator=generator) * torch.logspace(-5, -0.5, 50)[:, None]
     log_p = torch.log_softmax(clean @ weight.double().T + bias, -1)[position]
     log_q = torch.log_softmax((clean[position] + change) @ weight.double().T + bias, -1)
     wanted = (log_p.exp() * (log_p - log_q)).sum(-1)
+    nothing = torch.full((50,), -1)
     with torch.inference_mode():
-        got = head.kl(change, head.clean(clean), position)
-        precise = head.precise_kl(clean, clean[position] + change, position)
+        got = head.effect(change, head.clean(clean), position, nothing).kl
+        precise = head.precise_effect(clean, clean[position] + change, position, nothing).kl
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=2e-8)
     torch.testing.assert_close(precise, wanted, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(kl.kl_of_log_probs(log_p, log_q), wanted, rtol=1e-9, atol=1e-12)
@@ -358,15 +359,16 @@ def test_a_common_move_of_all_logits_costs_no_digits():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(3000, 16, generator=generator)
     weight[:, 0] = 5.0
-    head = kl.Unembedding(weight, None)
+    head = kl.ChangedHead(weight, None)
     clean = torch.randn(1, 16, generator=generator, dtype=torch.float64)
     change = 3e-3 * torch.randn(40, 16, generator=generator)
     change[:, 0] = 1 + 0.1 * torch.randn(40, generator=generator)
     log_p = torch.log_softmax(clean @ weight.double().T, -1)
     log_q = torch.log_softmax((clean + change) @ weight.double().T, -1)
     wanted = (log_p.exp() * (log_p - log_q)).sum(-1)
+    nothing = torch.full((40,), -1)
     with torch.inference_mode():
-        got = head.kl(change, head.clean(clean), torch.zeros(40, dtype=torch.int64))
+        got = head.effect(change, head.clean(clean), torch.zeros(40, dtype=torch.int64), nothing).kl
     assert (got - wanted).abs().max() < 3e-8
 
 
@@ -374,7 +376,7 @@ def test_logit_error_is_that_of_the_logits():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(5000, 8, generator=generator)
     error = 1e-6 * torch.randn(3, 8, generator=generator)
-    head = kl.Unembedding(weight, None)
+    head = kl.ChangedHead(weight, None)
     with torch.inference_mode():
         predictions = head.clean(torch.randn(3, 8, generator=generator, dtype=torch.float64))
         got = head.logit_error(error, predictions)
@@ -517,7 +519,7 @@ def run_dir(sae, sharp_neox_dir, tmp_path) -> Path:
         "model_source": str(sharp_neox_dir),
     }
     save_checkpoint(sae, folder / "checkpoint.pt")
-    save_sae_folder(sae, folder / "sae")
+    sae.save_model(folder / "sae")
     (folder / "texts.txt").write_text("\n".join(["", *TEXTS, "  "]), encoding="utf-8")
     return folder
 
@@ -571,7 +573,7 @@ def test_command(run_dir, rows, capsys):
     ],
 )
 def test_mistakes_are_found_before_the_model_is_loaded(run_dir, changes, message, monkeypatch, capsys):
-    monkeypatch.setattr(mechint.subject, "load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(mechint.inside, "load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     assert main(flags(run_dir, **changes)) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
@@ -591,7 +593,7 @@ def test_device_reaches_the_model(run_dir, monkeypatch, capsys):
         asked.append(settings["device"])
         return load_model(name, **settings)
 
-    monkeypatch.setattr(mechint.subject, "load_model", spy)
+    monkeypatch.setattr(mechint.inside, "load_model", spy)
     assert main(flags(run_dir, feature_subset="1")) == 0
     assert asked == ["cpu"]
     assert main([*flags(run_dir, feature_subset="1", device="no-such-device"), "--overwrite"]) == 2

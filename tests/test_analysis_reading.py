@@ -27,9 +27,9 @@ from mechint.analysis import (
 )
 from mechint.data import Activations
 from mechint.errors import MechintError
+from mechint.inside import Inside
 from mechint.models import LanguageModel, load_model
 from mechint.sae import SAE, StandardSAE, build_sae
-from mechint.subject import Subject
 from tests.test_analysis import write_store
 
 HOOK = "blocks.1.hook_resid_post"
@@ -209,7 +209,7 @@ def test_token_ids_by_text(model: LanguageModel) -> None:
 def test_what_fires_on_a_text(model: LanguageModel) -> None:
     sae = random_sae(model.d_model, 40)
     for keep_bos in (False, True):
-        subject = Subject(sae, model, HOOK, Path("x"), None, True, keep_bos, None)
+        subject = Inside(sae, model, HOOK, Path("x"), None, True, keep_bos, None)
         found = fires_on(subject, "Anna lives in Paris.", k=7)
         x = model.activations(torch.tensor([found.tokens]), HOOK)[0]
         acts = sae.encode(x).detach()

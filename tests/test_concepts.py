@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mechint.concepts import probes, score, scores, structure
-from mechint.concepts.codes import codes_from_table, encode_rows, moments, pca_dictionary, random_dictionary
+from mechint.concepts.codes import Codes, encode_rows, moments, pca_dictionary, random_dictionary
 from mechint.concepts.labels import Labelled
 from mechint.concepts.match import match_directions
 from mechint.concepts.spans import Span, TokenMap, columns_of, label_tokens, read_span_file
@@ -20,6 +20,10 @@ def random_table(n: int = 300, d_sae: int = 12, share: float = 0.3, seed: int = 
     rng = np.random.default_rng(seed)
     values = rng.integers(1, 8, size=(n, d_sae)) / 4
     return (values * (rng.random((n, d_sae)) < share)).astype(np.float32)
+
+
+def codes_from_table(acts: np.ndarray) -> Codes:
+    return encode_rows(lambda x: x, [torch.from_numpy(np.asarray(acts, dtype=np.float32))], n_rows=len(acts))
 
 
 def brute_f1(on: np.ndarray, label: np.ndarray) -> float:

@@ -15,8 +15,8 @@ from mechint.concepts import label_stored, label_tales, label_texts, read_span_f
 from mechint.config import ConceptsConfig
 from mechint.data.store import open_activations
 from mechint.errors import MechintError
+from mechint.inside import Inside, open_inside
 from mechint.runs import Run
-from mechint.subject import Subject, open_subject
 
 from small_run import make_small_run  # isort: skip
 
@@ -37,12 +37,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture(scope="module")
-def subject(run: Run) -> Subject:
-    return open_subject(run.path, device="cpu")
+def subject(run: Run) -> Inside:
+    return open_inside(run.path, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def tokenizer(subject: Subject):
+def tokenizer(subject: Inside):
     return subject.model.tokenizer
 
 
@@ -113,7 +113,7 @@ def write_labels(path: Path, by: str, concepts: tuple[str, ...], line_breaks: bo
 
 
 @pytest.mark.parametrize("by", ["text_id", "text"])
-def test_a_users_labels_give_what_the_built_in_ones_give(run: Run, subject: Subject, tmp_path: Path, by: str):
+def test_a_users_labels_give_what_the_built_in_ones_give(run: Run, subject: Inside, tmp_path: Path, by: str):
     file = read_span_file(write_labels(tmp_path / "labels.csv", by, ("city", "capital", "country", "colour")))
     activations = open_activations(run.activations_path())
     built_in = label_tales(activations, subject.model.tokenizer, max_texts=N_LABELLED)
@@ -184,7 +184,7 @@ def test_labels_that_match_nothing_are_refused(run: Run, tokenizer, tmp_path: Pa
         label_stored(open_activations(run.activations_path()), tokenizer, read_span_file(path))
 
 
-def test_spans_behind_what_the_model_reads_are_left_out_and_said(subject: Subject, tmp_path: Path):
+def test_spans_behind_what_the_model_reads_are_left_out_and_said(subject: Inside, tmp_path: Path):
     text = " ".join(tale(number, "heldout", 0).text for number in range(6))
     assert len(subject.tokenize([text])[0]) == subject.model.n_ctx
     path = tmp_path / "labels.csv"
@@ -218,7 +218,7 @@ def test_known_concepts_are_found_far_above_the_baselines(scored):
 
 
 @pytest.mark.slow
-def test_the_numbers_of_a_row_are_those_of_its_latent(run: Run, subject: Subject, scored):
+def test_the_numbers_of_a_row_are_those_of_its_latent(run: Run, subject: Inside, scored):
     """Encoded in full and counted row by row, without anything that the command uses to be fast."""
     activations = open_activations(run.activations_path())
     labelled = label_tales(activations, subject.model.tokenizer)

@@ -83,7 +83,7 @@ def test_a_whole_run_of_each_architecture(architecture: str, activations_path: P
     rows = torch.load(activations_path, weights_only=True)
     held_out = rows[torch.randperm(N_ROWS, generator=torch.Generator().manual_seed(42))[: N_ROWS // 20]]
     with torch.no_grad():
-        x_hat, acts = sae(held_out)
+        x_hat, acts = sae.run(held_out)
     # the saved SAE takes raw rows, whatever it was trained on, and is the one that the summary describes
     fvu = ((x_hat - held_out) ** 2).sum() / ((held_out - held_out.mean(dim=0)) ** 2).sum()
     assert summary["fvu"] == pytest.approx(fvu.item(), rel=1e-3) and summary["fvu"] < 0.6

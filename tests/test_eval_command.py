@@ -257,7 +257,7 @@ def test_an_old_checkpoint_without_any_record(place: Path, tiny_neox_dir: Path) 
     permutation = torch.randperm(101, generator=torch.Generator().manual_seed(42))
     val = rows[permutation[:5]]
     assert found["num_features"] == 37 and found["n_val"] == 5 and found["n_train"] == 96
-    assert found["val_mse"] == pytest.approx(float((val - sae(val)[0].detach()).square().mean()), rel=1e-5)
+    assert found["val_mse"] == pytest.approx(float((val - sae.run(val)[0].detach()).square().mean()), rel=1e-5)
     notes = " ".join(found["notes"])
     assert "--eval-texts-path" in notes and "centred" in notes and "config.json" in notes
     assert not LANGUAGE_KEYS & found.keys()

@@ -11,12 +11,11 @@ from conftest import HOOK
 
 from mechint.errors import MechintError
 from mechint.eval import Text, evaluate_texts, language_metrics, one_pass, predictions
-from mechint.eval.from_texts import special_tokens
 from mechint.eval.predictions import Unembedding, WholeLogits, compare, fix
+from mechint.inside import Inside, special_tokens
 from mechint.models import LanguageModel, load_model
 from mechint.models.splice import Splice, make_splice
 from mechint.sae import SAE, StandardSAE
-from mechint.subject import Subject
 
 # --- predictions -----------------------------------------------------------------------------------------------------
 
@@ -163,8 +162,8 @@ def sae(model: LanguageModel) -> SAE:
     return made
 
 
-def subject_of(model: LanguageModel, sae: SAE, hook_name: str = HOOK) -> Subject:
-    return Subject(sae, model, hook_name, Path("x"), None, True, False, None)
+def subject_of(model: LanguageModel, sae: SAE, hook_name: str = HOOK) -> Inside:
+    return Inside(sae, model, hook_name, Path("x"), None, True, False, None)
 
 
 def random_texts(lengths: list[int], first: int = 1) -> list[Text]:
@@ -186,7 +185,7 @@ def expected(
     """Every metric from its definition, over rows of special tokens or not, and rows unseen by the SAE or not."""
     edits: dict[str, Callable] = {
         "clean": lambda x: x,
-        "sae": lambda x: sae(x)[0],
+        "sae": lambda x: sae.run(x)[0],
         "zero": torch.zeros_like,
         "mean": lambda x: mean.expand_as(x),
     }
@@ -330,7 +329,7 @@ def test_hooks_inside_a_layer_go_through_the_whole_model(tiny_neox_dir: Path) ->
     found = evaluate_texts(subject_of(model, sae, hook_name), texts, mean=torch.zeros(32), n_resamples=0)
     x = torch.cat([model.activations(torch.tensor([text.tokens]), hook_name)[0, 1:] for text in texts])
     with torch.no_grad():
-        squared = (x - sae(x)[0]).square().sum(dim=1)
+        squared = (x - sae.run(x)[0]).square().sum(dim=1)
     assert found["mse_per_token"] == pytest.approx(float(squared.mean()), rel=1e-4)
     # Zero and mean 0 are the same edit.
     assert found["ce_zero"] == pytest.approx(found["ce_mean"], rel=1e-6) and found["ce_zero"] != found["ce_clean"]
@@ -350,4 +349,4 @@ def test_texts_as_strings(model: LanguageModel, sae: SAE) -> None:
 
 
 def test_special_tokens_include_token_0(model: LanguageModel) -> None:
-    assert special_tokens(model) == {0}
+    assert special_tokens(model.tokenizer) == {0}

@@ -18,19 +18,19 @@ from mechint.cli import export as export_command
 from mechint.cli import formats_page
 from mechint.cli import identify as identify_command
 from mechint.errors import MechintError
-from mechint.formats import FORMATS, Loaded, canonical, from_sae, reference_decode, reference_encode, to_sae
-from mechint.formats.base import checked
+from mechint.formats import FORMATS, plain_form, reference_decode, reference_encode
 from mechint.formats.certificate import certify
 from mechint.formats.convert import convert, held_variant, identify, load
-from mechint.formats.folds import as_jumprelu, as_standard, fold_b_dec, fold_norms, fold_scale, variants
-from mechint.sae import build_sae, load_sae, save_checkpoint, save_sae_folder
+from mechint.formats.folds import as_jumprelu, as_standard, fold_b_dec, fold_norms, fold_scale, not_plain, variants
+from mechint.sae import SAE, build_sae, load_sae, save_checkpoint
+from mechint.sae.config import NORMALIZE
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("standard", "topk", "jumprelu", "gated")
 OFFSETS = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}
 
 
-def make(architecture: str, d_in: int = 6, d_sae: int = 20, seed: int = 0, **changes: Any) -> Loaded:
+def make(architecture: str, d_in: int = 6, d_sae: int = 20, seed: int = 0, **changes: Any) -> SAE:
     """A random SAE with free decoder norms and no bias at 0."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
@@ -43,15 +43,23 @@ def make(architecture: str, d_in: int = 6, d_sae: int = 20, seed: int = 0, **cha
         if seed % 2:  # every other one with a skip connection
             tensors["W_skip"] = torch.randn(d_in, d_in, generator=generator)
     options = {"k": max(1, d_sae // 4)} if architecture == "topk" else {}
+    if architecture != "topk":
+        changes.pop("relu", None)
     metadata = {"hook_name": "blocks.1.hook_resid_post", "model_name": "m", "processing": "raw", "prepend_bos": True}
-    return checked(Loaded(architecture, tensors, options, metadata=metadata, **changes), "made")
+    return SAE.from_tensors(architecture, tensors, "made", metadata=metadata, **options, **changes)
 
 
-def inputs(loaded: Loaded, n: int = 40) -> Tensor:
+def settings_of(sae: SAE) -> dict[str, Any]:
+    """What a file says of an SAE beside its tensors and its origin."""
+    cfg = sae.cfg.to_dict()
+    return {key: value for key, value in cfg.items() if key not in ("metadata", "device", "reshape_activations")}
+
+
+def inputs(loaded: SAE, n: int = 40) -> Tensor:
     return 2.0 * torch.randn(n, loaded.d_in, generator=torch.Generator().manual_seed(9))
 
 
-def assert_same_function(before: Loaded, after: Loaded, tolerance: float = 1e-5) -> None:
+def assert_same_function(before: SAE, after: SAE, tolerance: float = 1e-5) -> None:
     x = inputs(before)
     f = reference_encode(before, x)
     assert (f != 0).any()
@@ -71,24 +79,24 @@ def test_the_definition_is_what_our_modules_compute(architecture: str) -> None:
     with torch.no_grad():
         for name, parameter in sae.named_parameters():
             parameter.add_(0.3 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
-    loaded = from_sae(sae)
+    loaded = sae.saved_form()
     x = inputs(loaded)
     with torch.no_grad():
-        x_hat, f = sae(x)
+        x_hat, f = sae.run(x)
     torch.testing.assert_close(reference_encode(loaded, x).float(), f, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(reference_decode(loaded, f, x).float(), x_hat, rtol=1e-5, atol=1e-5)
-    again = to_sae(loaded)
+    again = plain_form(loaded)
     assert again.architecture == sae.architecture
     assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), again.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("architecture", KINDS)
 def test_folds_keep_the_function(architecture: str) -> None:
-    loaded = make(architecture, scale=3.0, apply_b_dec_to_input=False, rescale_acts_by_decoder_norm=False)
+    loaded = make(architecture, input_scale=3.0, apply_b_dec_to_input=False, rescale_acts_by_decoder_norm=False)
     assert_same_function(loaded, fold_scale(loaded))
     assert_same_function(loaded, fold_b_dec(loaded, apply_b_dec_to_input=True))
-    ours = canonical(loaded)
-    assert (ours.scale, ours.apply_b_dec_to_input) == (1.0, True)
+    ours = plain_form(loaded)
+    assert (ours.cfg.input_scale, ours.cfg.apply_b_dec_to_input) == (1.0, True)
     assert_same_function(loaded, ours)
     assert_same_function(loaded, fold_b_dec(ours, apply_b_dec_to_input=False))
     for variant, _ in variants(loaded):
@@ -99,15 +107,15 @@ def test_decoder_norms_fold_and_weak_settings_do_not_pass_for_nothing() -> None:
     loaded = make("topk", rescale_acts_by_decoder_norm=True)
     folded = fold_norms(loaded)
     assert_same_function(loaded, folded)
-    torch.testing.assert_close(folded.tensors["W_dec"].norm(dim=1), torch.ones(20))
+    torch.testing.assert_close(folded.weights()["W_dec"].norm(dim=1), torch.ones(20))
     # each setting changes the function: leaving it out instead of folding it would be seen
     for plain, changed in (
-        (loaded, replace(loaded, rescale_acts_by_decoder_norm=False)),
-        (make("standard"), make("standard", scale=2.0)),
-        (make("standard"), make("standard", normalize="sqrt_d")),
-        (make("standard"), make("standard", normalize="layer_norm")),
+        (loaded, loaded.variant(rescale_acts_by_decoder_norm=False)),
+        (make("standard"), make("standard", input_scale=2.0)),
+        (make("standard"), make("standard", normalize_activations="constant_norm_rescale")),
+        (make("standard"), make("standard", normalize_activations="layer_norm")),
         (make("gated"), make("gated", apply_b_dec_to_input=False)),
-        (replace(make("topk"), options={"k": 18}), replace(make("topk", topk_relu=False), options={"k": 18})),
+        (make("topk").variant(k=18), make("topk", relu=False).variant(k=18)),
     ):
         certificate = certify(plain, changed)
         assert max(certificate.encode_difference, certificate.decode_difference) > 1e-3
@@ -119,14 +127,19 @@ def test_relu_and_jumprelu_at_zero_are_the_same() -> None:
     jump = as_jumprelu(loaded)
     assert_same_function(loaded, jump, 0.0)
     assert as_standard(jump).architecture == "standard"
-    below = replace(jump, tensors={**jump.tensors, "threshold": torch.full((20,), -0.5)})
-    assert_same_function(below, canonical(below), 0.0)
+    below = jump.variant(tensors={**jump.weights(), "threshold": torch.full((20,), -0.5)})
+    assert_same_function(below, plain_form(below), 0.0)
 
 
-@pytest.mark.parametrize("changes", [{"normalize": "sqrt_d"}, {"normalize": "layer_norm"}, {"transcoder": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"normalize_activations": kind} for kind in NORMALIZE[1:]] + [{"transcoder": True}],
+)
 def test_what_no_weights_can_say_is_refused(changes: dict[str, Any]) -> None:
+    sae = make("topk", **changes)
+    assert not_plain(sae) and not_plain(plain_form(sae)) == not_plain(sae)
     with pytest.raises(MechintError, match="would change"):
-        canonical(make("topk", **changes))
+        held_variant(sae, FORMATS["mechint"])
 
 
 # --- certificates -----------------------------------------------------------------------------------------------------
@@ -138,25 +151,25 @@ def test_probes_are_of_the_scale_of_the_sae(architecture: str, size: float) -> N
     """An SAE of activations of any size fires on them, and a change of one weight is seen."""
     loaded = make(architecture, d_in=16, d_sae=64)
     names = ("b_dec", "b_enc", "threshold", "b_gate", "b_mag")
-    scaled = {name: value * size if name in names else value for name, value in loaded.tensors.items()}
-    loaded = replace(loaded, tensors=scaled)
+    scaled = {name: value * size if name in names else value for name, value in loaded.weights().items()}
+    loaded = loaded.variant(tensors=scaled)
     same = certify(loaded, loaded)
     assert same.holds and same.weights_equal and (same.encode_difference, same.decode_difference) == (0.0, 0.0)
     assert 1 < same.mean_l0 < 60
-    for name in loaded.tensors:
-        changed = {**loaded.tensors, name: loaded.tensors[name] * 1.01}
-        certificate = certify(loaded, replace(loaded, tensors=changed))
+    for name in loaded.weights():
+        changed = {**loaded.weights(), name: loaded.weights()[name] * 1.01}
+        certificate = certify(loaded, loaded.variant(tensors=changed))
         assert not certificate.holds and not certificate.weights_equal, name
 
 
 def test_latents_switched_by_rounding_are_counted_apart() -> None:
     loaded = make("jumprelu", d_in=4, d_sae=8)
-    tensors = {**loaded.tensors, "W_enc": torch.zeros(4, 8), "b_enc": torch.ones(8), "threshold": torch.ones(8)}
-    loaded = replace(loaded, tensors=tensors)
-    nearly = replace(loaded, tensors={**tensors, "threshold": torch.full((8,), 1 - 1e-7)})
+    tensors = {**loaded.weights(), "W_enc": torch.zeros(4, 8), "b_enc": torch.ones(8), "threshold": torch.ones(8)}
+    loaded = loaded.variant(tensors=tensors)
+    nearly = loaded.variant(tensors={**tensors, "threshold": torch.full((8,), 1 - 1e-7)})
     certificate = certify(loaded, nearly)
     assert certificate.at_border == 8 * certificate.n_probes and certificate.holds
-    lower = replace(loaded, tensors={**tensors, "threshold": torch.full((8,), 0.9)})
+    lower = loaded.variant(tensors={**tensors, "threshold": torch.full((8,), 0.9)})
     assert not certify(loaded, lower).holds
 
 
@@ -165,9 +178,9 @@ def test_latents_switched_by_rounding_are_counted_apart() -> None:
 CHANGES: tuple[dict[str, Any], ...] = (
     {},
     {"apply_b_dec_to_input": False},
-    {"scale": 2.5},
-    {"normalize": "sqrt_d"},
-    {"normalize": "layer_norm"},
+    {"input_scale": 2.5},
+    {"normalize_activations": "constant_norm_rescale"},
+    {"normalize_activations": "layer_norm"},
     {"transcoder": True},
 )
 
@@ -202,10 +215,9 @@ def test_round_trips(
     target.write(variant, folder)
     assert [found.name for found in FORMATS.values() if found.sniff(folder)] == [name]
     back = target.read(folder)
-    assert back.tensors.keys() == variant.tensors.keys()
-    assert all(torch.equal(back.tensors[key], variant.tensors[key]) for key in back.tensors)
-    for field in ("architecture", "options", "apply_b_dec_to_input", "normalize", "scale", "transcoder", "topk_relu"):
-        assert getattr(back, field) == getattr(variant, field), field
+    assert back.weights().keys() == variant.weights().keys()
+    assert all(torch.equal(back.weights()[key], variant.weights()[key]) for key in back.weights())
+    assert settings_of(back) == settings_of(variant)
     assert {key: back.metadata[key] for key in loaded.metadata} == loaded.metadata
     assert folded == () or changes
 
@@ -213,7 +225,7 @@ def test_round_trips(
 @settings(max_examples=25, deadline=None)
 @given(
     architecture=st.sampled_from(KINDS),
-    changes=st.sampled_from((*CHANGES[:2], *CHANGES[3:], {"topk_relu": False, "apply_b_dec_to_input": False})),
+    changes=st.sampled_from((*CHANGES[:2], *CHANGES[3:], {"relu": False, "apply_b_dec_to_input": False})),
     one_threshold=st.booleans(),
     d_in=st.integers(2, 9),
     d_sae=st.integers(2, 30),
@@ -231,8 +243,8 @@ def test_no_bit_changes_on_the_way_through_all_formats_that_hold_an_sae(
     """From each format into the next: between any two of them nothing is rounded."""
     loaded = make(architecture, d_in, d_sae, seed, **changes)
     if one_threshold and architecture == "jumprelu":
-        same = loaded.tensors["threshold"].median().expand(d_sae).contiguous()
-        loaded = replace(loaded, tensors={**loaded.tensors, "threshold": same})
+        same = loaded.weights()["threshold"].median().expand(d_sae).contiguous()
+        loaded = loaded.variant(tensors={**loaded.weights(), "threshold": same})
     folder, passed = tmp_path_factory.mktemp("chain"), loaded
     for name, target in sorted(FORMATS.items()):
         if target.read is None or target.write is None or target.holds(loaded) is not None:
@@ -241,9 +253,9 @@ def test_no_bit_changes_on_the_way_through_all_formats_that_hold_an_sae(
         target.write(passed, path)
         assert [found.name for found in FORMATS.values() if found.sniff(path)] == [name]
         passed = target.read(path)
-        assert passed.tensors.keys() == loaded.tensors.keys(), name
-        assert all(torch.equal(passed.tensors[key], loaded.tensors[key]) for key in loaded.tensors), name
-        assert passed.topk_relu == loaded.topk_relu or architecture != "topk", name
+        assert passed.weights().keys() == loaded.weights().keys(), name
+        assert all(torch.equal(passed.weights()[key], loaded.weights()[key]) for key in loaded.weights()), name
+        assert passed.departing() == loaded.departing(), name
         certificate = certify(loaded, passed, n_probes=12)
         assert certificate.weights_equal and (certificate.encode_difference, certificate.decode_difference) == (0, 0)
 
@@ -256,7 +268,9 @@ def test_only_what_cannot_be_held_is_refused() -> None:
         for name in ("mechint", "saelens", "saelens_pre6")
     }
     everything = {(kind, *change) for kind in KINDS for change in CHANGES}
-    assert held["mechint"] == {found for found in everything if not {"normalize", "transcoder"} & set(found)}
+    assert held["mechint"] == {
+        found for found in everything if not {"normalize_activations", "transcoder"} & set(found)
+    }
     assert held["saelens_pre6"] == {found for found in everything if "transcoder" not in found}
     assert everything - held["saelens"] == {("topk", "transcoder"), ("gated", "transcoder")}
 
@@ -273,11 +287,11 @@ def _holds(name: str, kind: str, change: tuple[str, ...]) -> bool:
 # --- SAELens's files --------------------------------------------------------------------------------------------------
 
 
-def write_cfg(folder: Path, loaded: Loaded, **cfg: Any) -> Path:
+def write_cfg(folder: Path, loaded: SAE, tensors: dict[str, Tensor] | None = None, **cfg: Any) -> Path:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(loaded.tensors, folder / "sae_weights.safetensors")
+    save_file(tensors or loaded.weights(), folder / "sae_weights.safetensors")
     values = {"d_in": loaded.d_in, "d_sae": loaded.d_sae, "dtype": "float32", **cfg}
     (folder / "cfg.json").write_text(json.dumps(values))
     return folder
@@ -291,16 +305,16 @@ def test_pre_6_keys(tmp_path: Path) -> None:
     old = {"hook_point": "blocks.7.hook_resid_pre", "hook_point_layer": 7, "model_name": "gpt2-small"}
     found = load(write_cfg(tmp_path / "a", loaded, **old, normalize_activations=False))[1]
     assert found.metadata["hook_name"] == "blocks.7.hook_resid_pre" and found.metadata["hook_layer"] == 7
-    assert found.apply_b_dec_to_input and found.normalize == "none"
+    assert found.cfg.apply_b_dec_to_input and found.cfg.normalize_activations == "none"
     kwargs = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 5}}
     found = load(write_cfg(tmp_path / "b", loaded, **old, **kwargs, apply_b_dec_to_input=False))[1]
-    assert (found.architecture, found.options, found.apply_b_dec_to_input) == ("topk", {"k": 5}, False)
+    assert (found.architecture, found.k, found.cfg.apply_b_dec_to_input) == ("topk", 5, False)
     found = load(write_cfg(tmp_path / "c", loaded, normalize_activations=True, norm_scaling_factor=0.5))[1]
-    assert found.scale == 0.5
+    assert found.cfg.input_scale == 0.5
     factor = torch.linspace(0.5, 2, 20)
-    tuned = replace(loaded, tensors={**loaded.tensors, "scaling_factor": factor})
-    found = load(write_cfg(tmp_path / "d", tuned, finetuning_scaling_factor=True))[1]
-    torch.testing.assert_close(found.tensors["W_dec"], loaded.tensors["W_dec"] * factor[:, None])
+    tuned = {**loaded.weights(), "scaling_factor": factor}
+    found = load(write_cfg(tmp_path / "d", loaded, tuned, finetuning_scaling_factor=True))[1]
+    torch.testing.assert_close(found.weights()["W_dec"], loaded.weights()["W_dec"] * factor[:, None])
 
 
 @pytest.mark.parametrize(
@@ -311,10 +325,10 @@ def test_pre_6_keys(tmp_path: Path) -> None:
         ({"normalize_activations": True}, "norm_scaling_factor"),
         ({**SIX, "architecture": "topk"}, "topk without k"),
         ({**SIX, "architecture": "topk", "k": 21}, "from 1 to d_sae = 20"),
-        ({**SIX, "architecture": "topk", "k": "many"}, "whole number"),
+        ({**SIX, "architecture": "topk", "k": "many"}, "needs k.*found 'many'"),
         ({**SIX, "architecture": "topk", "k": float("nan")}, "whole number"),
-        ({**SIX, "architecture": "temporal"}, "'temporal' does not open"),
-        ({**SIX, "architecture": ["standard"]}, "does not open"),
+        ({**SIX, "architecture": "temporal"}, "unknown architecture 'temporal'; "),
+        ({**SIX, "architecture": ["standard"]}, "should be a name"),
         ({**SIX, "architecture": "standard", "normalize_activations": "covariance_whitening"}, "covariance_whitening"),
         ({**SIX, "architecture": "standard", "normalize_activations": {}}, "the weights have 6"),
         ({**SIX, "architecture": "jumprelu"}, "lacks threshold"),
@@ -331,22 +345,45 @@ def test_cfg_that_would_be_another_function_is_refused(tmp_path: Path, cfg: dict
         load(write_cfg(tmp_path / "x", make("standard"), **cfg))
 
 
-def test_an_sae_folder_of_another_function_does_not_open_as_ours(tmp_path: Path) -> None:
+CONTRADICTIONS = [
+    {"architecture": "batch_topk", "activation_fn_str": "topk"},
+    {"architecture": "batchtopk", "activation_fn": "topk"},
+    {"architecture": "jumprelu", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 5}},
+    {"architecture": "gated", "activation_fn_str": "jumprelu"},
+    {"architecture": "topk", "activation_fn_str": "relu", "k": 5},
+    {"architecture": "standard", "activation_fn_str": "jumprelu"},
+    {"activation_fn_str": "topk", "activation_fn": "relu", "activation_fn_kwargs": {"k": 5}},
+    {"activation_fn_str": "topk", "k": 4, "activation_fn_kwargs": {"k": 5}},
+    {"hook_name": "blocks.1.hook_resid_post", "metadata": {"hook_name": "blocks.2.hook_resid_post"}},
+    {"model_name": "gpt2", "metadata": {"model_name": "pythia-70m"}},
+    {**SIX, "architecture": "standard", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 5}},
+]
+
+
+@pytest.mark.parametrize("cfg", CONTRADICTIONS)
+def test_keys_that_contradict_each_other_are_both_named_and_none_believed(tmp_path: Path, cfg: dict[str, Any]) -> None:
+    folder = write_cfg(tmp_path / "x", make("topk"), **cfg)
+    with pytest.raises(MechintError, match="remove the one that is wrong") as error:
+        load(folder)
+    said = {key: value for key, value in cfg.items() if key not in ("metadata", "activation_fn_kwargs", "k")}
+    assert all(str(value) in str(error.value) for value in said.values() if cfg.get("k") != 4)
+
+
+def test_files_from_before_6_open_in_every_way(tmp_path: Path) -> None:
     folder = write_cfg(tmp_path / "x", make("topk"), activation_fn_str="topk", activation_fn_kwargs={"k": 5})
-    with pytest.raises(MechintError, match="mechint convert"):
-        load_sae(folder)
+    assert load_sae(folder).architecture == "topk"
     convert(folder, tmp_path / "y")
     assert load_sae(tmp_path / "y").architecture == "topk"
 
 
 def test_a_batchtopk_checkpoint_opens_as_what_it_is_applied_as(tmp_path: Path) -> None:
     loaded = make("topk")
-    tensors = {**loaded.tensors, "topk_threshold": torch.tensor(1.5, dtype=torch.float64)}
+    tensors = {**loaded.weights(), "topk_threshold": torch.tensor(1.5, dtype=torch.float64)}
     cfg = {**SIX, "architecture": "batchtopk", "k": 3.0, "rescale_acts_by_decoder_norm": True}
-    found = load(write_cfg(tmp_path / "x", replace(loaded, tensors=tensors), **cfg))[1]
+    found = load(write_cfg(tmp_path / "x", loaded, tensors, **cfg))[1]
     assert found.architecture == "jumprelu" and found.metadata["processing"] == "raw"
     x = inputs(loaded)
-    t = loaded.tensors
+    t = loaded.weights()
     weighed = ((x - t["b_dec"]) @ t["W_enc"] + t["b_enc"]) * t["W_dec"].norm(dim=1)
     torch.testing.assert_close(reference_encode(found, x).float(), weighed * (weighed > 1.5), rtol=1e-5, atol=1e-5)
 
@@ -354,15 +391,14 @@ def test_a_batchtopk_checkpoint_opens_as_what_it_is_applied_as(tmp_path: Path) -
 def test_our_own_files_are_told_from_saelens_ones(tmp_path: Path) -> None:
     sae = build_sae("standard", 4, 8)
     sae.metadata = {"hook_name": "blocks.0.hook_resid_post", "processing": "centred", "prepend_bos": True}
-    save_sae_folder(sae, tmp_path / "ours")
+    sae.save_model(tmp_path / "ours")
     recorded = json.loads((tmp_path / "ours" / "cfg.json").read_text())["metadata"]
     assert recorded["sae_lens_version"].startswith("6.") and recorded["mechint_version"]
     assert load_sae(tmp_path / "ours").metadata == sae.metadata
     # Neither of ours that names no processing ...
     sae.metadata = {"hook_name": "blocks.0.hook_resid_post"}
-    save_sae_folder(sae, tmp_path / "silent")
-    with pytest.warns(UserWarning, match="nothing says how its activations were processed"):
-        assert load_sae(tmp_path / "silent").metadata["processing"] == "centred"
+    sae.save_model(tmp_path / "silent")
+    assert "processing" not in load_sae(tmp_path / "silent").metadata  # what is not known stays so
     # ... nor one of SAELens's own is mistaken for the other.
     cfg = json.loads((tmp_path / "silent" / "cfg.json").read_text())
     del cfg["metadata"]["mechint_version"]
@@ -383,7 +419,7 @@ def run_dir(tmp_path: Path) -> Path:
     sae.metadata = {"hook_name": "blocks.0.hook_resid_post", "model_name": "m", "processing": "raw"}
     folder = tmp_path / "run"
     save_checkpoint(sae, folder / "checkpoint.pt")
-    save_sae_folder(sae, folder / "sae")
+    sae.save_model(folder / "sae")
     (folder / "config.json").write_text("{}")
     return folder
 
@@ -424,7 +460,7 @@ def test_a_folder_of_several_is_converted_one_by_one(tmp_path: Path, capsys: pyt
     assert capsys.readouterr().out.count("certificate: ") == 2
     for layer in range(2):
         found = load(tmp_path / "all" / f"layer_{layer}")[1]
-        assert torch.equal(found.tensors["W_enc"], make("standard", seed=layer).tensors["W_enc"])
+        assert torch.equal(found.weights()["W_enc"], make("standard", seed=layer).weights()["W_enc"])
 
 
 def test_a_conversion_that_lies_is_not_kept(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,8 +468,8 @@ def test_a_conversion_that_lies_is_not_kept(run_dir: Path, tmp_path: Path, monke
     write = honest.write
     assert write is not None
 
-    def forgetful(loaded: Loaded, path: Path) -> None:
-        write(replace(loaded, tensors={**loaded.tensors, "threshold": loaded.tensors["threshold"] + 0.1}), path)
+    def forgetful(loaded: SAE, path: Path) -> None:
+        write(loaded.variant(tensors={**loaded.weights(), "threshold": loaded.weights()["threshold"] + 0.1}), path)
 
     monkeypatch.setitem(FORMATS, "saelens", replace(honest, write=forgetful))
     with pytest.raises(MechintError, match="computes something else"):
@@ -500,20 +536,20 @@ def test_broken_and_hostile_files_are_one_line_of_error(name: str, run_dir: Path
             for chosen in (None, name):
                 try:
                     found = load(place, from_format=chosen)[1]
-                    assert found.tensors.keys() == whole.tensors.keys()
+                    assert found.weights().keys() == whole.weights().keys()
                     assert (found.d_in, found.d_sae) == (whole.d_in, whole.d_sae)
                 except MechintError as error:
                     assert "\n" not in str(error)
                     seen += 1
         path.write_bytes(content)
     assert seen > 20
-    assert torch.equal(load(place)[1].tensors["W_enc"], whole.tensors["W_enc"])
+    assert torch.equal(load(place)[1].weights()["W_enc"], whole.weights()["W_enc"])
 
 
 def test_opening_does_not_import_transformer_lens(run_dir: Path) -> None:
     code = (
-        "import sys; from mechint.formats.convert import load; from mechint.formats import to_sae\n"
-        f"to_sae(load({str(run_dir)!r})[1])\n"
+        "import sys; from mechint.formats.convert import load; from mechint.formats import plain_form\n"
+        f"plain_form(load({str(run_dir)!r})[1])\n"
         "heavy = {'transformer_lens', 'transformers', 'datasets', 'pandas', 'torch._dynamo'}\n"
         "print(heavy & set(sys.modules))"
     )

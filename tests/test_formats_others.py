@@ -5,7 +5,6 @@ are broken: test_formats_hostile.py. The tools themselves: test_peer_formats_oth
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mechint.errors import MechintError
-from mechint.formats import FORMATS, Loaded
+from mechint.formats import FORMATS
 from mechint.formats.folds import variants
+from mechint.sae import SAE
 
 # (format, architecture) -> settings in which it is held: b_dec subtracted?, normalisation, top-k with ReLU? A format
 # that is not in it is held to its own answers.
 HELD: dict[tuple[str, str], set[tuple[bool, str, bool]]] = {
     ("mistudio", "standard"): {
-        (False, how, relu) for how in ("none", "sqrt_d", "layer_norm") for relu in (True, False)
+        (False, how, relu) for how in ("none", "constant_norm_rescale", "layer_norm") for relu in (True, False)
     },
     ("mistudio", "jumprelu"): {
-        (False, how, relu) for how in ("none", "sqrt_d", "layer_norm") for relu in (True, False)
+        (False, how, relu) for how in ("none", "constant_norm_rescale", "layer_norm") for relu in (True, False)
     },
     ("saev", "standard"): {(False, "none", True), (False, "none", False)},
     ("saev", "topk"): {(False, "none", False)},
@@ -55,7 +55,7 @@ ARCHITECTURES = ("standard", "topk", "jumprelu", "gated")
     st.sampled_from(OTHERS),
     st.sampled_from(ARCHITECTURES),
     st.booleans(),
-    st.sampled_from(["none", "sqrt_d", "layer_norm"]),
+    st.sampled_from(["none", "constant_norm_rescale", "layer_norm"]),
     st.booleans(),
     st.integers(1, 9),
     st.integers(1, 12),
@@ -65,7 +65,9 @@ ARCHITECTURES = ("standard", "topk", "jumprelu", "gated")
 def test_what_is_held_comes_back_bit_for_bit_and_the_rest_is_refused(
     name: str, architecture: str, subtracts: bool, normalize: Any, relu: bool, d_in: int, d_sae: int, seed: int
 ):
-    loaded = make(architecture, d_in, d_sae, seed, apply_b_dec_to_input=subtracts, normalize=normalize, topk_relu=relu)
+    loaded = make(
+        architecture, d_in, d_sae, seed, apply_b_dec_to_input=subtracts, normalize_activations=normalize, relu=relu
+    )
     several = d_sae > 1  # one latent alone has one threshold for all
     held = HELD.get((name, architecture), set()) if any(name == other for other, _ in HELD) else None
     is_held = FORMATS[name].holds(loaded) is None if held is None else (subtracts, normalize, relu) in held
@@ -87,18 +89,18 @@ def test_what_is_held_comes_back_bit_for_bit_and_the_rest_is_refused(
     assert_same(back, loaded)
 
 
-def assert_same(back: Loaded, loaded: Loaded) -> None:
+def assert_same(back: SAE, loaded: SAE) -> None:
     assert (back.architecture, back.options) == (loaded.architecture, loaded.options)
-    assert (back.apply_b_dec_to_input, back.normalize, back.scale) == (
-        loaded.apply_b_dec_to_input,
-        loaded.normalize,
-        loaded.scale,
+    assert (back.cfg.apply_b_dec_to_input, back.cfg.normalize_activations, back.cfg.input_scale) == (
+        loaded.cfg.apply_b_dec_to_input,
+        loaded.cfg.normalize_activations,
+        loaded.cfg.input_scale,
     )
     if loaded.architecture == "topk":
-        assert back.topk_relu == loaded.topk_relu
-    assert back.tensors.keys() == loaded.tensors.keys()
-    for name, tensor in loaded.tensors.items():
-        assert torch.equal(back.tensors[name], tensor), name
+        assert back.relu == loaded.relu
+    assert back.weights().keys() == loaded.weights().keys()
+    for name, tensor in loaded.weights().items():
+        assert torch.equal(back.weights()[name], tensor), name
 
 
 @given(st.sampled_from(OTHERS), st.sampled_from(OTHERS), st.sampled_from(ARCHITECTURES), st.integers(0, 1000))
@@ -148,19 +150,19 @@ def test_metadata_survives_where_the_tool_leaves_room(tmp_path: Path):
 
 def test_mistudio_keeps_a_threshold_of_zero(tmp_path: Path):
     loaded = make("jumprelu", apply_b_dec_to_input=False)
-    loaded.tensors["threshold"][2] = 0.0
-    assert read("mistudio", write("mistudio", loaded, tmp_path)).tensors["threshold"][2] == 0
+    loaded.weights()["threshold"][2] = 0.0
+    assert read("mistudio", write("mistudio", loaded, tmp_path)).weights()["threshold"][2] == 0
 
 
 def test_batchtopk_with_its_k_is_held_without_folding(tmp_path: Path):
     loaded = make("jumprelu")
-    loaded = replace(loaded, metadata={"training_architecture": "batchtopk", "training_options": {"k": 3}})
+    loaded = loaded.variant(metadata={"training_architecture": "batchtopk", "training_options": {"k": 3}})
     assert "BatchTopK" in str(FORMATS["dictionary_learning"].holds(loaded))  # thresholds differ
-    loaded.tensors["threshold"].fill_(0.4)
+    loaded.weights()["threshold"].fill_(0.4)
     path = write("dictionary_learning", loaded, tmp_path)
     assert json.loads((path / "config.json").read_text())["trainer"]["dict_class"] == "BatchTopKSAE"
     assert_same(read("dictionary_learning", path), loaded)
-    loaded = replace(loaded, apply_b_dec_to_input=False)
+    loaded = loaded.variant(apply_b_dec_to_input=False)
     path = write("saev", loaded, tmp_path)
     assert json.loads(path.read_bytes().split(b"\n")[0])["cfg"]["activation"]["params"]["top_k"] == 3
     assert_same(read("saev", path), loaded)
@@ -169,7 +171,7 @@ def test_batchtopk_with_its_k_is_held_without_folding(tmp_path: Path):
 # --- what each tool computes, written out here ------------------------------------------------------------------------
 
 
-def agrees(loaded: Loaded, encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor]) -> None:
+def agrees(loaded: SAE, encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor]) -> None:
     x, f, x_hat = codes(loaded)
     torch.testing.assert_close(f, encode(x).double(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(x_hat, decode(f).double(), rtol=1e-6, atol=1e-6)
@@ -203,8 +205,8 @@ def test_mistudio_tied_topk_and_normalised(tmp_path: Path):
     (folder / "metadata.json").write_text(json.dumps({"top_k_sparsity": 30}))  # 2.1 of 7: 2
     loaded = read("mistudio", tmp_path)
     assert loaded.metadata["hook_name"] == "blocks.4.hook_mlp_out"
-    assert loaded.options == {"k": 2}
-    assert loaded.normalize == "sqrt_d" and "constant_norm_rescale" in loaded.notes[0]
+    assert loaded.saved_options() == {"k": 2}
+    assert loaded.cfg.normalize_activations == "constant_norm_rescale" and "constant_norm_rescale" in loaded.notes[0]
     d = {name: tensor.double() for name, tensor in s.items()}
     norms: list[Tensor] = []
 
@@ -216,7 +218,7 @@ def test_mistudio_tied_topk_and_normalised(tmp_path: Path):
 
     agrees(loaded, encode, lambda f: (f @ d["encoder.weight"] + d["decoder_bias"]) * norms[0])
     (folder / "metadata.json").write_text(json.dumps({"normalize_activations": "none"}))
-    assert read("mistudio", tmp_path).normalize == "none"
+    assert read("mistudio", tmp_path).cfg.normalize_activations == "none"
 
 
 def test_mistudio_jumprelu(tmp_path: Path):
@@ -317,7 +319,7 @@ def test_saev_topk_keeps_negative_entries(tmp_path: Path):
 def test_saev_batchtopk_without_a_learned_threshold_is_relu(learned: float, tmp_path: Path):
     state = {**saev_state(), "activation.threshold": torch.tensor(learned)}
     loaded = read("saev", saev_file(tmp_path / "sae.pt", SCHEMAS["3"][0], state))
-    assert not loaded.tensors["threshold"].any()
+    assert not loaded.weights()["threshold"].any()
     d = {name: tensor.double() for name, tensor in state.items()}
     agrees(loaded, lambda x: (x @ d["W_enc"] + d["b_enc"]).relu(), lambda f: f @ d["W_dec"] + d["b_dec"])
 
@@ -492,7 +494,7 @@ def test_dictionary_learning_checkpoints_have_their_config_one_folder_up(tmp_pat
     early = folder / "checkpoints" / "ae_1000.pt"
     torch.save(s | {"threshold": torch.tensor(0.25)}, early)
     assert [form.name for form in FORMATS.values() if form.sniff(early)] == ["dictionary_learning"]
-    assert float(read("dictionary_learning", early).tensors["threshold"][0]) == 0.25
+    assert float(read("dictionary_learning", early).weights()["threshold"][0]) == 0.25
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -518,7 +520,7 @@ def test_a_file_saved_on_cuda_opens_on_the_cpu(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(RuntimeError, match="CUDA"):
         torch.load(folder / "ae.pt", weights_only=True)  # it does say cuda
     assert FORMATS["dictionary_learning"].sniff(folder)
-    assert torch.equal(read("dictionary_learning", folder).tensors["W_enc"], s["encoder.weight"].T)
+    assert torch.equal(read("dictionary_learning", folder).weights()["W_enc"], s["encoder.weight"].T)
 
 
 def test_sparsify_folders_name_their_hook(tmp_path: Path):

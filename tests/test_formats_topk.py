@@ -1,7 +1,6 @@
 """Top-k with and without ReLU after it: both open here, and one with ReLU goes into formats that have none."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,11 @@ from mechint.cli import export as export_command
 from mechint.cli import identify as identify_command
 from mechint.errors import MechintError
 from mechint.eval.sums import ReconstructionSums
-from mechint.formats import FORMATS, Loaded, reference_encode, to_sae
+from mechint.formats import FORMATS, plain_form, reference_encode
 from mechint.formats.certificate import certify
 from mechint.formats.convert import convert, held_variant, load, write_proved
 from mechint.formats.folds import pad_topk, silent_latents
-from mechint.sae import Objective, build_sae, load_sae, save_checkpoint, save_sae_folder
+from mechint.sae import SAE, Objective, build_sae, load_sae, save_checkpoint
 from mechint.sae.architectures.topk import TopKSAE
 
 WITHOUT = ("mech_platform", "saev")
@@ -49,7 +48,7 @@ def top_of(pre: Tensor, k: int) -> Tensor:
 def test_a_topk_without_relu_keeps_negative_entries_and_reconstructs_with_them():
     sae, x = signed(), torch.randn(30, 5, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        x_hat, f = sae(x)
+        x_hat, f = sae.run(x)
         assert torch.equal(f, top_of(sae.pre_activations(x), 5)) and (f < 0).any()
         torch.testing.assert_close(x_hat, f @ sae.W_dec + sae.b_dec)
         sae.relu = True
@@ -60,7 +59,7 @@ def test_its_l0_counts_negative_entries_too():
     sae, x = signed(), torch.randn(30, 5, generator=torch.Generator().manual_seed(3))
     sums = ReconstructionSums(5, 7)
     with torch.no_grad():
-        x_hat, f = sae(x)
+        x_hat, f = sae.run(x)
     sums.add(x, x_hat, f)
     assert sums.metrics()["l0"] == 5.0 and int(sums.fire_counts.sum()) == 150
 
@@ -78,8 +77,8 @@ def test_its_checkpoint_says_so_and_that_of_others_has_not_changed(tmp_path: Pat
 
 def test_saelens_layout_refuses_it(tmp_path: Path):
     """Who opens such a folder would apply ReLU."""
-    with pytest.raises(MechintError, match="relu=False"):
-        save_sae_folder(signed(), tmp_path / "sae")
+    with pytest.raises(MechintError, match="keeps negative entries"):
+        signed().save_model(tmp_path / "sae")
     assert not (tmp_path / "sae").exists()
 
 
@@ -126,13 +125,17 @@ def test_a_mech_platform_bundle_opens_in_the_api_and_in_commands(
     x_hat_expected = expected @ state["decoder.weight"].T + state["decoder.bias"]
     assert identify_command.main([str(folder)]) == 0
     said = capsys.readouterr().out
-    assert "opens here: yes" in said and "negative entries are kept" in said
+    assert "opens here: yes" in said and "relu: False, unlike what is trained here" in said
     assert convert_command.main([str(folder), str(tmp_path / "ours")]) == 0
     assert "folded: b_dec" in capsys.readouterr().out
     assert not (tmp_path / "ours" / "sae").exists()
-    for sae in (to_sae(load(folder)[1]), load_sae(tmp_path / "ours"), load_sae(tmp_path / "ours" / "checkpoint.pt")):
+    for sae in (
+        plain_form(load(folder)[1]),
+        load_sae(tmp_path / "ours"),
+        load_sae(tmp_path / "ours" / "checkpoint.pt"),
+    ):
         with torch.no_grad():
-            x_hat, f = sae(x)
+            x_hat, f = sae.run(x)
         torch.testing.assert_close(f, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(x_hat, x_hat_expected, rtol=1e-5, atol=1e-5)
         assert sae.metadata["model_name"] == "gpt2" and sae.metadata["hook_name"] == "blocks.8.hook_resid_pre"
@@ -147,32 +150,32 @@ def test_a_mech_platform_bundle_opens_in_the_api_and_in_commands(
 
 @pytest.mark.parametrize("name", WITHOUT)
 def test_without_relu_into_ours_and_back_no_bit_changes(name: str, tmp_path: Path):
-    loaded = make("topk", topk_relu=False)
+    loaded = make("topk", relu=False)
     assert FORMATS["mechint"].holds(loaded) is None
     assert FORMATS["mechint"].write
     FORMATS["mechint"].write(loaded, tmp_path / "x")
     back = read("mechint", tmp_path / "x")
-    assert not back.topk_relu and back.options == loaded.options and back.metadata == loaded.metadata
-    assert all(torch.equal(back.tensors[key], tensor) for key, tensor in loaded.tensors.items())
-    bare = replace(loaded, apply_b_dec_to_input=False)
+    assert not back.relu and back.k == loaded.k and back.metadata == loaded.metadata
+    assert all(torch.equal(back.weights()[key], tensor) for key, tensor in loaded.weights().items())
+    bare = loaded.variant(apply_b_dec_to_input=False)
     again = read(name, write(name, bare, tmp_path))
-    assert all(torch.equal(again.tensors[key], tensor) for key, tensor in loaded.tensors.items())
+    assert all(torch.equal(again.weights()[key], tensor) for key, tensor in loaded.weights().items())
 
 
 # --- with ReLU, into formats without ----------------------------------------------------------------------------------
 
 
-def rarely_positive(d_in: int = 6, d_sae: int = 20, k: int = 8, seed: int = 0, **changes: Any) -> Loaded:
+def rarely_positive(d_in: int = 6, d_sae: int = 20, k: int = 8, seed: int = 0, **changes: Any) -> SAE:
     """With ReLU; fewer than k of its pre-activations are above 0, so that the ReLU matters."""
     loaded = make("topk", d_in, d_sae, seed, apply_b_dec_to_input=False)
-    tensors = {**loaded.tensors, "b_enc": loaded.tensors["b_enc"] - 3.0}
-    return replace(loaded, tensors=tensors, options={"k": k}, **changes)
+    tensors = {**loaded.weights(), "b_enc": loaded.weights()["b_enc"] - 3.0}
+    return loaded.variant(tensors=tensors, k=k, **changes)
 
 
 @pytest.mark.parametrize("name", WITHOUT)
 def test_it_is_refused_unless_padding_is_asked_for(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     loaded = rarely_positive()
-    assert not certify(loaded, replace(loaded, topk_relu=False)).holds  # it would be another function
+    assert not certify(loaded, loaded.variant(relu=False)).holds  # it would be another function
     write_proved(loaded, tmp_path / "in", FORMATS["saelens"])
     out = tmp_path / ("sae.pt" if name == "saev" else "out")
     assert convert_command.main([str(tmp_path / "in"), str(out), "--to", name]) == 2
@@ -186,16 +189,16 @@ def test_it_is_refused_unless_padding_is_asked_for(name: str, tmp_path: Path, ca
     assert any("last 8 latents are of zeros" in note for note in record["notes"])
     # what the tool computes from the file
     back = read(name, out)
-    assert back.d_sae == 28 and not back.topk_relu and silent_latents(back) == 8
+    assert back.d_sae == 28 and not back.relu and silent_latents(back) == 8
     x, f, _ = codes(loaded)
-    d = {key: tensor.double() for key, tensor in back.tensors.items()}
+    d = {key: tensor.double() for key, tensor in back.weights().items()}
     found = top_of(x @ d["W_enc"] + d["b_enc"], 8)
     assert torch.equal(found[:, 20:], torch.zeros(len(x), 8, dtype=x.dtype))
     torch.testing.assert_close(found[:, :20], f, rtol=1e-12, atol=1e-12)
     assert ((f != 0).sum(dim=1) < 8).any()
     # from there it goes into formats with ReLU too, for it is the same with it
     convert(out, tmp_path / "again", to="saelens")
-    assert load(tmp_path / "again")[1].topk_relu
+    assert load(tmp_path / "again")[1].relu
 
 
 @settings(max_examples=40, deadline=None)
@@ -204,7 +207,7 @@ def test_padding_changes_no_code(d_in: int, d_sae: int, data: st.DataObject):
     k = data.draw(st.integers(1, d_sae))
     rescale = data.draw(st.booleans())
     loaded = rarely_positive(d_in, d_sae, k, data.draw(st.integers(0, 99)), rescale_acts_by_decoder_norm=rescale)
-    padded = replace(pad_topk(loaded), topk_relu=False)
+    padded = pad_topk(loaded).variant(relu=False)
     x = 3 * torch.randn(20, d_in, generator=torch.Generator().manual_seed(4))
     found, expected = reference_encode(padded, x), reference_encode(loaded, x)
     torch.testing.assert_close(found[:, :d_sae], expected, rtol=1e-12, atol=1e-12)
@@ -216,7 +219,7 @@ def test_padding_is_for_a_topk_with_relu_that_needs_it(tmp_path: Path):
     assert held_variant(loaded, FORMATS["saelens"], pad=True)[0].d_sae == 20  # not needed there
     with pytest.raises(MechintError, match="gated"):
         held_variant(make("gated"), FORMATS["saev"], pad=True)
-    for other in (make("gated"), replace(loaded, topk_relu=False)):
+    for other in (make("gated"), loaded.variant(relu=False)):
         with pytest.raises(MechintError, match="--pad-topk is for a topk with ReLU"):
             pad_topk(other)
     with pytest.raises(MechintError, match="only standard and jumprelu"):
@@ -225,11 +228,11 @@ def test_padding_is_for_a_topk_with_relu_that_needs_it(tmp_path: Path):
 
 def test_latents_that_are_added_have_to_be_silent():
     loaded = rarely_positive()
-    padded = replace(pad_topk(loaded), topk_relu=False)
+    padded = pad_topk(loaded).variant(relu=False)
     assert certify(loaded, padded).holds
-    loud = {**padded.tensors, "b_enc": padded.tensors["b_enc"].clone()}
+    loud = {**padded.weights(), "b_enc": padded.weights()["b_enc"].clone()}
     loud["b_enc"][-1] = 0.01
-    assert not certify(loaded, replace(padded, tensors=loud)).holds
+    assert not certify(loaded, padded.variant(tensors=loud)).holds
     with pytest.raises(MechintError, match="widths differ"):
         certify(padded, loaded)
 
@@ -248,12 +251,12 @@ def test_export_of_a_topk_run_to_a_format_without_relu(tmp_path: Path, capsys: p
 
 def test_openai_holds_a_topk_with_relu_on_layer_normed_inputs_only(tmp_path: Path):
     """Its library layer-normalises the inputs of every TopK, and of nothing else; ReLU after top-k is its default."""
-    loaded = make("topk", normalize="layer_norm")
+    loaded = make("topk", normalize_activations="layer_norm")
     path = write("openai", loaded, tmp_path)
     state = torch.load(path, weights_only=True)
     assert state["activation"] == "TopK"
-    assert state["activation_state_dict"] == {"k": loaded.options["k"], "postact_fn": "ReLU"}
-    assert read("openai", path).topk_relu
+    assert state["activation_state_dict"] == {"k": loaded.saved_options()["k"], "postact_fn": "ReLU"}
+    assert read("openai", path).relu
     with pytest.raises(MechintError, match="layer-normalises"):
         held_variant(make("topk"), FORMATS["openai"], pad=True)
     with pytest.raises(MechintError, match="ReLU alone"):

@@ -4,8 +4,6 @@ cfg.json, Gemma Scope 2, what lies beside the weights, and what is said about fi
 
 import json
 import re
-import shlex
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,11 @@ from other_formats import OTHERS, any_file, codes, make, read, write
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mechint.cli import convert as convert_command
 from mechint.errors import MechintError
 from mechint.formats import FORMATS
 from mechint.formats.convert import convert, convert_each, identify, load, write_proved
 from mechint.formats.mistudio import nearest_logs, of_logs
-from mechint.sae import load_sae
+from mechint.sae import SAE, load_sae
 
 # --- miStudio's thresholds --------------------------------------------------------------------------------------------
 
@@ -56,23 +53,23 @@ def test_every_threshold_survives_mistudio(
 ):
     folder = tmp_path_factory.mktemp("mistudio")
     loaded = make("jumprelu", d_sae=len(thresholds), seed=seed, apply_b_dec_to_input=False)
-    loaded.tensors["threshold"].copy_(torch.tensor(thresholds))
+    loaded.weights()["threshold"].copy_(torch.tensor(thresholds))
     back = read("mistudio", write("mistudio", loaded, folder))
-    assert torch.equal(back.tensors["threshold"], loaded.tensors["threshold"])
-    exact = of_logs(nearest_logs(loaded.tensors["threshold"])).equal(loaded.tensors["threshold"])
+    assert torch.equal(back.weights()["threshold"], loaded.weights()["threshold"])
+    exact = of_logs(nearest_logs(loaded.weights()["threshold"])).equal(loaded.weights()["threshold"])
     assert (folder / "out" / "thresholds.safetensors").is_file() == (not exact) == bool(back.notes)
 
 
 def test_ten_thousand_random_thresholds_survive_mistudio(tmp_path: Path):
     loaded = make("jumprelu", d_in=2, d_sae=10_000, apply_b_dec_to_input=False)
     generator = torch.Generator().manual_seed(5)
-    loaded.tensors["threshold"].copy_(torch.rand(10_000, generator=generator) * torch.logspace(-6, 3, 10_000))
+    loaded.weights()["threshold"].copy_(torch.rand(10_000, generator=generator) * torch.logspace(-6, 3, 10_000))
     path = write("mistudio", loaded, tmp_path)
-    assert torch.equal(read("mistudio", path).tensors["threshold"], loaded.tensors["threshold"])
+    assert torch.equal(read("mistudio", path).weights()["threshold"], loaded.weights()["threshold"])
     # what miStudio itself reads is as near as float32 logarithms come, and the certificate says how near
     logs = load_file(path / "checkpoint.safetensors")["model.activation.log_threshold"]
     assert logs.dtype == torch.float32
-    torch.testing.assert_close(of_logs(logs), loaded.tensors["threshold"], rtol=2e-6, atol=0)
+    torch.testing.assert_close(of_logs(logs), loaded.weights()["threshold"], rtol=2e-6, atol=0)
     place = write_proved(loaded, tmp_path / "proved", FORMATS["mistudio"])[1]
     (note,) = json.loads(place.read_text())["notes"]
     assert re.search(r"\d+ of 10000 thresholds differ from these by up to \d?e-0[67] of their value", note), note
@@ -81,7 +78,7 @@ def test_ten_thousand_random_thresholds_survive_mistudio(tmp_path: Path):
 def test_exact_thresholds_of_another_checkpoint_are_left_aside(tmp_path: Path):
     """A checkpoint that was trained on: its logarithms count, not what lies beside them."""
     loaded = make("jumprelu", apply_b_dec_to_input=False)
-    loaded.tensors["threshold"].copy_(torch.linspace(0.001, 0.2, 7))
+    loaded.weights()["threshold"].copy_(torch.linspace(0.001, 0.2, 7))
     path = write("mistudio", loaded, tmp_path)
     place, checkpoint = path / "thresholds.safetensors", path / "checkpoint.safetensors"
     state = load_file(checkpoint)
@@ -90,7 +87,7 @@ def test_exact_thresholds_of_another_checkpoint_are_left_aside(tmp_path: Path):
         if change == "nudged":
             logs[3] += 1e-5
         save_file({**state, "model.activation.log_threshold": logs}, checkpoint)
-        exact = loaded.tensors["threshold"]
+        exact = loaded.weights()["threshold"]
         if change == "broken":
             place.write_bytes(b"??")
             with pytest.raises(MechintError, match="thresholds.safetensors"):
@@ -99,7 +96,7 @@ def test_exact_thresholds_of_another_checkpoint_are_left_aside(tmp_path: Path):
         given = {"shape": exact[:3], "dtype": exact.double(), "nothing": None}.get(change, exact)
         save_file({"other": exact} if given is None else {"threshold": given}, place)
         back = read("mistudio", path)
-        assert torch.equal(back.tensors["threshold"], of_logs(logs)) and "left aside" in back.notes[0]
+        assert torch.equal(back.weights()["threshold"], of_logs(logs)) and "left aside" in back.notes[0]
 
 
 # --- the community's layout -------------------------------------------------------------------------------------------
@@ -146,7 +143,7 @@ def community(folder: Path, tensors: dict[str, Tensor], **changes: Any) -> Path:
 
 
 def test_what_mistudio_exports_for_the_community(tmp_path: Path):
-    t = make("standard").tensors
+    t = make("standard").weights()
     d = {name: tensor.double() for name, tensor in t.items()}
 
     def pre(x: Tensor) -> Tensor:
@@ -157,7 +154,7 @@ def test_what_mistudio_exports_for_the_community(tmp_path: Path):
     torch.testing.assert_close(f, pre(x).relu())
     torch.testing.assert_close(x_hat, f @ d["W_dec"] + d["b_dec"])
     assert loaded.metadata["hook_name"] == "blocks.8.hook_resid_post" and loaded.metadata["model_name"] == "gpt2-small"
-    assert loaded.metadata["prepend_bos"] is True and not loaded.apply_b_dec_to_input
+    assert loaded.metadata["prepend_bos"] is True and not loaded.cfg.apply_b_dec_to_input
     # its default for training
     loaded = load(community(tmp_path / "rescaled", t, normalize_activations="constant_norm_rescale"))[1]
     x, f, _ = codes(loaded)
@@ -165,7 +162,7 @@ def test_what_mistudio_exports_for_the_community(tmp_path: Path):
     # top-k, whose k is a percentage in a place of its own
     extra = {"hf_model_name": "gpt2", "top_k_sparsity": 45.0}
     loaded = load(community(tmp_path / "topk", t, activation_fn_str="topk", extra_metadata=extra))[1]
-    assert loaded.options == {"k": 3} and loaded.topk_relu  # 3.15 of 7
+    assert loaded.saved_options() == {"k": 3} and loaded.relu  # 3.15 of 7
     x, f, _ = codes(loaded)
     top = pre(x).relu().topk(3, dim=1)
     torch.testing.assert_close(f, torch.zeros_like(f).scatter(1, top.indices, top.values))
@@ -183,7 +180,7 @@ def test_what_mistudio_exports_for_the_community(tmp_path: Path):
 @pytest.mark.parametrize("name", ["sae_weights.safetensors", "sae.safetensors"])
 def test_bare_weights_ask_for_what_they_do_not_say(name: str, tmp_path: Path):
     """What miStudio calls huggingface_saelens: whether b_dec is subtracted is not in the file, and is not guessed."""
-    save_file(make("standard").tensors, tmp_path / name)
+    save_file(make("standard").weights(), tmp_path / name)
     for path in (tmp_path, tmp_path / name):
         with pytest.raises(MechintError, match="b_dec is subtracted") as error:
             load(path)
@@ -192,7 +189,7 @@ def test_bare_weights_ask_for_what_they_do_not_say(name: str, tmp_path: Path):
     (tmp_path / name).rename(tmp_path / "sae_weights.safetensors")
     cfg = {"architecture": "standard", "d_in": 5, "d_sae": 7, "apply_b_dec_to_input": False}
     (tmp_path / "cfg.json").write_text(json.dumps(cfg))
-    assert not load(tmp_path)[1].apply_b_dec_to_input
+    assert not load(tmp_path)[1].cfg.apply_b_dec_to_input
 
 
 def test_mistudio_folders_of_several_hooks_convert_one_by_one_both_ways(tmp_path: Path):
@@ -201,7 +198,7 @@ def test_mistudio_folders_of_several_hooks_convert_one_by_one_both_ways(tmp_path
     for seed, folder in enumerate(hooks):
         loaded = make("jumprelu" if seed else "standard", seed=seed, apply_b_dec_to_input=False)
         assert FORMATS["mistudio"].write
-        FORMATS["mistudio"].write(replace(loaded, metadata={}), tmp_path / "studio" / folder)
+        FORMATS["mistudio"].write(loaded.variant(metadata={}), tmp_path / "studio" / folder)
         metadata = tmp_path / "studio" / folder / "metadata.json"
         said = json.loads(metadata.read_text())
         del said["mechint"]  # as its own are
@@ -222,12 +219,12 @@ def test_mistudio_folders_of_several_hooks_convert_one_by_one_both_ways(tmp_path
 
 @pytest.mark.parametrize("name", ["saelens", "saelens_pre6"])
 def test_sparsity_is_carried_along_or_said_to_be_left_out(name: str, tmp_path: Path):
-    folder = community(tmp_path / "in", make("standard").tensors)
+    folder = community(tmp_path / "in", make("standard").weights())
     expected = torch.linspace(-5, -1, 7)
     _, certificate = convert(folder, tmp_path / "out", to=name)
     assert torch.equal(load_file(tmp_path / "out" / "sparsity.safetensors")["sparsity"], expected)
     assert json.loads(certificate.read_text())["notes"] == [
-        "cfg.json does not say how the model's weights were processed"
+        "cfg.json does not say how the model's weights were processed: raw, as SAELens loads models"
     ]
     _, certificate = convert(tmp_path / "out", tmp_path / "out.pt", to="mechint")
     assert "no place for it: sparsity" in json.loads(certificate.read_text())["notes"][-1]
@@ -236,7 +233,7 @@ def test_sparsity_is_carried_along_or_said_to_be_left_out(name: str, tmp_path: P
 
 @pytest.mark.parametrize("what", ["cut", "shape", "integers", "name"])
 def test_a_broken_sparsity_file_is_left_aside_and_said(what: str, tmp_path: Path):
-    folder = community(tmp_path / "in", make("standard").tensors)
+    folder = community(tmp_path / "in", make("standard").weights())
     place = folder / "sparsity.safetensors"
     if what == "cut":
         place.write_bytes(place.read_bytes()[:-3])
@@ -244,7 +241,7 @@ def test_a_broken_sparsity_file_is_left_aside_and_said(what: str, tmp_path: Path
         value = {"shape": torch.zeros(8), "integers": torch.zeros(7, dtype=torch.long)}.get(what, torch.zeros(7))
         save_file({"density" if what == "name" else "sparsity": value}, place)
     loaded = load(folder)[1]
-    assert loaded.extras == {} and any("left aside" in note and "sparsity" in note for note in loaded.notes)
+    assert loaded.sparsity is None and any("left aside" in note and "sparsity" in note for note in loaded.notes)
 
 
 # --- Gemma Scope 2 ----------------------------------------------------------------------------------------------------
@@ -293,7 +290,7 @@ def test_gemma_scope_2_transcoders(affine: bool, said: bool, tmp_path: Path):
     folder = tmp_path / "transcoder_all" / "layer_5_width_16k_l0_small"
     folder, d = scope_2(folder, affine=affine, d_out=4, **(where if said else {}))
     loaded = read("gemma_scope_2", folder)
-    assert loaded.transcoder and bool(loaded.notes) == (not said and not affine)
+    assert loaded.is_transcoder and bool(loaded.notes) == (not said and not affine)
     x, f, out = codes(loaded)
     expected = f @ d["w_dec"] + d["b_dec"] + (x @ d["affine_skip_connection"] if affine else 0)
     torch.testing.assert_close(out, expected)
@@ -329,9 +326,9 @@ def test_gemma_scope_2_files_that_mean_something_else(tmp_path: Path):
 @pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu"])
 def test_what_we_write_for_saev_is_schema_5(architecture: str, tmp_path: Path):
     """Its loader takes these keys and no others: the line, its settings, and the order of the tensors."""
-    loaded = make(architecture, apply_b_dec_to_input=False, topk_relu=False)
+    loaded = make(architecture, apply_b_dec_to_input=False, relu=False)
     if architecture == "jumprelu":
-        loaded.tensors["threshold"].fill_(0.5)
+        loaded.weights()["threshold"].fill_(0.5)
     path = write("saev", loaded, tmp_path)
     line, archive = path.read_bytes().split(b"\n", 1)
     assert archive.startswith(b"PK\x03\x04") and b": " not in line
@@ -364,22 +361,12 @@ def test_what_we_write_for_saev_is_schema_5(architecture: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_the_error_of_load_sae_names_the_command_that_helps(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    """Every command that opens an SAE ends here; what the message says to do makes it open."""
+def test_the_one_door_opens_every_format(name: str, tmp_path: Path):
+    """What identify accepts, every command opens: they all come through `SAE.load`."""
     folder = tmp_path / "given"
     folder.mkdir()
     path = any_file(name, folder)
     for place in (path, path.parent) if path.is_file() else (path,):
-        with pytest.raises(MechintError) as error:
-            load_sae(place)
-        (said,) = re.findall(r"`(mechint convert [^`]*)`", str(error.value))
-        assert "not executed" not in str(error.value) and "truncated" not in str(error.value)
-        new = tmp_path / f"new-{place.name}"
-        words = [str(new) if word == "NEW" else word for word in shlex.split(said)[2:]]
-        assert convert_command.main(words) == 0
-        capsys.readouterr()
-        sae = load_sae(new)
-        assert (sae.d_in, sae.d_sae) == (5, 7)
+        for opened in (SAE.load(place), SAE.load(str(place)), load_sae(place), SAE.load_from_disk(place)):
+            assert (opened.d_in, opened.d_sae) == (5, 7)
     assert identify(path).formats == (name,)

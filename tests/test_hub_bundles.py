@@ -18,13 +18,12 @@ from hub_material import (
     make_vector,
     write,
 )
-from mechint.saelens.sae_config import SAEMetadata
+from loopback_card import card_errors
 from safetensors.torch import load_file, save_file
 
 from mechint.errors import MechintError
 from mechint.formats.convert import load
 from mechint.hub.bundle import Bundle, StagedFile, staged
-from mechint.hub.card import problems_of
 from mechint.hub.investigation_bundle import (
     description_of,
     find_artefacts,
@@ -38,6 +37,7 @@ from mechint.hub.sae_bundle import artifact_bundle, artifact_dir, artifact_ids, 
 from mechint.hub.steering_bundle import steering_bundle, steering_repo_name
 from mechint.provenance import sha256_file
 from mechint.runs import Run
+from mechint.sae.config import SAEMetadata
 from mechint.saelens import SAE, SAEConfig
 
 
@@ -99,7 +99,7 @@ def test_a_numbered_run_has_the_platforms_files(tmp_path: Path):
     assert metadata["result"]["metrics"]["final_loss"] is None  # NaN is no JSON
     assert metadata["manifest"]["artifacts"][0]["path"] == "sae_weights.safetensors"
     assert ELSEWHERE.encode() not in b"".join(files.values())
-    assert problems_of(card) == [] and "base_model: openai-community/gpt2-medium" in card
+    assert card_errors(card, "model") == ([], []) and "base_model: openai-community/gpt2-medium" in card
     assert "| `explained_variance` | 0.875 | fraction |" in card and "final_loss" not in card
     assert "| Tokens | 4,096 |" in card and f"| k | {K} |" in card
 
@@ -117,7 +117,7 @@ def test_a_numbered_run_without_records_is_published_with_what_is_there(tmp_path
         "sae_weights.safetensors.json",
     }
     assert set(metadata) == {"name", "kind", "license", "run_id", "sae_config", "files"}
-    assert problems_of(card) == [] and "model-index" not in card and "base_model" not in card
+    assert card_errors(card, "model") == ([], []) and "model-index" not in card and "base_model" not in card
     write(tmp_path / "run-000007" / "result.json", "{not JSON")
     with pytest.raises(MechintError, match="record of the run .*result.json cannot be read"):
         artifact_bundle(tmp_path / "run-000007")
@@ -165,7 +165,7 @@ def test_a_folder_in_saelens_layout_is_published_too(tmp_path: Path):
     assert set(files) == {"README.md", "bundle_metadata.json", *weights}
     assert bundle.name == "sae-mine-gpt2" and metadata["run_id"] == "mine"
     assert 'SAE.from_pretrained("me/x")' in card and "base_model: openai-community/gpt2\n" in card
-    assert "A jumprelu sparse autoencoder with 16 latents" in card and problems_of(card) == []
+    assert "A jumprelu sparse autoencoder with 16 latents" in card and card_errors(card, "model") == ([], [])
     assert bundle.check is not None
     bundle.check(tmp_path / "out")
 
@@ -231,7 +231,7 @@ def test_a_run_directory_goes_up_with_its_records(run: Path, tmp_path: Path):
         "![Training curves](figures/training.png)",
     ):
         assert line in card
-    assert "`report.html` is a page" in card and "base_model" not in card and problems_of(card) == []
+    assert "`report.html` is a page" in card and "base_model" not in card and card_errors(card, "model") == ([], [])
     # any tool opens what is at the root: ours, and SAELens's layout beside all the records
     assert load(tmp_path / "out")[0].name == "saelens"
     assert bundle.check is not None
@@ -360,7 +360,7 @@ def test_a_vector_by_its_folder(tmp_path: Path):
     assert (metadata["name"], metadata["kind"], metadata["license"]) == ("female-male", "steering", "MIT")
     assert metadata["model_name"] == "builtin/pythia-tiny" and metadata["direction_norm"] == 15.25
     assert metadata["extraction_quality"] == 1.5 and metadata["female_prompt_count"] == 20
-    assert "license: mit\n" in card and "base_model" not in card and problems_of(card) == []
+    assert "license: mit\n" in card and "base_model" not in card and card_errors(card, "model") == ([], [])
     assert "| Prompts | 20 female, 22 male |" in card and "| `direction_norm` | 15.25 | activation |" in card
     (tmp_path / "alone").mkdir()
     shutil.copy(folder / "direction.safetensors", tmp_path / "alone" / "tired.safetensors")
@@ -451,7 +451,8 @@ def test_every_artefact_keeps_its_name_and_the_writeup_its_text(tmp_path: Path):
     for name, path in same.items():
         assert files[name] == path.read_bytes()
     assert json.loads(files["metrics.json"]) == {"replicated": 0.4, "file": "metrics.json"}
-    assert card.startswith("---\n") and "# The SAE replication crisis\n" in card and problems_of(card) == []
+    assert card.startswith("---\n") and "# The SAE replication crisis\n" in card
+    assert card_errors(card, "model") == ([], [])
     said = {key: metadata[key] for key in ("slug", "title", "description", "license", "has_publication_artifacts")}
     assert said == {
         "slug": "sae_replication_crisis",

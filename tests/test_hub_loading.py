@@ -140,7 +140,7 @@ def test_revisions_are_pinned_and_mistakes_told(hub: LoopbackHub, tmp_path: Path
     from mechint.sae.load import load_pretrained_sae as sae
     from mechint.hub.steering_loading import load_steering_vector as vector
     def weights(*args, **kwargs):
-        found, config = sae(*args, **kwargs)
+        found, config = sae.run(*args, **kwargs)
         return [float(found.W_enc.sum()), config["revision"], config["license"], config["name"]]
     out["newest"], out["tag"] = weights("{RUN51}"), weights("{RUN51}", revision="v1")
     out["commit"], out["pinned"] = weights("{RUN51}", revision="{first}"), weights("pinned")
@@ -190,7 +190,7 @@ def test_revisions_are_pinned_and_mistakes_told(hub: LoopbackHub, tmp_path: Path
 @pytest.mark.slow
 def test_the_shipped_names_lead_to_saes_that_subtract_b_dec(hub: LoopbackHub, tmp_path: Path):
     """The repository's old cfg.json does not say so; without it the codes would be others'."""
-    t = other_formats.make("standard", d_in=D_IN, d_sae=D_SAE).tensors
+    t = other_formats.make("standard", d_in=D_IN, d_sae=D_SAE).weights()
     cfg = {"model_name": "gpt2-small", "hook_point": "blocks.8.hook_resid_pre", "d_in": D_IN, "d_sae": D_SAE}
     folder = "blocks.8.hook_resid_pre"
     files = {f"{folder}/cfg.json": json.dumps(cfg).encode(), f"{folder}/sae_weights.safetensors": save(t)}

@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 from dinov3_world import D_SAE, ROOT, SCRIPT, World, chosen_ids, make_world, push, python_blocks, run, run_id
+from loopback_card import card_errors
 from loopback_collections import Collection
 from loopback_hub import LoopbackHub, client_env, closed_endpoint
 
 from mechint.config.publish_sweep import CollectionSpec, PublishSweepConfig, RepoSpec
 from mechint.errors import MechintError
 from mechint.hub.bundle import StagedFile
-from mechint.hub.card import problems_of
 from mechint.hub.collections import collection_of
 from mechint.hub.metrics_source import read_records
-from mechint.hub.multi import Repository, bundle_of, choose, preflight, read_repositories, run_ids_of
+from mechint.hub.multi import Repository, choose, preflight, read_repositories, run_ids_of
+from mechint.hub.multi_bundle import bundle_of
 from mechint.hub.multi_card import error_text, readme
 from mechint.provenance import sha256_file
 
@@ -74,7 +75,7 @@ def test_four_repositories_go_up_and_load_back_in_a_new_process(world: World, hu
             assert row["sha256"] == sha256_file(world.runs / row["run_id"] / "checkpoint" / "sae.pt")
             assert row["size"] == len(files[row["path"]])
         card = files["README.md"].decode()
-        assert problems_of(card) == [] and "license: mit" in card.split("---")[1]
+        assert card_errors(card, "model") == ([], []) and "license: mit" in card.split("---")[1]
         first = rows[0]
         line = f"| {first['run_id']} | {first['layer']} | {first['l0']:.1f} | 0.500 | `{first['path']}` |"
         assert "| Run ID | Layer | L0 | NMSE | Path |" in card and line in card
@@ -277,7 +278,7 @@ def test_a_card_holds_what_it_is_given_as_text(chosen: tuple[Repository, Path]):
         ready.checkpoints,
     )
     card = readme(odd)
-    assert problems_of(card) == [] and "license: other" in card and "license_name: my-own" in card
+    assert card_errors(card, "model") == ([], []) and "license: other" in card and "license_name: my-own" in card
     assert "<b>" not in card and "\n# no heading" not in card and not re.search(r"(?<!\\)\]\(javascript", card)
     assert "<https://a.b/c>" in card and "<javascript" not in card
 

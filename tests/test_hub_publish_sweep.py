@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from dinov3_world import ROOT
+from loopback_card import card_errors
 from loopback_collections import Collection
 from loopback_hub import LoopbackHub, client_env, closed_endpoint
 
 from mechint.config import SweepConfig
 from mechint.errors import MechintError
-from mechint.hub.card import problems_of
 from mechint.hub.sweep_members import choose_members, convert_members
 from mechint.provenance import read_json, write_json
 from mechint.train.sweep import conclude, start, train_members
@@ -93,7 +93,7 @@ def test_a_sweep_goes_up_and_a_stranger_loads_it(format: str, sweep: Path, hub: 
         assert (row["l0"], row["nmse"]) == (summary["l0"], summary["fvu"])
         assert row["path"].startswith(f"layer_3/{row['run_id']}/")
     card = files["README.md"].decode()
-    assert problems_of(card) == [] and "| Run ID | Layer | L0 | NMSE | Path |" in card
+    assert card_errors(card, "model") == ([], []) and "| Run ID | Layer | L0 | NMSE | Path |" in card
     assert str(tmp_path) not in b"".join(files.values()).decode(errors="replace")
     assert str(sweep.parent) not in b"".join(files.values()).decode(errors="replace")
     assert "the loss became nan" in done.stderr
@@ -132,7 +132,7 @@ def test_a_dry_run_of_a_sweep_needs_no_hub_and_leaves_the_figure(sweep: Path, tm
     assert found == ["README.md", "manifest.jsonl", "selection.png"]
     card = (tmp_path / "out" / "tester--small" / "README.md").read_text()
     assert "- Skylion007/openwebtext" in card and "base_model: EleutherAI/pythia-70m" in card
-    assert "license_name: research-only" in card and problems_of(card) == []
+    assert "license_name: research-only" in card and card_errors(card, "model") == ([], [])
     assert {path: path.stat().st_mtime_ns for path in sweep.rglob("*")} == before, "a sweep is only read"
     assert sorted(path.name for path in tmp_path.iterdir()) in (["out"], ["hf", "out"])
 

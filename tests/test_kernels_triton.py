@@ -18,11 +18,11 @@ from manual_cases import (
     adam_for,
     assert_nan_moves_nothing,
     batch_of,
-    compare_pass,
+    compare_gradients,
     compare_steps,
+    kernel_for,
     make_case,
     needs_triton,
-    pair,
 )
 
 from mechint.kernels import StepSettings
@@ -35,9 +35,7 @@ from mechint.sae.architectures.topk import TopKSAE
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPARSE)
 def test_sparse_gradients_are_autograds(name: str) -> None:
-    reference, kernel = pair(name, sparse=True)
-    _, objective = make_case(name)
-    compare_pass(reference, kernel, objective)
+    compare_gradients(name, sparse=True)
 
 
 @needs_triton
@@ -50,7 +48,7 @@ def test_sparse_steps_follow_the_reference(name: str) -> None:
 @needs_triton
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_moves_nothing() -> None:
-    assert_nan_moves_nothing(pair("batchtopk", sparse=True)[1])
+    assert_nan_moves_nothing(kernel_for("batchtopk", sparse=True))
 
 
 @needs_triton

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "mechint"
 
 # A file imports only from groups above its own. Groups on one line do not import one another.
 GROUPS = [
-    ["errors", "lazy"],
+    ["errors", "lazy", "locks"],
     ["provenance"],
     ["config"],
     ["huggingface"],
@@ -24,7 +24,7 @@ GROUPS = [
     ["kernels"],
     ["data"],
     ["runs"],
-    ["subject"],
+    ["inside"],
     ["eval"],
     ["train"],
     ["ablation", "analysis", "compare", "concepts", "steering"],
@@ -99,6 +99,27 @@ def test_imports_flow_one_way():
             if other not in RANK or RANK[other] >= RANK[own]:
                 wrong.append(f"{path.relative_to(ROOT)}:{line} imports {other}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_circle_of_files():
+    """No two files need each other, whatever stands between them: imports inside functions count, and so does a
+    package's `__init__`."""
+    files = {str(path.relative_to(ROOT).with_suffix("")).replace("/", "."): path for path in PACKAGE.rglob("*.py")}
+    files = {name.removesuffix(".__init__"): path for name, path in files.items()}
+    needs: dict[str, set[str]] = {}
+    for name, path in files.items():
+        taken = {full if full in files else full.rpartition(".")[0] for _, full in names_imported(path)}
+        needs[name] = (taken & files.keys()) - {name, f"mechint.{DOOR}" if path == DOORWAY else ""}
+    # files that need nothing which is left fall away, until only circles and what leads to them are there
+    while free := [name for name, needed in needs.items() if not needed & needs.keys()]:
+        for name in free:
+            del needs[name]
+    # and then those that nothing left needs
+    while free := needs.keys() - set().union(*needs.values()):
+        for name in free:
+            del needs[name]
+    circles = {name: sorted(needed & needs.keys()) for name, needed in needs.items()}
+    assert not circles, "these files import one another: " + "; ".join(f"{a} -> {b}" for a, b in circles.items())
 
 
 def test_only_one_file_imports_transformer_lens():

@@ -26,14 +26,14 @@ warnings.filterwarnings("ignore")
 out = {}
 
 def outcome(call):
-    \"\"\"What a call raises (or "ok"), and whether it took less than two seconds.\"\"\"
+    \"\"\"What a call raises (or "ok"), and whether it took less than ten seconds (retries: longer).\"\"\"
     start = time.monotonic()
     try:
         call()
         name = "ok"
     except Exception as error:
         name = type(error).__name__
-    return [name, time.monotonic() - start < 2]
+    return [name, time.monotonic() - start < 10]
 """
 
 

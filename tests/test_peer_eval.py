@@ -16,7 +16,7 @@ from small_run import make_small_run
 
 from mechint.data import open_activations
 from mechint.eval import Text, evaluate_texts, texts_from_rows
-from mechint.subject import Subject, open_subject
+from mechint.inside import Inside, open_inside
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("sae_lens") is None, reason="SAELens is not in this environment: `make test-peers`"
@@ -42,12 +42,12 @@ SAME = {
 
 
 @pytest.fixture(scope="module")
-def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    return open_subject(make_small_run(tmp_path_factory.mktemp("peer")).path, device="cpu")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Inside:
+    return open_inside(make_small_run(tmp_path_factory.mktemp("peer")).path, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def tokens(subject: Subject) -> torch.Tensor:
+def tokens(subject: Inside) -> torch.Tensor:
     """[N_TEXTS, CONTEXT], BOS first: held-out texts that are long enough, cut to one length, as SAELens has them."""
     assert subject.run is not None
     texts = texts_from_rows(open_activations(subject.run.activations_path()))
@@ -56,7 +56,7 @@ def tokens(subject: Subject) -> torch.Tensor:
     return torch.tensor(rows)
 
 
-def saelens_sae(subject: Subject) -> Any:
+def saelens_sae(subject: Inside) -> Any:
     """The run's SAE as SAELens opens it."""
     from sae_lens import SAE  # pyright: ignore[reportMissingImports]
 
@@ -66,7 +66,7 @@ def saelens_sae(subject: Subject) -> Any:
     return sae
 
 
-def saelens_evaluation(subject: Subject, tokens: torch.Tensor, *, exclude_special_tokens: bool) -> dict[str, Any]:
+def saelens_evaluation(subject: Inside, tokens: torch.Tensor, *, exclude_special_tokens: bool) -> dict[str, Any]:
     """What SAELens's `run_evals` reports, in one batch: some of its metrics are means over batches."""
     from sae_lens.evals import get_eval_everything_config, run_evals  # pyright: ignore[reportMissingImports]
     from sae_lens.training.activation_scaler import ActivationScaler  # pyright: ignore[reportMissingImports]
@@ -89,7 +89,7 @@ def saelens_evaluation(subject: Subject, tokens: torch.Tensor, *, exclude_specia
     return found
 
 
-def saelens_kl(subject: Subject, tokens: torch.Tensor, *, ignore: list[int]) -> dict[str, torch.Tensor]:
+def saelens_kl(subject: Inside, tokens: torch.Tensor, *, ignore: list[int]) -> dict[str, torch.Tensor]:
     """SAELens's KL at every position."""
     from sae_lens.evals import get_recons_loss  # pyright: ignore[reportMissingImports]
     from sae_lens.training.activation_scaler import ActivationScaler  # pyright: ignore[reportMissingImports]
@@ -105,11 +105,11 @@ def saelens_kl(subject: Subject, tokens: torch.Tensor, *, ignore: list[int]) -> 
     )
 
 
-def mean_row(subject: Subject, tokens: torch.Tensor, first: int) -> torch.Tensor:
+def mean_row(subject: Inside, tokens: torch.Tensor, first: int) -> torch.Tensor:
     return subject.model.activations(tokens, subject.hook_name)[:, first:].reshape(-1, subject.sae.d_in).mean(dim=0)
 
 
-def ours(subject: Subject, tokens: torch.Tensor, first: int) -> dict[str, Any]:
+def ours(subject: Inside, tokens: torch.Tensor, first: int) -> dict[str, Any]:
     """`first`: the first position that the SAE's reconstruction is put in at."""
     texts = [Text(row, [position >= first for position in range(len(row))]) for row in tokens.tolist()]
     return evaluate_texts(subject, texts, mean=mean_row(subject, tokens, first), n_resamples=0)
@@ -122,7 +122,7 @@ def differences(found: dict[str, Any], report: dict[str, Any], names: Iterable[s
 
 
 @pytest.mark.slow
-def test_everything_at_all_positions(subject: Subject, tokens: torch.Tensor) -> None:
+def test_everything_at_all_positions(subject: Inside, tokens: torch.Tensor) -> None:
     found = ours(subject, tokens, 0)
     report = saelens_evaluation(subject, tokens, exclude_special_tokens=False)
     assert differences(found, report, SAME) == {}
@@ -139,7 +139,7 @@ def test_everything_at_all_positions(subject: Subject, tokens: torch.Tensor) -> 
 
 
 @pytest.mark.slow
-def test_without_special_tokens(subject: Subject, tokens: torch.Tensor) -> None:
+def test_without_special_tokens(subject: Inside, tokens: torch.Tensor) -> None:
     found = ours(subject, tokens, 1)
     report = saelens_evaluation(subject, tokens, exclude_special_tokens=True)
     without = found["without_special"]
@@ -156,7 +156,7 @@ def test_without_special_tokens(subject: Subject, tokens: torch.Tensor) -> None:
 
 
 @pytest.mark.slow
-def test_the_check_would_see_a_difference(subject: Subject, tokens: torch.Tensor) -> None:
+def test_the_check_would_see_a_difference(subject: Inside, tokens: torch.Tensor) -> None:
     """A decoder that is 1 % too large is noticed in every metric that it touches."""
     report = saelens_evaluation(subject, tokens, exclude_special_tokens=True)
     with torch.no_grad():

@@ -6,7 +6,6 @@ Both sides compute in float32; what they may differ by is the rounding of sums i
 import importlib.util
 import json
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ import torch
 from torch import Tensor
 
 from mechint.errors import MechintError
-from mechint.formats import FORMATS, Loaded, from_sae, reference_decode, reference_encode, to_sae
-from mechint.formats.base import checked
+from mechint.formats import FORMATS, plain_form, reference_decode, reference_encode
 from mechint.formats.convert import convert, load, write_proved
-from mechint.formats.folds import as_jumprelu, not_ours
-from mechint.sae import build_sae, load_sae, save_sae_folder
+from mechint.formats.folds import as_jumprelu, not_plain
+from mechint.sae import SAE, build_sae, load_sae
+from mechint.sae.config import NORMALIZE
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("sae_lens") is None, reason="SAELens is not in this environment: `make test-peers`"
@@ -28,7 +27,6 @@ pytestmark = pytest.mark.skipif(
 D_IN, D_SAE = 12, 40
 SAES = ("standard", "topk", "jumprelu", "gated")
 TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
-NORMALIZE = {"none": "none", "constant_norm_rescale": "sqrt_d", "layer_norm": "layer_norm"}
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -66,13 +64,13 @@ def randomise(module: Any) -> None:
 
 
 @torch.no_grad()
-def both_agree(sae: Any, loaded: Loaded, tolerance: float) -> None:
+def both_agree(sae: Any, loaded: SAE, tolerance: float) -> None:
     """SAELens's module and our definition: codes, and the output for these codes."""
     x = vectors()
     f = sae.encode(x)
     close(f, reference_encode(loaded, x), tolerance)
     # its transcoders' decode leaves out the skip connection, which their forward adds
-    out = sae(x) if loaded.transcoder else sae.decode(f)
+    out = sae(x) if loaded.is_transcoder else sae.decode(f)
     close(out, reference_decode(loaded, reference_encode(loaded, x), x), tolerance)
 
 
@@ -89,15 +87,15 @@ def test_peer_saes_open_here(architecture: str, subtracts: bool, normalize: str,
     sae = theirs(architecture, apply_b_dec_to_input=subtracts, normalize_activations=normalize)
     sae.save_model(tmp_path / "theirs")
     found, loaded = load(tmp_path / "theirs")
-    assert found.name == "saelens" and loaded.normalize == NORMALIZE[normalize]
+    assert found.name == "saelens" and loaded.cfg.normalize_activations == normalize
     both_agree(sae, loaded, 1e-6 if normalize == "none" else 1e-5)
     assert loaded.metadata["hook_name"] == "blocks.2.hook_resid_post" and loaded.metadata["processing"] == "raw"
-    if not_ours(loaded) is None:
+    if not_plain(loaded) is None:
         convert(tmp_path / "theirs", tmp_path / "ours", to="mechint")
         mine, x = load_sae(tmp_path / "ours"), vectors()
         with torch.no_grad():
             close(mine.encode(x), sae.encode(x), 1e-5)
-            close(mine(x)[0], sae(x), 1e-5)
+            close(mine(x), sae(x), 1e-5)
     # and what we write of it they open
     write_proved(loaded, tmp_path / "again", FORMATS["saelens"])
     both_agree(saelens_opens(tmp_path / "again"), loaded, 1e-6 if normalize == "none" else 1e-5)
@@ -108,7 +106,7 @@ def test_peer_transcoders_both_ways(architecture: str, tmp_path: Path) -> None:
     sae = theirs(architecture)
     sae.save_model(tmp_path / "theirs")
     loaded = load(tmp_path / "theirs")[1]
-    assert loaded.transcoder and ("W_skip" in loaded.tensors) == ("skip" in architecture)
+    assert loaded.is_transcoder and ("W_skip" in loaded.weights()) == ("skip" in architecture)
     both_agree(sae, loaded, 1e-6)
     write_proved(loaded, tmp_path / "again", FORMATS["saelens"])
     again = saelens_opens(tmp_path / "again")
@@ -127,7 +125,7 @@ def test_peer_topk_by_decoder_norm(tmp_path: Path) -> None:
     assert certificate.folded == ("decoder norms",)
     both_agree(saelens_opens(tmp_path / "old"), loaded, 1e-5)
     with torch.no_grad():
-        close(to_sae(loaded)(vectors())[0], sae(vectors()), 1e-5)
+        close(plain_form(loaded)(vectors()), sae(vectors()), 1e-5)
 
 
 @pytest.mark.parametrize("rescale", [True, False])
@@ -179,7 +177,7 @@ def test_a_constant_input_scale_is_what_peer_folds(architecture: str, tmp_path: 
         load(tmp_path / "theirs")
     (tmp_path / "theirs" / "cfg.json").write_text(json.dumps({**cfg, "norm_scaling_factor": 0.3}))
     loaded = load(tmp_path / "theirs")[1]
-    assert loaded.scale == 0.3
+    assert loaded.cfg.input_scale == 0.3
     sae.fold_activation_norm_scaling_factor(0.3)
     both_agree(sae, loaded, 1e-5)
     certificate, _ = convert(tmp_path / "theirs", tmp_path / "again", to="saelens")
@@ -231,7 +229,7 @@ def test_its_loader_of_gemma_scope_reads_what_we_write(
 ) -> None:
     sae = build_sae(architecture, D_IN, D_SAE)
     randomise(sae)
-    loaded = from_sae(sae)
+    loaded = sae.saved_form()
     if architecture == "standard":  # its loader knows JumpReLU alone
         loaded = as_jumprelu(loaded)
     folder = tmp_path / "layer_20_width_16k"
@@ -266,14 +264,14 @@ def test_ours_open_in_peer_with_their_metadata(architecture: str, tmp_path: Path
     sae = build_sae(architecture, D_IN, D_SAE, options=options).saved_form()
     randomise(sae)
     sae.metadata = {"hook_name": "blocks.3.hook_resid_post", "model_name": "pythia-70m", "prepend_bos": True}
-    save_sae_folder(sae, tmp_path / "run")
+    sae.save_model(tmp_path / "run")
     opened = saelens_opens(tmp_path / "run")
     assert opened.cfg.metadata.hook_name == "blocks.3.hook_resid_post" and opened.cfg.metadata.prepend_bos is True
     with torch.no_grad():
-        x_hat, f = sae(vectors())
+        x_hat, f = sae.run(vectors())
         close(opened.encode(vectors()), f, 1e-6)
         close(opened(vectors()), x_hat, 1e-6)
-    both_agree(opened, from_sae(sae), 1e-6)
+    both_agree(opened, sae.saved_form(), 1e-6)
 
 
 @pytest.mark.parametrize("architecture", SAES)
@@ -281,15 +279,18 @@ def test_pre_6_files_mean_in_peer_what_they_mean_here(architecture: str, tmp_pat
     sae = build_sae(architecture, D_IN, D_SAE, options={"k": 5} if architecture == "topk" else {})
     randomise(sae)
     sae.metadata = {"hook_name": "blocks.3.hook_resid_post", "model_name": "pythia-70m", "processing": "raw"}
-    loaded = from_sae(sae)
-    forms = {"plain": loaded, "bare": replace(loaded, apply_b_dec_to_input=False)}
-    forms |= {"sqrt_d": replace(loaded, normalize="sqrt_d"), "layer_norm": replace(loaded, normalize="layer_norm")}
+    loaded = sae.saved_form()
+    forms = {"plain": loaded, "bare": loaded.variant(apply_b_dec_to_input=False)}
+    forms |= {
+        "constant_norm_rescale": loaded.variant(normalize_activations="constant_norm_rescale"),
+        "layer_norm": loaded.variant(normalize_activations="layer_norm"),
+    }
     for name, given in forms.items():
         write_proved(given, tmp_path / name, FORMATS["saelens_pre6"])
         opened = saelens_opens(tmp_path / name)
         assert opened.cfg.metadata.hook_name == "blocks.3.hook_resid_post"
-        both_agree(opened, given, 1e-6 if given.normalize == "none" else 1e-5)
-        both_agree(opened, load(tmp_path / name)[1], 1e-6 if given.normalize == "none" else 1e-5)
+        both_agree(opened, given, 1e-6 if given.cfg.normalize_activations == "none" else 1e-5)
+        both_agree(opened, load(tmp_path / name)[1], 1e-6 if given.cfg.normalize_activations == "none" else 1e-5)
 
 
 def test_hook_z_files_of_peer_keep_their_reshaping(tmp_path: Path) -> None:
@@ -308,5 +309,5 @@ def test_peer_opens_bfloat16_files_as_we_do(tmp_path: Path) -> None:
     sae = theirs("jumprelu").to(torch.bfloat16)
     sae.save_model(tmp_path / "theirs")
     loaded = load(tmp_path / "theirs")[1]
-    assert all(tensor.dtype == torch.float32 for tensor in loaded.tensors.values())
-    both_agree(sae.to(torch.float32), checked(loaded, "theirs"), 1e-6)
+    assert all(tensor.dtype == torch.float32 for tensor in loaded.weights().values())
+    both_agree(sae.to(torch.float32), loaded, 1e-6)

@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechint.formats import FORMATS, Loaded, from_sae, reference_decode, reference_encode, to_sae
+from mechint.formats import FORMATS, plain_form, reference_decode, reference_encode
 from mechint.formats.convert import load, write_proved
-from mechint.sae import build_sae
+from mechint.sae import SAE, build_sae
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not in this environment")
@@ -54,24 +54,24 @@ def randomise(module: Any, *, unit_rows: Tensor | None = None) -> None:
             unit_rows.div_(unit_rows.norm(dim=0, keepdim=True))
 
 
-def ours(architecture: str) -> Loaded:
+def ours(architecture: str) -> SAE:
     sae = build_sae(architecture, D_IN, D_SAE, options={"k": K} if architecture == "topk" else {})
     randomise(sae)
     sae.renormalize_decoder()
     sae.metadata = {"hook_name": "blocks.3.hook_resid_post", "model_name": "pythia-70m", "processing": "raw"}
-    return from_sae(sae)
+    return sae.saved_form()
 
 
-def agrees(loaded: Loaded, f: Tensor, x_hat: Tensor, tolerance: float) -> None:
+def agrees(loaded: SAE, f: Tensor, x_hat: Tensor, tolerance: float) -> None:
     """Codes and reconstructions of `vectors()`, from the definition and, where it can be one, from our own module."""
     x = vectors()
     expected = reference_encode(loaded, x)
     assert 0 < float((expected != 0).double().mean()) < 0.9
     close(f, expected, tolerance)
     close(x_hat, reference_decode(loaded, expected, x), tolerance)
-    if not loaded.transcoder:
+    if not loaded.is_transcoder:
         with torch.no_grad():
-            found, codes = to_sae(loaded)(x)
+            found, codes = plain_form(loaded).run(x)
         close(codes, f, FOLDED)
         close(found, x_hat, FOLDED)
 
@@ -174,7 +174,7 @@ def test_what_we_write_dictionary_learning_loads(architecture: str, library: typ
 
 def test_free_norms_are_written_as_what_the_library_leaves_alone(library: types.SimpleNamespace, tmp_path: Path):
     loaded = ours("standard")
-    loaded.tensors["W_dec"].mul_(3.0)
+    loaded.weights()["W_dec"].mul_(3.0)
     write_proved(loaded, tmp_path / "out", FORMATS["dictionary_learning"])
     with torch.no_grad():
         module = library.load(str(tmp_path / "out"), "cpu")[0]
@@ -205,7 +205,7 @@ def test_what_we_train_by_batch_is_written_as_its_batchtopk(
     sae.renormalize_decoder()
     with torch.no_grad():
         sae.get_parameter("threshold").fill_(0.7)
-    loaded = from_sae(sae)
+    loaded = sae.saved_form()
     certificate, _ = write_proved(loaded, tmp_path / "out", FORMATS["dictionary_learning"])
     assert certificate.folded == () and certificate.weights_equal
     with torch.no_grad():

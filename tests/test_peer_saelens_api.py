@@ -30,8 +30,8 @@ TOKENS = torch.tensor([[0, 20, 30, 40, 50, 60], [0, 61, 52, 43, 34, 25]])
 SETTINGS = [
     ("standard", {}),
     ("standard", {"apply_b_dec_to_input": False}),
-    ("standard", {"normalize": "sqrt_d"}),
-    ("standard", {"normalize": "layer_norm"}),
+    ("standard", {"normalize_activations": "constant_norm_rescale"}),
+    ("standard", {"normalize_activations": "layer_norm"}),
     ("topk", {}),
     ("topk", {"rescale_acts_by_decoder_norm": True}),
     ("jumprelu", {}),
@@ -49,7 +49,7 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 
 def test_saelens_loads_what_we_write_and_we_what_it_writes(tmp_path: Path, architecture: str, settings: dict[str, Any]):
     from sae_lens import SAE as Theirs  # pyright: ignore[reportMissingImports]
 
-    ours = SAE(drawn(architecture, **settings))
+    ours = drawn(architecture, **settings)
     ours.save_model(tmp_path / "ours")
     theirs = Theirs.load_from_disk(str(tmp_path / "ours"))
     assert theirs.cfg.architecture() == architecture == ours.cfg.architecture
@@ -70,7 +70,7 @@ def test_folding_decoder_norms_gives_their_weights(tmp_path: Path):
     from sae_lens import SAE as Theirs  # pyright: ignore[reportMissingImports]
 
     for architecture in ("standard", "jumprelu", "gated"):
-        ours = SAE(drawn(architecture))
+        ours = drawn(architecture)
         ours.save_model(tmp_path / architecture)
         theirs = Theirs.load_from_disk(str(tmp_path / architecture), fold_W_dec_norm=True)
         ours.fold_W_dec_norm()
@@ -156,7 +156,7 @@ def test_their_class_of_this_name_gives_the_same(
     from sae_lens import SAE as Theirs  # pyright: ignore[reportMissingImports]
 
     model = models[0]
-    sae = SAE(drawn("jumprelu", d_in=32)).requires_grad_(False)
+    sae = drawn("jumprelu", d_in=32).requires_grad_(False)
     sae.cfg.metadata.hook_name = hook
     sae.save_model(tmp_path / "sae")
     their_sae = Theirs.load_from_disk(str(tmp_path / "sae")).requires_grad_(False)
@@ -191,7 +191,7 @@ def test_outputs_and_caches_of_the_hooked_model_are_theirs(
     from sae_lens import SAE as Theirs  # pyright: ignore[reportMissingImports]
 
     model, their_model = models
-    sae = SAE(drawn(architecture, d_in=32)).requires_grad_(False)
+    sae = drawn(architecture, d_in=32).requires_grad_(False)
     sae.save_model(tmp_path / "sae")
     their_sae = Theirs.load_from_disk(str(tmp_path / "sae")).requires_grad_(False)
     out, cache = model.run_with_cache_with_saes(TOKENS, saes=[sae], use_error_term=use_error_term)
@@ -221,7 +221,7 @@ def test_outputs_and_caches_of_the_hooked_model_are_theirs(
 def test_transcoders_are_theirs(tmp_path: Path, name: str, architecture: str, skip: bool):
     from sae_lens import SAE as Theirs  # pyright: ignore[reportMissingImports]
 
-    ours = SAE(drawn_transcoder(architecture, skip=skip))
+    ours = drawn_transcoder(architecture, skip=skip)
     ours.save_model(tmp_path / "ours")
     theirs = Theirs.load_from_disk(str(tmp_path / "ours"))
     assert theirs.cfg.architecture() == name == ours.cfg.architecture
@@ -257,7 +257,7 @@ def test_transcoders_in_the_model_are_theirs(
     from sae_lens import SAE as Theirs  # pyright: ignore[reportMissingImports]
 
     model, their_model = models
-    sae = SAE(drawn_transcoder(architecture, skip=skip, d_in=32, d_out=32)).requires_grad_(False)
+    sae = drawn_transcoder(architecture, skip=skip, d_in=32, d_out=32).requires_grad_(False)
     sae.save_model(tmp_path / "sae")
     their_sae = Theirs.load_from_disk(str(tmp_path / "sae")).requires_grad_(False)
     out, cache = model.run_with_cache_with_saes(TOKENS, saes=[sae], use_error_term=use_error_term)
@@ -314,7 +314,7 @@ def test_the_store_gives_their_tokens_and_activations(
     from sae_lens import ActivationsStore as TheirStore  # pyright: ignore[reportMissingImports]
 
     model, their_model = models
-    sae = SAE(drawn("standard", d_in=32)).requires_grad_(False)
+    sae = drawn("standard", d_in=32).requires_grad_(False)
     policy = dict(policy)
     said = {name: policy.pop(name) for name in ("prepend_bos", "seqpos_slice") if name in policy}
     sae.cfg.metadata.update({"context_size": 12, "prepend_bos": True, **said})
@@ -344,7 +344,7 @@ def test_the_store_leaves_out_the_rows_that_theirs_does(models: tuple[HookedSAET
     from sae_lens import ActivationsStore as TheirStore  # pyright: ignore[reportMissingImports]
 
     model, their_model = models
-    sae = SAE(drawn("standard", d_in=32)).requires_grad_(False)
+    sae = drawn("standard", d_in=32).requires_grad_(False)
     tokens = torch.tensor([[0, 20, 30 + n, 40, 0, 50, 60, 20] for n in range(8)])
     rows = Dataset.from_dict({"tokens": tokens.tolist()})
     excluded = sorted({0} if exclude is True else exclude)
@@ -426,7 +426,7 @@ def test_hooks_and_models_of_gemma_scope_are_theirs():
 
 @pytest.mark.slow
 def test_saelens_opens_what_we_upload(tmp_path: Path):
-    sae = SAE(drawn("jumprelu")).requires_grad_(False)
+    sae = drawn("jumprelu").requires_grad_(False)
     sae.save_model(tmp_path / "sae", sparsity=torch.full((sae.cfg.d_sae,), -2.0))
     script = f"""
 import json, warnings
@@ -444,3 +444,27 @@ print(json.dumps([float(sae.W_enc.sum()), float(sae.threshold.sum()), cfg["archi
     found = json.loads(done.stdout.splitlines()[-1])
     assert found[2] == "jumprelu" and found[3] == -2.0
     assert found[:2] == pytest.approx([float(sae.W_enc.sum()), float(sae.threshold.sum())], rel=1e-6)
+
+
+def test_every_name_of_its_class_is_here_or_says_what_does_the_same(tmp_path: Path):
+    """Its caches too: the same names, the same numbers, from one file."""
+    from sae_lens import SAE as Theirs  # pyright: ignore[reportMissingImports]
+
+    from mechint.sae.base import ELSEWHERE
+
+    ours = drawn("jumprelu")
+    ours.save_model(tmp_path / "x")
+    theirs = Theirs.load_from_disk(str(tmp_path / "x"))
+    names = {name for name in (*dir(theirs), *vars(theirs)) if not name.startswith("_")}
+    lost = sorted(name for name in names if not hasattr(ours, name) and name not in ELSEWHERE)
+    assert not lost
+    x = torch.randn(2, 5, D_IN, generator=torch.Generator().manual_seed(3))
+    ours.use_error_term = theirs.use_error_term = True
+    (out, cache), (expected, their_cache) = ours.run_with_cache(x), theirs.run_with_cache(x)
+    assert_same(out, expected)
+    assert set(cache) == set(their_cache)
+    for name, value in cache.items():
+        assert_same(value, their_cache[name], 1e-5)
+    hooks = [("hook_sae_acts_post", lambda value, hook: value * 0.5)]
+    assert_same(ours.run_with_hooks(x, fwd_hooks=hooks), theirs.run_with_hooks(x, fwd_hooks=hooks), 1e-5)
+    assert_same(ours.process_sae_in(x), theirs.process_sae_in(x))

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mechint import locks
+from mechint.data.store_write import only_writer
 from mechint.errors import MechintError
 from mechint.provenance import atomic_path, remove_abandoned, scratch_folder, write_json, write_text
 
@@ -80,3 +82,24 @@ def test_a_failed_write_leaves_nothing_and_keeps_what_was_there(tmp_path: Path):
         (tmp_path / "b.txt").write_text("made by somebody else meanwhile")
     assert names(tmp_path) == ["a.txt", "b.txt"] and (tmp_path / "a.txt").read_text() == "before"
     assert (tmp_path / "b.txt").read_text() == "made by somebody else meanwhile"
+
+
+@pytest.mark.parametrize("opens", [True, False], ids=["no locks", "folders cannot be opened"])
+def test_files_are_written_where_there_are_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opens: bool):
+    """As on Windows, which has no fcntl and opens no folders: nothing then counts as left behind."""
+    monkeypatch.setattr(locks, "fcntl", None)
+    monkeypatch.setattr(locks, "_OPENS_FOLDERS", opens)
+    left = tmp_path / ".a.json.abc.tmp"
+    left.mkdir()
+    write_json(tmp_path / "a.json", {"a": 1})
+    with only_writer(tmp_path / "store"), only_writer(tmp_path / "store"):
+        pass
+    assert names(tmp_path) == [".a.json.abc.tmp", "a.json", "store"]
+
+
+def test_no_module_needs_locks_to_be_imported():
+    code = "import sys; sys.modules['fcntl'] = None; import mechint.locks; print(mechint.locks.lock(0))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "None\n"
+    package = Path(locks.__file__).parent
+    assert [path.name for path in package.rglob("*.py") if "import fcntl" in path.read_text()] == ["locks.py"]

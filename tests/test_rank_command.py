@@ -225,7 +225,7 @@ def test_mistakes_are_found_before_the_model_is_loaded(run_dir, more, message, m
     def never(*args, **kwargs):
         raise AssertionError("the model was loaded first")
 
-    monkeypatch.setattr("mechint.subject.load_model", never)
+    monkeypatch.setattr("mechint.inside.load_model", never)
     assert main(flags(run_dir, *more)) == 2
     assert message in capsys.readouterr().err
     assert not (run_dir / "ranking.csv").exists()
@@ -253,7 +253,7 @@ def test_what_is_no_finished_run(run_dir, tmp_path, capsys):
         capsys.readouterr().err
     )
     assert main(["--device", "cpu"]) == 2
-    assert "give --run-dir, or --checkpoint" in capsys.readouterr().err
+    assert "Provide --checkpoint or --run-dir" in capsys.readouterr().err
 
 
 def test_an_sae_of_another_width_names_both(run_dir, tmp_path, capsys):

@@ -18,7 +18,6 @@ from mechint.sae import (
     load_sae,
     load_sae_checkpoint,
     save_checkpoint,
-    save_sae_folder,
 )
 
 
@@ -89,7 +88,7 @@ def test_any_width_survives_both_layouts(tmp_path_factory: pytest.TempPathFactor
     sae = StandardSAE(d_in, d_sae)
     sae.metadata = {"hook_name": "blocks.3.hook_resid_post", "processing": "raw", "prepend_bos": True}
     save_checkpoint(sae, folder / "checkpoint.pt")
-    save_sae_folder(sae, folder / "sae")
+    sae.save_model(folder / "sae")
     for place in (folder / "checkpoint.pt", folder / "sae", folder):
         opened = load_sae(place)
         assert (opened.d_in, opened.d_sae, opened.metadata) == (d_in, d_sae, sae.metadata)
@@ -101,7 +100,7 @@ def test_checkpoint_is_the_old_state_dict(sae: StandardSAE, tmp_path: Path):
     save_checkpoint(sae, tmp_path / "a.pt")
     loaded = torch.load(tmp_path / "a.pt", weights_only=True)
     assert set(loaded) == {"b_pre", "b_enc", "W_enc", "W_dec"}
-    again = StandardSAE(16, 64)
+    again = SparseAutoEncoder(16, 64)
     again.load_state_dict(loaded)  # as old code does it
     assert torch.equal(again.b_pre, sae.b_dec) and torch.equal(again.W_dec, sae.W_dec)
     save_checkpoint(sae, tmp_path / "b.pt")
@@ -135,14 +134,14 @@ def test_a_plain_checkpoint_opens_for_old_code_and_others_as_they_are(tmp_path: 
         sae = build_sae(architecture, 6, 24)
         sae.metadata = {"hook_name": "blocks.3.hook_resid_post", "processing": "raw", "prepend_bos": True}
         save_checkpoint(sae, tmp_path / architecture / "checkpoint.pt")
-        save_sae_folder(sae, tmp_path / architecture / "sae")
+        sae.save_model(tmp_path / architecture / "sae")
         opened = load_sae_checkpoint(tmp_path / architecture / "checkpoint.pt", 6)
         assert type(opened) is (kind or type(sae)) and opened.metadata == sae.metadata
         x = torch.randn(5, 6)
         for found, expected in zip(opened.run(x), sae.run(x), strict=True):
             assert torch.equal(found, expected)
         if kind is not None:
-            x_hat, f = opened(x)
+            x_hat, f = opened.run(x)
             assert torch.equal(f, sae.encode(x)) and torch.equal(x_hat, sae.decode(f))
 
 
@@ -163,7 +162,7 @@ def test_old_class_and_its_state_dict():
         sae.b_pre.normal_()
         sae.b_enc.normal_()
     x = torch.randn(7, 4)
-    x_hat, f = sae(x)
+    x_hat, f = sae.run(x)
     assert torch.equal(sae.encoder(x), f) and torch.equal(sae.decoder(f), x_hat)
     torch.testing.assert_close(f, torch.relu((x - sae.b_pre) @ sae.W_enc + sae.b_enc))
     state = sae.state_dict()
@@ -258,8 +257,8 @@ def test_what_is_not_an_sae_is_refused(sae: StandardSAE, tmp_path: Path):
         "other.pt": "expected W_enc, b_enc, W_dec",
         "shape.pt": r"b_enc has shape \[5\], expected \[64\]",
         "nan.pt": "not finite",
-        "folder": "not a run directory",
-        "absent.pt": "not found",
+        "folder": "none of the formats",
+        "absent.pt": "no SAE at",
     }
     for name, message in expected.items():
         with pytest.raises(MechintError, match=message) as caught:

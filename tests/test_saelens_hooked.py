@@ -1,17 +1,14 @@
 """SAEs in a model, and the store of tokens and activations, on a small random GPT-NeoX."""
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from mechint.saelens.sae import HOOKS
 from test_saelens_api import IN, OUT, drawn_transcoder
 
 from mechint.errors import MechintError
-from mechint.formats import Loaded
 from mechint.models import load_model
 from mechint.saelens import SAE, ActivationsStore, HookedSAETransformer
 
@@ -41,7 +38,7 @@ def sae_at(hook_name: str = HOOK, *, d_in: int = 32, processing: str = "raw", se
         "b_dec": torch.randn(d_in, generator=generator) / 4,
     }
     metadata = {"hook_name": hook_name, "processing": processing, "context_size": 16, "prepend_bos": True}
-    return SAE(Loaded("standard", tensors, metadata=metadata)).requires_grad_(False)
+    return SAE.from_tensors("standard", tensors, metadata=metadata).requires_grad_(False)
 
 
 def with_metadata(sae: SAE, **values: Any) -> SAE:
@@ -87,7 +84,7 @@ def test_the_cache_holds_the_stages(model: HookedSAETransformer):
     )
     same(cache[f"{HOOK}.hook_sae_error"], residual - sae(residual))
     same(cache[f"{HOOK}.hook_sae_output"], residual)
-    assert {name.rsplit(".", 1)[1] for name in cache} == set(HOOKS)
+    assert {name.rsplit(".", 1)[1] for name in cache} == set(sae.hook_dict)
     assert model.get_sae_hook_name(sae) == POST
 
 
@@ -312,7 +309,7 @@ def test_rows_of_special_tokens_can_be_left_out(model: HookedSAETransformer):
 
 
 def test_a_transcoder_replaces_what_it_writes_by_what_it_reads(model: HookedSAETransformer):
-    sae = SAE(drawn_transcoder(skip=True, d_in=32, d_out=32)).requires_grad_(False)
+    sae = drawn_transcoder(skip=True, d_in=32, d_out=32).requires_grad_(False)
     x, y = (model.language_model.activations(TOKENS, name).clone() for name in (IN, OUT))
     out, cache = model.run_with_cache_with_saes(TOKENS, saes=[sae])
     expected = model.language_model.logits_with(TOKENS, OUT, lambda value: sae(x))
@@ -344,7 +341,7 @@ def test_a_transcoder_of_the_centred_stream_predicts_as_in_a_centred_model(
 ):
     loaded = drawn_transcoder(d_in=32, d_out=32)
     metadata = {**loaded.metadata, "processing": "centred", "hook_name": "blocks.3.hook_resid_pre"}
-    sae = SAE(replace(loaded, metadata=metadata)).requires_grad_(False)
+    sae = loaded.variant(metadata=metadata).requires_grad_(False)
     centred = HookedSAETransformer.from_pretrained(str(tiny_neox_dir), device="cpu", center_writing_weights=True)
     same(
         model.run_with_saes(TOKENS, saes=[sae]).log_softmax(-1),
@@ -355,9 +352,9 @@ def test_a_transcoder_of_the_centred_stream_predicts_as_in_a_centred_model(
 
 def test_transcoders_that_do_not_fit_are_refused(model: HookedSAETransformer):
     with pytest.raises(MechintError, match="d_out 24.*hook_mlp_out.*32 wide"):
-        model.run_with_saes(TOKENS, saes=[SAE(drawn_transcoder(d_in=32, d_out=24)).requires_grad_(False)])
-    sae = SAE(drawn_transcoder(d_in=32, d_out=32)).requires_grad_(False)
-    with pytest.raises(MechintError, match="which the model computes after"):
+        model.run_with_saes(TOKENS, saes=[drawn_transcoder(d_in=32, d_out=24).requires_grad_(False)])
+    sae = drawn_transcoder(d_in=32, d_out=32).requires_grad_(False)
+    with pytest.raises(MechintError, match="which the model computes first"):
         turned = with_metadata(sae, hook_name="blocks.4.hook_resid_post", hook_name_out="blocks.2.hook_resid_post")
         model.run_with_saes(TOKENS, saes=[turned])
     with pytest.raises(MechintError, match="no hook 'blocks.3.hook_mlp_ou'"):

@@ -20,7 +20,7 @@ from mechint.data import open_activations
 from mechint.errors import MechintError
 from mechint.formats.convert import find_format, held_variant
 from mechint.sae import load_sae
-from mechint.saelens import SAE, neuronpedia_features
+from mechint.saelens import neuronpedia_features
 
 PRELUDE = """
 import json, sys
@@ -48,12 +48,12 @@ def run(script: str, env: dict[str, str]) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_repositories_releases_and_the_cache(tmp_path: Path):
-    sae = SAE(drawn("jumprelu")).requires_grad_(False)
+    sae = drawn("jumprelu").requires_grad_(False)
     sae.save_model(tmp_path / "repo" / "layer_3" / "a", sparsity=torch.full((D_SAE,), -2.0))
     (tmp_path / "repo" / "layer_3" / "a" / "optimizer.bin").write_bytes(b"0" * 1000)
     scaled = drawn()
     (tmp_path / "repo" / "scaled").mkdir()
-    save_file(scaled.tensors, tmp_path / "repo" / "scaled" / "sae_weights.safetensors")
+    save_file(scaled.weights(), tmp_path / "repo" / "scaled" / "sae_weights.safetensors")
     cfg = {
         "architecture": "standard",
         "d_in": scaled.d_in,
@@ -91,7 +91,7 @@ def test_repositories_releases_and_the_cache(tmp_path: Path):
     out["sum"], out["sparsity"] = float(one.W_enc.sum()), sparsity.tolist()[:2]
     out["id"], out["hook"] = first.cfg.neuronpedia_id, cfg["metadata"]["hook_name"]
     scaled = SAE.from_pretrained("mine", "scaled")
-    out["scaled"] = [float(scaled(torch.ones(1, 16)).sum()), float(scaled.to_mechint()(torch.ones(1, 16))[0].sum())]
+    out["scaled"] = [float(scaled(torch.ones(1, 16)).sum()), float(scaled(torch.ones(1, 16))[0].sum())]
     """
     told = """
     out["id"] = error(lambda: SAE.from_pretrained("lab/saes", "layer_3/b"))
@@ -111,7 +111,7 @@ def test_repositories_releases_and_the_cache(tmp_path: Path):
     assert (found["sparsity"], found["id"], found["hook"]) == ([-2.0, -2.0], "pythia-70m/3-mine", HOOK)
     # the factor of the release scales the input, and folds
     x = torch.ones(1, 16)
-    by_hand = SAE(drawn()).requires_grad_(False)(0.25 * x).sum() / 0.25
+    by_hand = drawn().requires_grad_(False)(0.25 * x).sum() / 0.25
     assert found["scaled"] == pytest.approx([float(by_hand)] * 2, rel=1e-4)
     assert "layer_3/a" in errors["id"] and "at its root" in errors["root"] and "lab/sae" in errors["repo"]
     assert "norm_scaling_factor" in errors["scale"]
@@ -130,7 +130,7 @@ def test_repositories_releases_and_the_cache(tmp_path: Path):
 
 @pytest.mark.slow
 def test_an_upload_is_one_commit_and_keeps_the_token(tmp_path: Path):
-    SAE(drawn("topk")).save_model(tmp_path / "folder")
+    drawn("topk").save_model(tmp_path / "folder")
     script = f"""
     from pathlib import Path
     one, two = SAE.load_from_disk({str(tmp_path / "folder")!r}), SAE.load_from_disk({str(tmp_path / "folder")!r})

@@ -291,7 +291,7 @@ def test_list_pages_filters_and_sorts(server: Server, downloaded: dict[str, Any]
 def test_pages_are_kept_until_the_database_changes_and_no_longer(tmp_path: Path):
     """Whoever changes it: another connection here stands for another process."""
     from mechint.server.db import Database
-    from mechint.server.models import SAE, Base
+    from mechint.server.models import Base, SharedSAE
     from mechint.server.unchanged import Unchanged
 
     here, elsewhere = (Database(f"sqlite:///{tmp_path / 'x.db'}") for _ in range(2))
@@ -300,7 +300,7 @@ def test_pages_are_kept_until_the_database_changes_and_no_longer(tmp_path: Path)
 
     def change(database: Database, name: str) -> None:
         with database.write() as session:
-            session.add(SAE(name=name, source="local"))
+            session.add(SharedSAE(name=name, source="local"))
 
     mark = pages.mark()
     assert mark is not None and pages.get("page", mark) is None

@@ -14,7 +14,7 @@ pytest.importorskip("sqlalchemy")
 from serving import SlowHub, below, ended, environment, sae_files, settings_for  # noqa: E402
 
 from mechint.server import library  # noqa: E402
-from mechint.server.models import SAE  # noqa: E402
+from mechint.server.models import SharedSAE  # noqa: E402
 
 REPO = "lab/saes"
 
@@ -42,7 +42,7 @@ def test_celerys_command_takes_jobs_of_its_queue_alone(tmp_path: Path):
         with service.db.read() as session:
             for (sae, _), job, name in zip(asked, jobs, ("a", "b"), strict=True):
                 assert (job.state, job.error) == ("done", None), (tmp_path / "celery.log").read_text()[-4000:]
-                found = session.get(SAE, sae.id)
+                found = session.get(SharedSAE, sae.id)
                 assert found is not None and found.status == "ready"
                 weights = settings.data_dir / "saes" / sae.id / "original" / "sae_weights.safetensors"
                 expected = hashlib.sha256(served[f"{name}/sae_weights.safetensors"]).hexdigest()

@@ -30,7 +30,7 @@ from serving import (
 from mechint.formats.convert import load  # noqa: E402
 from mechint.server import library  # noqa: E402
 from mechint.server.errors import ServiceError  # noqa: E402
-from mechint.server.models import SAE, Job  # noqa: E402
+from mechint.server.models import Job, SharedSAE  # noqa: E402
 
 REPO = "jbloom/GPT2-Small-SAEs"
 
@@ -66,7 +66,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         service.db.close()
 
 
-def download(world: World, filepath: str, repo_id: str = REPO, **more: Any) -> tuple[SAE, Job]:
+def download(world: World, filepath: str, repo_id: str = REPO, **more: Any) -> tuple[SharedSAE, Job]:
     """The SAE and the job once that is over."""
     sae, job = library.create_download(world.service, repo_id=repo_id, filepath=filepath, **more)
     job = ended(world.service, job.id)
@@ -368,14 +368,14 @@ def make_run(folder: Path) -> None:
     import torch
 
     from mechint.provenance import sha256_file, write_json
-    from mechint.sae import build_sae, save_checkpoint, save_sae_folder
+    from mechint.sae import build_sae, save_checkpoint
 
     torch.manual_seed(0)
     sae = build_sae("standard", 16, 32)
     sae.metadata = {"hook_name": "blocks.3.hook_resid_post", "model_name": "builtin/pythia-tiny", "processing": "raw"}
     folder.mkdir(parents=True)
     save_checkpoint(sae, folder / "checkpoint.pt")
-    save_sae_folder(sae, folder / "sae")
+    sae.save_model(folder / "sae")
     config = {"hook_name": "blocks.3.hook_resid_post", "epochs": 5, "dataset_name": "builtin/tales"}
     write_json(folder / "config.json", config)
     write_json(folder / "summary.json", {"l0": 12.5})

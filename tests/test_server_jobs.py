@@ -21,7 +21,7 @@ from mechint.server import jobs, library, tasks, tokens  # noqa: E402
 from mechint.server.errors import ServiceError, hub_failed, rate_limited  # noqa: E402
 from mechint.server.jobs import Running, claim, reap, release  # noqa: E402
 from mechint.server.library import Service  # noqa: E402
-from mechint.server.models import SAE, Job, Revision  # noqa: E402
+from mechint.server.models import Job, Revision, SharedSAE  # noqa: E402
 
 
 class Mail:
@@ -50,7 +50,7 @@ def service(tmp_path: Path, mail: Mail) -> Service:
     return Service(settings, open_database(settings), mail)
 
 
-def add(service: Service, **more: Any) -> tuple[SAE, Job]:
+def add(service: Service, **more: Any) -> tuple[SharedSAE, Job]:
     return library.create_download(service, repo_id="user/repo", filepath="layer_1", **more)
 
 
@@ -59,9 +59,9 @@ def row(service: Service, job: Job) -> Job:
         return library.get_job(session, job.id)
 
 
-def sae_of(service: Service, job: Job) -> SAE:
+def sae_of(service: Service, job: Job) -> SharedSAE:
     with service.db.read() as session:
-        found = session.get(SAE, job.sae_id)
+        found = session.get(SharedSAE, job.sae_id)
         assert found is not None
         return found
 

@@ -26,7 +26,7 @@ from mechint.config import ReportConfig
 from mechint.report.html import make_report
 from mechint.runs import Run
 from mechint.server import library
-from mechint.server.models import SAE, utc_now
+from mechint.server.models import SharedSAE, utc_now
 from mechint.server.settings import settings_from
 
 pytestmark = pytest.mark.slow
@@ -100,7 +100,7 @@ def downloaded(server: Server, path: str = "layer_6", **more: Any) -> dict[str, 
     return server.wait_sae(reply.json()["id"])
 
 
-def add_rows(server: Server, rows: list[SAE]) -> None:
+def add_rows(server: Server, rows: list[SharedSAE]) -> None:
     """SAEs that are said to be there, for pages that only list them."""
     service = library.open_service(settings_from(server.env))
     with service.db.write() as session:
@@ -391,7 +391,7 @@ def test_search_filters_order_and_pages(visitor: Visitor, server: Server):
     add_rows(
         server,
         [
-            SAE(name=f"SAE {i:02}", source="local" if i % 3 else "trained", status="ready" if i < 40 else "error",
+            SharedSAE(name=f"SAE {i:02}", source="local" if i % 3 else "trained", status="ready" if i < 40 else "error",
                 model_name="gpt2" if i % 2 else "pythia-70m", n_features=512 + i, sae_metadata={},
                 error_message="Config file not found: x" if i >= 40 else None)
             for i in range(60)
@@ -426,7 +426,7 @@ def test_search_filters_order_and_pages(visitor: Visitor, server: Server):
 
 def test_parts_that_did_not_change_stay_when_the_page_is_asked_for_again(visitor: Visitor, server: Server):
     """A click on a part that is replaced between press and release would be lost."""
-    add_rows(server, [SAE(name="One", source="local", status="ready", model_name="gpt2", sae_metadata={})])
+    add_rows(server, [SharedSAE(name="One", source="local", status="ready", model_name="gpt2", sae_metadata={})])
     page = visitor.open("/")
     page.evaluate("for (const part of document.querySelectorAll('[data-swap]')) part.stayed = true")
     kept = "[...document.querySelectorAll('[data-swap]')].map((part) => Boolean(part.stayed))"
@@ -434,7 +434,7 @@ def test_parts_that_did_not_change_stay_when_the_page_is_asked_for_again(visitor
     assert before and all(before)
     page.evaluate("refresh()")  # resolves when the parts are in place
     assert page.evaluate(kept) == before
-    add_rows(server, [SAE(name="Two", source="local", status="ready", model_name="gpt2", sae_metadata={})])
+    add_rows(server, [SharedSAE(name="Two", source="local", status="ready", model_name="gpt2", sae_metadata={})])
     page.evaluate("refresh()")
     assert sorted(names(page)) == ["One", "Two"] and not all(page.evaluate(kept))
 
@@ -575,7 +575,7 @@ def full(server: Server, hub: SlowHub) -> list[str]:
     server.post(f"{SAES}/download", {"repo_id": "jbloom/none", "filepath": BAD, "name": BAD})
     trained = server.wait_sae(run["sae_ids"][0])["id"]
     server.wait_sae(hostile["id"])
-    going = SAE(name="Going", source="huggingface", hf_repo_id=REPO, status="downloading", progress=40.0,
+    going = SharedSAE(name="Going", source="huggingface", hf_repo_id=REPO, status="downloading", progress=40.0,
                 sae_metadata={}, created_at=utc_now())  # fmt: skip
     add_rows(server, [going])
     places = ["/", "/?q=nothing+at+all", f"/add?repo_id={REPO}", f"/add?repo_id={HOSTILE_REPO}", "/add?repo_id=a/none"]

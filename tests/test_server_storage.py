@@ -16,7 +16,7 @@ from mechint.errors import MechintError  # noqa: E402
 from mechint.server import storage, tokens  # noqa: E402
 from mechint.server.db import Database, open_database  # noqa: E402
 from mechint.server.errors import ServiceError  # noqa: E402
-from mechint.server.models import SAE, Job  # noqa: E402
+from mechint.server.models import Job, SharedSAE  # noqa: E402
 from mechint.server.settings import Settings, settings_from  # noqa: E402
 
 IDS = [f"sae_{i:012x}" for i in range(9)]
@@ -137,7 +137,7 @@ def test_sweep_removes_orphans_and_keeps_what_is_in_use(settings: Settings, db: 
     ]
     with db.write() as session:
         for sae_id, status, path, _ in rows:
-            session.add(SAE(id=sae_id, name="x", source="local", status=status, local_path=path, sae_metadata={}))
+            session.add(SharedSAE(id=sae_id, name="x", source="local", status=status, local_path=path, sae_metadata={}))
         session.flush()
         session.add(Job(id=JOBS[2], kind="download", sae_id=IDS[2], state="running", params={}))
         session.add(Job(id=JOBS[1], kind="download", sae_id=IDS[1], state="error", params={}))

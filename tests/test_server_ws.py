@@ -256,13 +256,13 @@ def test_nobody_watches_nothing_is_asked(server: Server, tmp_path: Path):
     """Clients that are gone, however they went, leave nothing behind that is polled for."""
     from mechint.server.db import Database
     from mechint.server.events import Events, Subscriber, parse_channel
-    from mechint.server.models import SAE, Base, Revision
+    from mechint.server.models import Base, Revision, SharedSAE
 
     db = Database(f"sqlite:///{tmp_path / 'x.db'}")
     Base.metadata.create_all(db.engine)
     with db.write() as session:
         session.add(Revision(id=1, value=0))
-        session.add(SAE(id="sae_0123456789ab", name="x", source="local"))
+        session.add(SharedSAE(id="sae_0123456789ab", name="x", source="local"))
 
     async def run() -> None:
         events = Events(db)

@@ -12,7 +12,7 @@ from mechint import steering
 from mechint.cli.extract import main as extract
 from mechint.cli.steer import main as steer
 from mechint.models import load_model
-from mechint.sae import StandardSAE, save_checkpoint, save_sae_folder
+from mechint.sae import StandardSAE, save_checkpoint
 
 HOOK = "blocks.3.hook_resid_post"
 PEOPLE = {"female": ("Anna", "Mary", "Emma", "Lucy", "Sara"), "male": ("Paul", "John", "Omar", "Mark", "Adam")}
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = root / "runs" / "mine"
     run.mkdir(parents=True)
     save_checkpoint(sae, run / "checkpoint.pt")
-    save_sae_folder(sae, run / "sae")
+    sae.save_model(run / "sae")
     (run / "config.json").write_text(json.dumps({"hook_name": HOOK, "model_name": "builtin/pythia-tiny"}))
     return root
 

@@ -1,6 +1,7 @@
 """What removing each latent would do to the predictions, estimated for all latents from one forward pass a text.
 
-Latent i adds f_i(p) * W_dec[i] to the activation x(p) at position p. To first order, taking it out of a text changes a
+Latent i adds f_i(p) * W_dec[i] to the activation x(p) at position p (a transcoder's latent, to what stands at the hook
+that it replaces). To first order, taking it out of a text changes a
 quantity Q of that text by
 
     a_i = - sum_p f_i(p) * (W_dec[i] . dQ/dx(p)),
@@ -34,6 +35,7 @@ from mechint.ablation.engines import padded
 from mechint.ablation.gradient import Way, find_way
 from mechint.errors import MechintError
 from mechint.eval import Text
+from mechint.inside import reads_of, written_acts, written_hook
 from mechint.models import LanguageModel
 from mechint.models.matmul import full_float32, linear
 from mechint.sae import SAE
@@ -131,7 +133,7 @@ def attribute(
     _check(texts, target, model.d_vocab, draws, batch_size)
     total = Attribution.zeros(sae.d_sae)
     with full_float32():
-        way = find_way(model, hook_name, texts[0].tokens)
+        way = find_way(model, written_hook(sae, hook_name), texts[0].tokens)
         batches = list(_batches(texts, batch_size, sae.d_sae, way.logits_at_once(model)))
         if progress:
             from tqdm import tqdm
@@ -146,7 +148,7 @@ def attribute(
             value, final = way.run(tokens)
             with torch.inference_mode():
                 seeds = _seeds(way, final.detach(), batch, target, draws, seed)
-                acts = _acts_where_seen(sae, value.detach(), batch)
+                acts = _acts_where_seen(sae, _read(sae, model, hook_name, tokens, value), batch)
             quantity, *squares = (
                 _per_text(sae, acts, gradient) for gradient in _gradients(value, final, [seeds.quantity, *seeds.draws])
             )
@@ -183,11 +185,12 @@ def attribution_map(
     """
     _check([text], target, model.d_vocab, 0, 1)
     with full_float32():
-        way = find_way(model, hook_name, text.tokens)
-        value, final = way.run(torch.tensor([text.tokens]))
+        way = find_way(model, written_hook(sae, hook_name), text.tokens)
+        tokens = torch.tensor([text.tokens])
+        value, final = way.run(tokens)
         with torch.inference_mode():
             seeds = _seeds(way, final.detach(), [text], target, 0, 0)
-            acts = _acts_where_seen(sae, value.detach(), [text])[0]
+            acts = _acts_where_seen(sae, _read(sae, model, hook_name, tokens, value), [text])[0]
         (gradient,) = _gradients(value, final, [seeds.quantity])
         with torch.inference_mode():
             return -acts * linear(gradient[0].to(acts), sae.W_dec)
@@ -237,11 +240,11 @@ def _seeds(way: Way, final: Tensor, batch: Sequence[Text], target: LogitTarget |
         if target is None:
             next_token, w = following[rows], weight[rows]
             gradient = (mean - way.row(next_token.clamp(min=0).to(here.device), here)) * w.to(here)[:, None]
-            quantity[at] = gradient * (next_token >= 0).to(here)[:, None]
+            quantity[at] = (gradient * (next_token >= 0).to(here)[:, None]).to(final)
         if draws:
             tokens, factor = _draw(p, uniform[rows].to(p))
             for index in range(draws):
-                drawn[index][at] = (way.row(tokens[:, index], here) - mean) * factor[:, index, None]
+                drawn[index][at] = ((way.row(tokens[:, index], here) - mean) * factor[:, index, None]).to(final)
     return Seeds(quantity, drawn)
 
 
@@ -282,12 +285,17 @@ def _uniforms(text: Text, draws: int, seed: int) -> Float[Tensor, "pos 2 draws"]
     return torch.rand(draws, len(text.tokens), 2, generator=generator, dtype=torch.float64).permute(1, 2, 0)
 
 
+def _read(sae: SAE, model: LanguageModel, hook_name: str, tokens: Tensor, value: Tensor) -> Tensor:
+    """What the SAE encodes: the value that is differentiated by, but of a transcoder what stands at another hook."""
+    return value.detach() if reads_of(sae, hook_name) is None else model.activations(tokens, hook_name)
+
+
 def _acts_where_seen(sae: SAE, value: Tensor, batch: Sequence[Text]) -> Float[Tensor, "text pos d_sae"]:
     """`feature_acts`, 0 at padding and where the SAE may not touch."""
     seen = torch.zeros(value.shape[:2], dtype=torch.bool)
     for index, text in enumerate(batch):
         seen[index, : len(text.seen)] = torch.tensor(text.seen)
-    return sae.encode(value.to(sae.W_enc)).detach() * seen.to(value.device)[..., None]
+    return written_acts(sae, value.to(sae.W_enc)).detach() * seen.to(value.device)[..., None]
 
 
 def _gradients(value: Tensor, final: Tensor, seeds: list[Tensor]) -> Iterator[Tensor]:

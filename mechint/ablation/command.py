@@ -10,8 +10,8 @@ from mechint.ablation.rank import feature_indices, rank_features_by_ablation, sa
 from mechint.config import AblateConfig
 from mechint.data.text import iter_texts_from_path
 from mechint.errors import MechintError
+from mechint.inside import Inside, named_sae, open_named
 from mechint.provenance import check_output_path, sha256_json
-from mechint.subject import Subject, open_subject
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ def ablate(
         MechintError: an existing output without `overwrite`, files that are missing or broken, an empty text file, a
             feature subset that names nothing, an SAE that does not fit the model, hook or processing.
     """
+    config = named_sae(config)
     if config.output.exists() and not config.overwrite:
         raise MechintError(f"{config.output} exists: give another --output, or --overwrite to replace it")
     check_output_path(config.output)
@@ -49,55 +50,51 @@ def ablate(
     if config.context_size is not None and config.context_size < 2:
         raise MechintError(f"--context-size must be at least 2, got {config.context_size}")
     texts = iter_texts_from_path(config.eval_texts_path)
-    subject = open_subject(
-        config.checkpoint,
-        config=config.config,
-        model=config.model,
-        hook=config.hook,
-        processing=config.processing,
+    inside = open_named(
+        config,
         prepend_bos=config.prepend_bos,
         context_size=config.context_size,
-        device=config.device,
         check=lambda sae: feature_indices(config.feature_subset, sae.d_sae),
     )
-    features = feature_indices(config.feature_subset, subject.sae.d_sae)
-    for note in subject.notes:
+    features = feature_indices(config.feature_subset, inside.sae.d_sae)
+    for note in inside.notes:
         on_note(note)
     rows = rank_features_by_ablation(
-        subject.sae,
-        subject.model,
-        subject.hook_name,
+        inside.sae,
+        inside.model,
+        inside.hook_name,
         texts,
         features,
         progress,
-        prepend_bos=subject.prepend_bos,
+        prepend_bos=inside.prepend_bos,
         context_size=config.context_size,
         batch_size=config.batch_size,
         partial_path=partial_path(config.output),
-        fingerprint=_fingerprint(config, subject, texts, features),
+        fingerprint=_fingerprint(config, inside, texts, features),
     )
     save_ablation_rows(rows, config.output, overwrite=config.overwrite)
     partial_path(config.output).unlink(missing_ok=True)
-    return Ablation(rows, config.output, subject.notes)
+    return Ablation(rows, config.output, inside.notes)
 
 
-def _fingerprint(config: AblateConfig, subject: Subject, texts: list[str], features: list[int]) -> str:
-    return subject_fingerprint(subject, context_size=config.context_size, texts=texts, features=features, layout=2)
+def _fingerprint(config: AblateConfig, inside: Inside, texts: list[str], features: list[int]) -> str:
+    return fingerprint_of(inside, context_size=config.context_size, texts=texts, features=features, layout=2)
 
 
-def subject_fingerprint(subject: Subject, **what: Any) -> str:
+def fingerprint_of(inside: Inside, **what: Any) -> str:
     """Changes with anything that changes the sums of a partial result: SAE, model, hook, BOS, and `what`."""
     weights = hashlib.sha256()
-    for name, tensor in sorted(subject.sae.state_dict().items()):
+    for name, tensor in sorted(inside.sae.state_dict().items()):
         weights.update(name.encode())
         weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return sha256_json(
         {
             "sae": weights.hexdigest(),
-            "model": subject.model.weights_sha256(),
-            "processing": subject.model.processing,
-            "hook_name": subject.hook_name,
-            "prepend_bos": subject.prepend_bos,
+            "model": inside.model.weights_sha256(),
+            "processing": inside.model.processing,
+            **({} if inside.hook_out == inside.hook_name else {"hook_out": inside.hook_out}),
+            "hook_name": inside.hook_name,
+            "prepend_bos": inside.prepend_bos,
             **what,
         }
     )

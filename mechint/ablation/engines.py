@@ -1,12 +1,15 @@
 """Two ways to the KL of removing latents from texts: a fast one for GPT-NeoX, and one for any model.
 
-Removing latent i means v -> v - f_i(v) * W_dec[i] at the hook, with f = encode(v) of the clean value, at all positions
-at once. Where i does not fire the KL is exactly 0, and so it is at every position before its first firing; neither is
-computed. Both engines open a block of texts, give its feature activations, and then the KL per position of pairs.
+Removing latent i means v -> v - f_i * W_dec[i] at the hook, with f = encode(v) of the clean value, at all positions at
+once. (A transcoder's f is of what it reads, and v is what stands at the hook that it replaces. f is in units of the
+output: `written_acts`.) Where i does not fire the KL is exactly 0, and so it is at every position before its first
+firing; neither is computed. Both engines open a block of texts, give its feature activations, and then the KL per
+position of pairs.
 """
 
 import copy
 import functools
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,9 +17,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechint.ablation.kl import Effect, Unembedding, effect_of_log_probs, float32_limit
-from mechint.models.suffix import CleanPass, EntryPoint, NeoXSuffix, Span, flat_positions
+from mechint.ablation.kl import SAME_MODEL_KL, ChangedHead, Effect, effect_of_log_probs, float32_limit, kl_of_log_probs
+from mechint.inside import Model, reads_of, written_acts, written_hook
+from mechint.models.suffix import CleanPass, EntryPoint, NeoXSuffix, Span, entry_point, flat_positions
 from mechint.sae import SAE
+
+logger = logging.getLogger(__name__)
 
 # Error of a position's KL that float32 is trusted with. Half of what is promised (1e-6): the logits' error is measured
 # on the clean pass, and a changed pass may have a somewhat larger one.
@@ -59,7 +65,7 @@ class NeoXEngine:
         # Apple's GPUs have no float64: there the reference runs on the processor.
         self.precise_device = torch.device("cpu") if device.type == "mps" else device
         self.precise_suffix = NeoXSuffix(hf_model, entry, dtype=torch.float64, device=self.precise_device)
-        self.unembedding = Unembedding(self.suffix.head_weight.to(device), self.suffix.head_bias)
+        self.unembedding = ChangedHead(self.suffix.head_weight.to(device), self.suffix.head_bias)
         self.limit = 0.0
 
     @functools.cached_property
@@ -132,7 +138,7 @@ class NeoXEngine:
 
     def _encode(self, sae: SAE, clean: CleanPass, text: int | None = None) -> Tensor:
         hooked = clean.hooked if text is None else clean.hooked[text]
-        return sae.encode(hooked - hooked.mean(-1, keepdim=True) if self.centred else hooked)
+        return written_acts(sae, hooked - hooked.mean(-1, keepdim=True) if self.centred else hooked)
 
     def _precise_acts(self, text: int) -> Tensor:
         if text not in self.precise_acts:
@@ -176,8 +182,9 @@ class GeneralEngine:
     of `e`, about `e * sqrt(2 KL) + e**2 / 2`. There is nothing more precise to fall back on.
     """
 
-    def __init__(self, sae: SAE, model: Any, hook_name: str):
+    def __init__(self, sae: SAE, model: Model, hook_name: str):
         self.sae, self.model, self.hook_name = sae, model, hook_name
+        self.hook_out = written_hook(sae, hook_name)
 
     def positions_at_once(self) -> int:
         return max(1, min(MAX_POSITIONS, MAX_PROBS // self.model.d_vocab, MAX_ACTS // self.sae.d_sae))
@@ -188,7 +195,7 @@ class GeneralEngine:
         self.tokens, self.lengths = padded(token_lists)
         self.targets = following(token_lists, self.tokens.shape[1])
         self.logits = self.model.logits(self.tokens)
-        acts = self.sae.encode(self.model.activations(self.tokens, self.hook_name).float())
+        acts = written_acts(self.sae, self.model.activations(self.tokens, self.hook_name).float())
         self.acts = acts * seen_mask(self.tokens, self.lengths, seen).to(acts)[..., None]
         return self.acts
 
@@ -204,7 +211,7 @@ class GeneralEngine:
         feature_acts = torch.stack([self.acts[pair.text, :n_pos, list(pair.latents)] for pair in pairs])
         removed = torch.einsum("npk,nkd->npd", feature_acts, self.sae.W_dec[latents])
         changed = self.model.logits_with(
-            self.tokens[texts, :n_pos], self.hook_name, lambda value: value - removed.to(value)
+            self.tokens[texts, :n_pos], self.hook_out, lambda value: value - removed.to(value)
         )
         result = torch.zeros(2, len(pairs), self.tokens.shape[1], dtype=torch.float64)
         for row, pair in enumerate(pairs):
@@ -223,6 +230,36 @@ class GeneralEngine:
 
 
 Engine = NeoXEngine | GeneralEngine
+
+
+def make_engine(sae: SAE, model: Model, hook_name: str, sample: list[int]) -> Engine:
+    """The fast engine where it is proved to be this model by running `sample` through both, else the general one.
+
+    `hook_name` is what the SAE reads.
+    """
+    device = next(model.hf_model.parameters()).device
+    if sae.W_dec.device != device:
+        sae = copy.deepcopy(sae).to(device)
+    found: EntryPoint | str = "a transcoder replaces another hook than it reads"
+    if reads_of(sae, hook_name) is None:
+        found = entry_point(model.hf_model, hook_name)
+    reason = found
+    if not isinstance(found, str):
+        tokens = torch.tensor([sample])
+        try:
+            suffix = NeoXSuffix(model.hf_model, found)
+            final = suffix.clean(tokens, [len(sample)]).final[0]
+            logits = final @ suffix.head_weight.to(final).T
+            own = logits if suffix.head_bias is None else logits + suffix.head_bias.to(final)
+            difference = float(kl_of_log_probs(model.logits(tokens)[0], own).abs().max())
+        except (AttributeError, RuntimeError) as error:
+            reason = f"its layers are not as expected ({type(error).__name__})"
+        else:
+            if difference < SAME_MODEL_KL:
+                return NeoXEngine(sae, model.hf_model, found, centred=model.processing == "centred")
+            reason = "its predictions are not those of its plain weights (folded, adapted or lower precision)"
+    logger.warning("%s: whole sequences through the whole model, which is slower, because %s", model.name, reason)
+    return GeneralEngine(sae, model, hook_name)
 
 
 def padded(token_lists: Sequence[list[int]]) -> tuple[Tensor, list[int]]:

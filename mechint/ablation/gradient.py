@@ -9,8 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mechint.ablation.kl import kl_of_log_probs
-from mechint.ablation.subject import SAME_MODEL_KL
+from mechint.ablation.kl import SAME_MODEL_KL, kl_of_log_probs
 from mechint.models import LanguageModel
 from mechint.models.matmul import linear
 
@@ -39,11 +38,12 @@ class Way(NamedTuple):
 
     def probs(self, final: Float[Tensor, "rows _"]) -> Float[Tensor, "rows d_vocab"]:
         logits = final if self.weight is None else linear(final, self.weight)
-        return torch.softmax(logits if self.bias is None else logits + self.bias, dim=-1)
+        # in float32 whatever the model's precision: what is drawn goes by sums over the vocabulary
+        return torch.softmax((logits if self.bias is None else logits + self.bias).float(), dim=-1)
 
     def back(self, of_logits: Float[Tensor, "rows d_vocab"]) -> Float[Tensor, "rows _"]:
         """A gradient of the logits as one of `final`."""
-        return of_logits if self.weight_t is None else linear(of_logits, self.weight_t)
+        return of_logits if self.weight_t is None else linear(of_logits.to(self.weight_t), self.weight_t)
 
     def row(self, tokens: Int[Tensor, " rows"], like: Tensor) -> Float[Tensor, "rows _"]:
         """`back` of one-hot rows."""
@@ -66,10 +66,7 @@ def find_way(model: LanguageModel, hook_name: str, sample: list[int]) -> Way:
                 found.append(value.detach().clone().requires_grad_())
                 return found[0]
 
-            if model.backend == "bridge":
-                edited = model.bridge.hooks(fwd_hooks=[(hook_name, lambda value, hook: cut(value))])
-            else:
-                edited = model.edited(hook_name, cut)
+            edited = model.edited(hook_name, cut)
             with torch.inference_mode(False), torch.enable_grad(), edited, fast:
                 final = end(tokens.to(model.device))
             return found[0], final

@@ -4,8 +4,9 @@ An edit gives the latents it names new activations f' in place of f = encode(x),
 
     x' = x + sum_i (f'_i - f_i) * W_dec[i],
 
-at the positions that the SAE may touch (`Text.seen`). What the SAE does not reconstruct stays in x', so an edit that
-changes no activation changes nothing. The model runs in full and exactly, whatever its architecture.
+at the positions that the SAE may touch (`Text.seen`). A transcoder's f is of what it reads, and x is what stands at the
+hook that it replaces. What the SAE does not reconstruct stays in x', so an edit that changes no activation changes
+nothing. The model runs in full and exactly, whatever its architecture.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from mechint.ablation.engines import following, padded
 from mechint.ablation.kl import effect_of_log_probs
 from mechint.errors import MechintError
 from mechint.eval import Text
+from mechint.inside import reads_of, written_hook
 from mechint.models import LanguageModel
 from mechint.models.generate import generate
 from mechint.sae import SAE
@@ -175,13 +177,14 @@ def intervene(
         if not 0 <= token < model.d_vocab:
             raise MechintError(f"token {token} is out of range, {model.name} has 0 to {model.d_vocab - 1}")
     found: list[Outcome] = []
+    hook_out, reads = written_hook(sae, hook_name), reads_of(sae, hook_name)
     with torch.inference_mode():
         while len(found) < len(texts):
             batch = _next(texts[len(found) :], batch_size, model.d_vocab)
             ids, lengths = padded([text.tokens for text in batch])
             before = model.logits(ids)
             change = as_hook(sae, edit, seen=seen_of(batch), first_text=len(found))
-            after = model.logits_with(ids, hook_name, change)
+            after = model.logits_with(ids, hook_out, change, reads=reads)
             targets = following([text.tokens for text in batch], ids.shape[1])
             for row, length in enumerate(lengths):
                 here = (row, slice(length))
@@ -228,7 +231,8 @@ def continuation(
         model,
         prompt.tokens,
         max_new_tokens=max_new_tokens,
-        hook_name=hook_name,
+        hook_name=written_hook(sae, hook_name),
+        reads=reads_of(sae, hook_name),
         edits=[None, as_hook(sae, edit, first_position=first)],
         first_position=first,
         use_cache=False,  # what resampling draws depends on the position, which a cached step does not see
@@ -243,13 +247,16 @@ def as_hook(
     seen: Bool[Tensor, "text pos"] | None = None,
     first_position: int = 0,
     first_text: int = 0,
-) -> Callable[[Float[Tensor, "text pos d_in"]], Float[Tensor, "text pos d_in"]]:
-    """The edit as a function of the hook's value, for `LanguageModel.logits_with` and `edited`; `seen` None: all."""
+) -> Callable[..., Float[Tensor, "text pos d_out"]]:
+    """The edit as a function of the hook's value (and of what a transcoder reads), for `LanguageModel.logits_with` and
+    `edited`; `seen` None: all."""
     latents = list(edit.latents)
 
-    def change(value: Float[Tensor, "text pos d_in"]) -> Float[Tensor, "text pos d_in"]:
-        acts = sae.encode(value.to(sae.W_enc))[..., latents]
-        difference = edit.new_acts(acts, first_position, first_text) - acts
+    def change(
+        value: Float[Tensor, "text pos d_out"], read: Float[Tensor, "text pos d_in"] | None = None
+    ) -> Float[Tensor, "text pos d_out"]:
+        acts = sae.encode((value if read is None else read).to(sae.W_enc))[..., latents]
+        difference = (edit.new_acts(acts, first_position, first_text) - acts) * sae.output_scale()
         if seen is not None:
             difference = difference * seen.to(difference)[..., None]
         return value + (difference @ sae.W_dec[latents]).to(value)

@@ -28,8 +28,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechint.eval.predictions import Unembedding
 from mechint.models.matmul import linear
 
+# KL of the model's own predictions to those of its parts put together up to which the two count as the same: rounding
+# gives about 1e-9, another activation function or folded weights give 1e-3 and more.
+SAME_MODEL_KL = 1e-6
 # Vocabulary a tile: rows x tile stays in the cache between the product and the sums, and the allocator reuses it.
 TILE = 4192
 # Rows at once, for the same reason, and for float64 to bound rows x d_vocab.
@@ -52,13 +56,13 @@ class Effect(NamedTuple):
     ce_change: Float[Tensor, " *rows"]  # of the row's own next token; 0 where it has none
 
 
-class Unembedding:
-    """W_U as [d_vocab, d_model] in float32, in tiles of the vocabulary."""
+class ChangedHead(Unembedding):
+    """What a change of the final residual does to the predictions; W_U in float32, in tiles of the vocabulary."""
 
     def __init__(self, weight: Float[Tensor, "d_vocab d_model"], bias: Float[Tensor, " d_vocab"] | None):
         self.weight = weight.detach().float().contiguous()
         self.bias = bias.detach() if bias is not None else None
-        self.tiles = self.weight.split(TILE)
+        super().__init__(self.weight, self.bias, TILE)
 
     def log_probs(self, final: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_vocab"]:
         """Log-softmax of the logits in the precision (and on the device) of `final`."""
@@ -71,15 +75,8 @@ class Unembedding:
         """In float32: an error in p only weighs the tokens differently, by a part in a million."""
         parts = [self.log_probs(rows).exp_().split(TILE, dim=1) for rows in final.to(self.weight).split(ROWS_FLOAT64)]
         probs = [torch.cat(tile) for tile in zip(*parts, strict=True)]
-        mean = torch.stack([p @ tile for p, tile in zip(probs, self.tiles, strict=True)]).sum(0)
+        mean = torch.stack([p @ tile for p, tile in zip(probs, self.weights, strict=True)]).sum(0)
         return CleanPredictions(probs, mean)
-
-    def kl(
-        self, change: Float[Tensor, "rows d_model"], clean: CleanPredictions, position: Int[Tensor, " rows"]
-    ) -> Float[Tensor, " rows"]:
-        """KL(clean || changed) of each row, as float64 on the CPU; nan or inf where float32's exp overflows."""
-        nothing = torch.full((change.shape[0],), -1, dtype=torch.int64)
-        return self.effect(change, clean, position, nothing).kl
 
     def effect(
         self,
@@ -111,9 +108,9 @@ class Unembedding:
     ) -> Float[Tensor, "2 rows"]:
         where, counts = (part.tolist() for part in torch.unique_consecutive(position, return_counts=True))
         shift = (change * clean.mean_unembed[position]).sum(1, keepdim=True)
-        grown = change.new_empty(len(self.tiles), change.shape[0])  # sum over a tile of p * expm1(D)
+        grown = change.new_empty(len(self.weights), change.shape[0])  # sum over a tile of p * expm1(D)
         moved = torch.empty_like(grown)  # sum over a tile of p * D
-        for index, (tile, probs) in enumerate(zip(self.tiles, clean.probs, strict=True)):
+        for index, (tile, probs) in enumerate(zip(self.weights, clean.probs, strict=True)):
             logits = linear(change, tile).sub_(shift)
             groups = [(rows, probs[place]) for rows, place in zip(logits.split(counts), where, strict=True)]
             torch.cat([rows @ p for rows, p in groups], out=moved[index])
@@ -124,16 +121,6 @@ class Unembedding:
         normaliser = torch.log1p(grown.cpu().double().sum(0))
         ce_change = (normaliser - of_target.cpu().double()).where(target.cpu() >= 0, 0.0)
         return torch.stack((normaliser - moved.cpu().double().sum(0), ce_change))
-
-    def precise_kl(
-        self,
-        clean: Float[Tensor, "pos d_model"],
-        changed: Float[Tensor, "rows d_model"],
-        position: Int[Tensor, " rows"],
-    ) -> Float[Tensor, " rows"]:
-        """As `kl`, from the residuals themselves, in their precision, safe from overflow whatever the change."""
-        nothing = torch.full((changed.shape[0],), -1, dtype=torch.int64)
-        return self.precise_effect(clean, changed, position, nothing).kl
 
     def precise_effect(
         self,
@@ -160,7 +147,7 @@ class Unembedding:
         """The largest, over positions, root mean square under p of what an error of the residual does to the logits."""
         shift = (error * clean.mean_unembed).sum(1, keepdim=True)
         square = torch.zeros_like(shift[:, 0])
-        for tile, probs in zip(self.tiles, clean.probs, strict=True):
+        for tile, probs in zip(self.weights, clean.probs, strict=True):
             for here in torch.arange(error.shape[0], device=error.device).split(ROWS):
                 square[here] += (linear(error[here], tile).sub_(shift[here]).square_() * probs[here]).sum(1)
         return float(square.max().sqrt())
@@ -168,7 +155,7 @@ class Unembedding:
     def _product(self, rows: Tensor) -> Tensor:
         """`rows @ W_U` in the precision of `rows`; W_U is cast a tile at a time."""
         logits = rows.new_empty(rows.shape[0], self.weight.shape[0])
-        for tile, columns in zip(self.tiles, logits.split(TILE, dim=1), strict=True):
+        for tile, columns in zip(self.weights, logits.split(TILE, dim=1), strict=True):
             columns.copy_(linear(rows, tile.to(rows)))
         return logits
 

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from mechint.ablation.engines import Engine, Pair
-from mechint.ablation.subject import Model, as_model, check_fit, make_engine
+from mechint.ablation.engines import Engine, Pair, make_engine
 from mechint.errors import MechintError
 from mechint.eval import Text
+from mechint.inside import Model, as_model, check_fit
 from mechint.models.matmul import full_float32
 from mechint.provenance import atomic_path
 from mechint.sae import SAE
@@ -89,8 +89,8 @@ def rank_features_by_ablation(
 ) -> list[dict[str, Any]]:
     """KL(clean || latent removed) of each latent, largest mean first; ties keep the order asked for.
 
-    The latent is removed at all positions of a text at once: v - f_i(v) * W_dec[i]. All KLs are in nats, from the
-    next-token distributions of every position:
+    The latent is removed at all positions of a text at once: v - f_i(v) * W_dec[i] (at the hook that a
+    transcoder replaces). All KLs are in nats, from the next-token distributions of every position:
 
     - `mean_kl`: mean over texts of the mean over positions, BOS included (the original's definition);
     - `mean_kl_no_bos`: the same without the position of the prepended BOS;
@@ -112,7 +112,7 @@ def rank_features_by_ablation(
     Raises:
         MechintError: an SAE of another hook, width or processing, an index out of range, no text, not finite values.
     """
-    subject = as_model(model)
+    known = as_model(model)
     features = feature_indices(feature_subset, sae.d_sae)
     if not texts:
         raise MechintError("no texts to ablate on: give at least one")
@@ -121,17 +121,17 @@ def rank_features_by_ablation(
     if prepend_bos is None:
         prepend_bos = bool(sae.metadata.get("prepend_bos", True))
     with torch.inference_mode(), full_float32():
-        check_fit(sae, subject, hook_name)
-        token_lists = subject.tokenize(list(texts), prepend_bos=prepend_bos, context_size=context_size)
+        check_fit(sae, known, hook_name)
+        token_lists = known.tokenize(list(texts), prepend_bos=prepend_bos, context_size=context_size)
         for text, tokens in zip(texts, token_lists, strict=True):
             if not tokens:
                 raise MechintError(f"the text {text[:40]!r} has no tokens: remove it or prepend BOS")
     whole = [Text(tokens, [True] * len(tokens)) for tokens in token_lists]
     totals = ablate_texts(
-        sae, subject, hook_name, whole, features, prepend_bos=prepend_bos, batch_size=batch_size,
+        sae, known, hook_name, whole, features, prepend_bos=prepend_bos, batch_size=batch_size,
         progress=show_progress, partial_path=partial_path, fingerprint=fingerprint,
     )  # fmt: skip
-    return _rows(totals, features, texts, token_lists, subject)
+    return _rows(totals, features, texts, token_lists, known)
 
 
 def ablate_texts(

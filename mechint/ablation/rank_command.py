@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from mechint.ablation.causal import RANKING_COLUMNS, Partial, rank_latents
-from mechint.ablation.command import subject_fingerprint
+from mechint.ablation.command import fingerprint_of
 from mechint.ablation.rank import feature_indices
 from mechint.config import RankConfig
 from mechint.data import iter_texts_from_path, open_activations, split_indices
 from mechint.errors import MechintError
 from mechint.eval import Text, texts_from_rows, texts_from_tokens
+from mechint.inside import Inside, check_same_setting, named_sae, open_named, output_folder
 from mechint.provenance import atomic_path, check_output_path, get_git_commit, write_json
-from mechint.runs import Run
 from mechint.sae import SAE
-from mechint.subject import Subject, open_subject
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,8 @@ def rank_run(
         MechintError: an existing output without `overwrite`, a run that is not finished, files that are missing or
             broken, fewer texts than asked for, a latent out of range, an SAE that does not fit model or hook.
     """
-    place = _checkpoint(config)
-    output = config.output or (place if place.is_dir() else place.parent) / "ranking.csv"
+    config = named_sae(config)
+    output = config.output or output_folder(config, "--output") / "ranking.csv"
     _check_settings(config, output)
     texts = None if config.eval_texts_path is None else iter_texts_from_path(config.eval_texts_path)
     if texts is not None:
@@ -57,23 +56,15 @@ def rank_run(
         if config.latents is not None:
             feature_indices(config.latents, sae.d_sae)
 
-    subject = open_subject(
-        place,
-        config=config.config,
-        model=config.model,
-        hook=config.hook,
-        processing=config.processing,
-        device=config.device,
-        check=check,
-    )
-    latents = [] if config.latents is None else feature_indices(config.latents, subject.sae.d_sae)
-    found, notes = _texts(config, subject, texts)
-    for note in (*subject.notes, *notes):
+    inside = open_named(config, check=check)
+    latents = [] if config.latents is None else feature_indices(config.latents, inside.sae.d_sae)
+    found, notes = _texts(config, inside, texts)
+    for note in (*inside.notes, *notes):
         on_note(note)
     partial = Partial(
         output,
-        subject_fingerprint(
-            subject,
+        fingerprint_of(
+            inside,
             texts=[[text.tokens, text.seen] for text in found],
             draws=config.draws,
             seed=config.seed,
@@ -82,9 +73,9 @@ def rank_run(
         ),
     )
     rows, summary = rank_latents(
-        subject.sae,
-        subject.model,
-        subject.hook_name,
+        inside.sae,
+        inside.model,
+        inside.hook_name,
         found,
         by=config.by,
         draws=config.draws,
@@ -100,15 +91,15 @@ def rank_run(
     summary = {
         **summary,
         "settings": config.to_dict(),
-        "checkpoint": str(subject.checkpoint),
-        "model_name": subject.model.name,
-        "hook_name": subject.hook_name,
+        "checkpoint": str(inside.checkpoint),
+        "model_name": inside.model.name,
+        "hook_name": inside.hook_name,
         "git_commit": get_git_commit(),
     }
     save_ranking(rows, output)
     write_json(summary_path(output), summary)
     partial.remove()
-    return Ranking(rows, summary, output, (*subject.notes, *notes))
+    return Ranking(rows, summary, output, (*inside.notes, *notes))
 
 
 def save_ranking(rows: list[dict[str, Any]], path: Path) -> None:
@@ -117,16 +108,6 @@ def save_ranking(rows: list[dict[str, Any]], path: Path) -> None:
         writer = csv.DictWriter(file, fieldnames=RANKING_COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def _checkpoint(config: RankConfig) -> Path:
-    if config.run_dir is not None:
-        run = Run(config.run_dir)
-        _ = run.checkpoint_path  # raises while the run is not finished
-        return run.path
-    if config.checkpoint is None:
-        raise MechintError("give --run-dir, or --checkpoint")
-    return config.checkpoint
 
 
 def _check_settings(config: RankConfig, output: Path) -> None:
@@ -153,26 +134,24 @@ def _check_count(config: RankConfig, n: int, where: str) -> None:
         )
 
 
-def _texts(config: RankConfig, subject: Subject, given: list[str] | None) -> tuple[list[Text], list[str]]:
+def _texts(config: RankConfig, inside: Inside, given: list[str] | None) -> tuple[list[Text], list[str]]:
     """The texts to rank on: those given, else those that the run held out, from its activations' stored tokens."""
     notes: list[str] = []
     if given is not None:
-        token_lists = subject.tokenize(given[: config.num_texts])
-        found = texts_from_tokens(token_lists, prepend_bos=subject.prepend_bos, keep_bos=subject.keep_bos)
+        token_lists = inside.tokenize(given[: config.num_texts])
+        found = texts_from_tokens(token_lists, prepend_bos=inside.prepend_bos, keep_bos=inside.keep_bos)
         if len(found) < len(token_lists):
             notes.append(f"{len(token_lists) - len(found)} texts of one token are left out: they predict nothing")
     else:
-        path = config.activations_path or (None if subject.run is None else subject.run.activations_path())
+        path = config.activations_path or (None if inside.run is None else inside.run.activations_path())
         if path is None:
             raise MechintError(
-                f"{subject.checkpoint} lies in no run directory, so its texts are not known: give --eval-texts-path or"
+                f"{inside.checkpoint} lies in no run directory, so its texts are not known: give --eval-texts-path or"
                 " --activations-path"
             )
         activations = open_activations(path)
-        from mechint.eval.checkpoint import check_same_setting
-
-        check_same_setting(subject.sae, activations, subject.checkpoint)
-        settings = None if subject.run is None else subject.run.config
+        check_same_setting(inside.sae, activations, inside.checkpoint)
+        settings = None if inside.run is None else inside.run.config
         held_out = None
         if settings is None or settings.val_fraction == 0:
             notes.append(f"no texts are known to be held out: those of all rows of {path} are used, training's too")
@@ -181,12 +160,7 @@ def _texts(config: RankConfig, subject: Subject, given: list[str] | None) -> tup
         found = texts_from_rows(activations, held_out)
         _check_count(config, len(found), f"the held-out part of {path}" if held_out is not None else str(path))
         found = found[: config.num_texts]
-        highest = max(max(text.tokens) for text in found)
-        if highest >= subject.model.d_vocab:
-            raise MechintError(
-                f"{path} holds token {highest}, but {subject.model.name} has {subject.model.d_vocab} tokens: another"
-                " model made them"
-            )
+        inside.check_tokens(max(max(text.tokens) for text in found), path)
     if len(found) < config.exact_texts:
         notes.append(f"--exact-texts {config.exact_texts}, but there are {len(found)} texts: all of them are used")
     return found, notes

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechint.ablation.engines import Pair, following
+from mechint.ablation.engines import Pair, following, make_engine
 from mechint.ablation.kl import Effect, effect_of_log_probs
 from mechint.ablation.rank import feature_indices
-from mechint.ablation.subject import Model, as_model, check_fit, make_engine
+from mechint.inside import Model, as_model, check_fit, written_acts
 from mechint.models import load_model
 from mechint.models.matmul import full_float32
 from mechint.sae import SAE
@@ -34,7 +34,7 @@ def single_feature_ablation_hook(
     features = feature_indices([feature_idx] if isinstance(feature_idx, int) else feature_idx, sae.d_sae)
 
     def remove(resid: Float[Tensor, "*batch d_in"], hook: Any = None) -> Float[Tensor, "*batch d_in"]:
-        feature_acts = sae.encode(resid.to(sae.W_enc))[..., features]
+        feature_acts = written_acts(sae, resid.to(sae.W_enc))[..., features]
         return resid - (feature_acts @ sae.W_dec[features]).to(resid)
 
     return remove
@@ -54,20 +54,20 @@ def compute_text_kl(
         `text`, `token_ids`, `tokens`, `kl` (clean || edited), `ce_change`, `mean_kl`, `mean_kl_no_bos`, `max_kl`,
         `max_kl_token`, `max_kl_token_position`, as `latent_text_kl` has them, from the model's own float32 logits.
     """
-    subject = as_model(model)
-    subject.check_hook(hook_name)
-    (tokens,) = subject.tokenize([text], prepend_bos=True)
+    known = as_model(model)
+    shape = known.hook_shape(hook_name)
+    (tokens,) = known.tokenize([text], prepend_bos=True)
     point = SimpleNamespace(name=hook_name)
 
     def edit(value: Tensor) -> Tensor:
-        edited = hook_fn(value, hook=point)
-        return value if edited is None else edited
+        edited = hook_fn(value.unflatten(-1, shape), hook=point)  # heads one by one, as TransformerLens has them
+        return value if edited is None else edited.flatten(2)
 
     whole, length = torch.tensor([tokens]), len(tokens)
     with torch.inference_mode(), full_float32():
-        clean, edited = subject.logits(whole)[0], subject.logits_with(whole, hook_name, edit)[0]
+        clean, edited = known.logits(whole)[0], known.logits_with(whole, hook_name, edit)[0]
         effect = effect_of_log_probs(clean, edited, following([tokens], length)[0])
-    return _by_position(subject, text, tokens, effect, n_bos=1)
+    return _by_position(known, text, tokens, effect, n_bos=1)
 
 
 def latent_text_kl(
@@ -84,18 +84,18 @@ def latent_text_kl(
 
     Returns:
         `text`, `features`, `token_ids`, `tokens` (strings), and per position `kl` (nats, clean || ablated) and
-        `feature_acts` (summed over the latents); `mean_kl`, `mean_kl_no_bos`, `max_kl`, `max_kl_token`,
-        `max_kl_token_position`, `n_active_positions`; `ce_change`, per position, of the text's own next token (0 at the
-        last). In float64 from the embedding on for a GPT-NeoX.
+        `feature_acts` (summed over the latents, as `written_acts` has them); `mean_kl`, `mean_kl_no_bos`, `max_kl`,
+        `max_kl_token`, `max_kl_token_position`, `n_active_positions`; `ce_change`, per position, of the text's own next
+        token (0 at the last). In float64 from the embedding on for a GPT-NeoX.
     """
-    subject = as_model(model)
+    known = as_model(model)
     features = feature_indices([feature_idx] if isinstance(feature_idx, int) else feature_idx, sae.d_sae)
     if prepend_bos is None:
         prepend_bos = bool(sae.metadata.get("prepend_bos", True))
-    (tokens,) = subject.tokenize([text], prepend_bos=prepend_bos, context_size=context_size)
+    (tokens,) = known.tokenize([text], prepend_bos=prepend_bos, context_size=context_size)
     with torch.inference_mode(), full_float32():
-        check_fit(sae, subject, hook_name)
-        engine = make_engine(sae, subject, hook_name, tokens)
+        check_fit(sae, known, hook_name)
+        engine = make_engine(sae, known, hook_name, tokens)
         acts = engine.open([tokens])[0][:, features].cpu()
         active = torch.nonzero((acts != 0).any(1)).flatten().tolist()
         nothing = torch.zeros(len(tokens), dtype=torch.float64)
@@ -104,7 +104,7 @@ def latent_text_kl(
             pair = Pair(0, tuple(features), active[0])
             effect = Effect(*(part[0] for part in engine.precise_effect([pair])))
     return {
-        **_by_position(subject, text, tokens, effect, n_bos=int(prepend_bos)),
+        **_by_position(known, text, tokens, effect, n_bos=int(prepend_bos)),
         "features": features,
         "feature_acts": acts.sum(1).tolist(),
         "n_active_positions": len(active),

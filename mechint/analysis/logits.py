@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechint.errors import MechintError
+from mechint.inside import in_residual
 from mechint.models import LanguageModel
 from mechint.sae import SAE
 
@@ -51,10 +52,15 @@ def logit_effects(
     n_tokens = len(weight)
     if not 1 <= k <= n_tokens:
         raise MechintError(f"k must be between 1 and the {n_tokens} tokens of {model.name}, got {k}")
-    if sae.d_in != weight.shape[1]:
+    if sae.hook_out is not None and not in_residual(sae.hook_out):
         raise MechintError(
-            f"the SAE has d_in {sae.d_in}, the residual stream of {model.name} is {weight.shape[1]} wide: only an SAE"
-            " on the residual stream acts on the output directly"
+            f"{sae.hook_out} is not added to the residual stream, so its latents act on no output directly"
+        )
+    if sae.d_out != weight.shape[1]:
+        dimension = "d_out" if sae.is_transcoder else "d_in"
+        raise MechintError(
+            f"the SAE has {dimension} {sae.d_out}, the residual stream of {model.name} is {weight.shape[1]} wide: only"
+            " an SAE on the residual stream acts on the output directly"
         )
     rows = sae.W_dec.detach()
     if latents is not None:

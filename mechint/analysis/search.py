@@ -12,7 +12,7 @@ from mechint.analysis.context import needs_tokens
 from mechint.analysis.latents import Latents
 from mechint.data.store import Activations
 from mechint.errors import MechintError
-from mechint.subject import Subject
+from mechint.inside import Inside
 
 
 def search_token(feature_texts: Mapping[int, Sequence[str]] | Sequence[Sequence[str]], query: str) -> list[int]:
@@ -99,7 +99,7 @@ class Firing(NamedTuple):
     position: list[int]  # where
 
 
-def fires_on(subject: Subject, text: str, *, k: int = 20, relative_to: Latents | None = None) -> Firing:
+def fires_on(inside: Inside, text: str, *, k: int = 20, relative_to: Latents | None = None) -> Firing:
     """Run a text through the model and the SAE, and list the `k` latents that fire most strongly on it.
 
     With `relative_to`, "strongly" means relative to each latent's own maximum over the activations, which brings up
@@ -110,11 +110,11 @@ def fires_on(subject: Subject, text: str, *, k: int = 20, relative_to: Latents |
     """
     if k < 1:
         raise MechintError(f"k must be at least 1, got {k}")
-    tokens = subject.tokenize([text])[0]
+    tokens = inside.tokenize([text])[0]
     with torch.inference_mode():
-        x = subject.model.activations(torch.tensor([tokens]), subject.hook_name)[0]
-        acts = subject.sae.encode(x.to(subject.sae.W_enc.dtype)).float().cpu()
-        acts[: subject.first_seen()] = 0.0
+        x = inside.model.activations(torch.tensor([tokens]), inside.hook_name)[0]
+        acts = inside.sae.encode(x.to(inside.sae.W_enc.dtype)).float().cpu()
+        acts[: inside.first_seen()] = 0.0
     acts = acts.clone()  # a plain tensor, that the caller may change
     highest, position = acts.max(dim=0)
     score = highest if relative_to is None else highest / relative_to.max.clamp_min(1e-6)

@@ -13,10 +13,12 @@ from mechint.errors import MechintError
 @command
 def main(argv: Sequence[str]) -> int:
     config = parse(EvalConfig, argv, prog="eval_sae.py")
-    if config.run_dir is None and config.checkpoint is None:
-        raise MechintError("Provide --checkpoint or --run-dir")
-    config, note = with_output(config)
+    if not config.has_sae:
+        raise MechintError("which SAE? Give it as the first argument, or Provide --checkpoint or --run-dir")
     from mechint.eval import evaluate_checkpoint, print_eval_summary, save_eval_summary
+    from mechint.inside import named_sae
+
+    config, note = with_output(named_sae(config))
 
     summary = evaluate_checkpoint(config, progress=sys.stderr.isatty())
     for text in (*summary["notes"], *([note] if note else [])):

@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
         PublishSweepConfig, argv, prog="mechint publish-sweep", description=inspect.getdoc(PublishSweepConfig)
     )
     progress = sys.stderr.isatty()
-    from mechint.hub.multi import FIGURE, write_preview
+    from mechint.hub.multi_bundle import FIGURE, write_preview
 
     with _prepared(config, progress) as (repositories, collections):
         for repository in repositories:
@@ -154,7 +154,7 @@ def _tell(repository: "Repository") -> None:
 
 
 def _show(repositories: Sequence["Repository"], collections: Sequence[CollectionSpec]) -> None:
-    from mechint.hub.multi import bundle_of
+    from mechint.hub.multi_bundle import bundle_of
     from mechint.hub.publish import dry_run
 
     for repository in repositories:
@@ -173,7 +173,7 @@ def _publish(
 ) -> None:
     """Upload and check each repository, then add all to the collections."""
     from mechint.hub.collections import add_to_collection
-    from mechint.hub.multi import bundle_of
+    from mechint.hub.multi_bundle import bundle_of
     from mechint.hub.publish import publish
 
     for repository in repositories:

@@ -100,11 +100,6 @@ def encode_rows(
     return _sorted(table.indptr, table.indices, table.data, len(starts) - 1)
 
 
-def codes_from_table(acts: Float[np.ndarray, "n_rows d_sae"]) -> Codes:
-    """Codes from a full table; for small ones."""
-    return encode_rows(lambda x: x, [torch.from_numpy(np.asarray(acts, dtype=np.float32))], n_rows=len(acts))
-
-
 def _sorted(starts: np.ndarray, rows: np.ndarray, values: np.ndarray, n_rows: int) -> Codes:
     for latent in range(len(starts) - 1):
         part = slice(int(starts[latent]), int(starts[latent + 1]))

@@ -21,10 +21,8 @@ from mechint.concepts.table import concept_rows, latent_rows, summary, write_csv
 from mechint.config import ConceptsConfig
 from mechint.data.store import Activations, open_activations
 from mechint.errors import MechintError
-from mechint.eval.checkpoint import check_same_setting
+from mechint.inside import Inside, check_same_setting, named_sae, open_named, output_folder, place_of, run_of
 from mechint.provenance import check_output_path, get_git_commit, sha256_file, write_json, write_text
-from mechint.runs import Run
-from mechint.subject import Subject, open_subject
 
 FILES = ("concepts.csv", "latent_concepts.csv", "concepts.json")
 
@@ -48,21 +46,22 @@ def score_concepts(
         MechintError: nothing to score, files that are missing, broken or do not belong together, a run still training,
             labels that match no token, too few labels, existing files without `overwrite`.
     """
-    path = _checkpoint(config)
-    folder = _output_folder(config, path)
+    config = named_sae(config)
+    path = place_of(config)
+    folder = _output_folder(config)
     file = None if config.labels is None else read_span_file(config.labels)
     rows = _activations(config, file, path)
     if file is None and rows is not None and rows.info.get("dataset_name") != "builtin/tales":
         label_tales(rows, None)  # says what is missing before the model is loaded
     started = time.perf_counter()
-    subject = open_subject(path, device=config.device)
-    for note in subject.notes:
+    inside = open_named(config)
+    for note in inside.notes:
         on_note(note)
-    labelled = _labelled(config, file, rows, subject, progress)
+    labelled = _labelled(config, file, rows, inside, progress)
     for note in labelled.notes:
         on_note(note)
     task = make_task(labelled, seed=config.seed, min_tokens=config.min_tokens)
-    found, others, dense, token = _score(config, task, subject, progress)
+    found, others, dense, token = _score(config, task, inside, progress)
     result = Concepts(
         folder,
         concept_rows(task, found, others, dense, token),
@@ -70,11 +69,11 @@ def score_concepts(
         {
             **summary(task, found, others, dense, token),
             "settings": config.to_dict(),
-            "checkpoint": str(subject.checkpoint),
-            "checkpoint_sha256": sha256_file(subject.checkpoint) if subject.checkpoint.is_file() else None,
+            "checkpoint": str(inside.checkpoint),
+            "checkpoint_sha256": sha256_file(inside.checkpoint) if inside.checkpoint.is_file() else None,
             "activations_sha256": rows.sha256 if rows is not None else None,
             "git_commit": get_git_commit(),
-            "notes": [*subject.notes, *labelled.notes],
+            "notes": [*inside.notes, *labelled.notes],
             "seconds": time.perf_counter() - started,
         },
     )
@@ -94,38 +93,17 @@ def write_label_texts(config: ConceptsConfig) -> int:
     if config.texts_output.exists() and not config.overwrite:
         raise MechintError(f"{config.texts_output} exists: give another --texts-output, or --overwrite to replace it")
     check_output_path(config.texts_output)
-    path = _checkpoint(config)
-    rows = _activations(config, None, path)
+    config = named_sae(config)
+    rows = _activations(config, None, place_of(config))
     assert rows is not None
-    subject = open_subject(path, device=config.device)
-    texts = stored_texts(rows, subject.model.tokenizer, config.max_texts)
+    inside = open_named(config)
+    texts = stored_texts(rows, inside.model.tokenizer, config.max_texts)
     write_texts(config.texts_output, texts, overwrite=config.overwrite)
     return len(texts)
 
 
-def _checkpoint(config: ConceptsConfig) -> Path:
-    if config.run_dir is not None:
-        Run(config.run_dir).checkpoint_path  # noqa: B018  says what to do about a run that is not finished
-        return config.run_dir
-    if config.checkpoint is None:
-        raise MechintError("Provide --checkpoint or --run-dir")
-    if not config.checkpoint.exists():
-        raise MechintError(f"checkpoint not found: {config.checkpoint}; `ls runs/*/checkpoint.pt` shows what is there")
-    return config.checkpoint
-
-
-def _run_folder(path: Path) -> Path | None:
-    """The run directory that a checkpoint is, or lies in."""
-    for folder in (path, path.parent):
-        if (folder / "config.json").is_file() and (folder / "checkpoint.pt").is_file():
-            return folder
-    return None
-
-
-def _output_folder(config: ConceptsConfig, path: Path) -> Path:
-    folder = config.output_dir or _run_folder(path) or (path if path.is_dir() else path.parent)
-    if config.texts_output is not None:
-        return folder
+def _output_folder(config: ConceptsConfig) -> Path:
+    folder = config.output_dir or output_folder(config, "--output-dir")
     for name in FILES:
         if (folder / name).exists() and not config.overwrite:
             raise MechintError(f"{folder / name} exists: give another --output-dir, or --overwrite to replace it")
@@ -141,26 +119,26 @@ def _activations(config: ConceptsConfig, file: SpanFile | None, path: Path) -> A
         return None
     if config.activations_path is not None:
         return open_activations(config.activations_path)
-    if (folder := _run_folder(path)) is not None:
-        return open_activations(Run(folder).activations_path())
+    if (run := run_of(path)) is not None:
+        return open_activations(run.activations_path())
     raise MechintError(f"{path} does not lie in a run directory: give the activations with --activations-path")
 
 
 def _labelled(
-    config: ConceptsConfig, file: SpanFile | None, rows: Activations | None, subject: Subject, progress: bool
+    config: ConceptsConfig, file: SpanFile | None, rows: Activations | None, inside: Inside, progress: bool
 ) -> Labelled:
     if rows is None:
         assert file is not None
-        return label_texts(subject, file, span_tokens=config.span_tokens, progress=progress)
-    check_same_setting(subject.sae, rows, subject.checkpoint)
-    tokenizer = subject.model.tokenizer
+        return label_texts(inside, file, span_tokens=config.span_tokens, progress=progress)
+    check_same_setting(inside.sae, rows, inside.checkpoint)
+    tokenizer = inside.model.tokenizer
     if file is not None:
         return label_stored(rows, tokenizer, file, span_tokens=config.span_tokens)
     return label_tales(rows, tokenizer, span_tokens=config.span_tokens, max_texts=config.max_texts)
 
 
 def _score(
-    config: ConceptsConfig, task: Task, subject: Subject, progress: bool
+    config: ConceptsConfig, task: Task, inside: Inside, progress: bool
 ) -> tuple[DictionaryScores, dict[str, DictionaryScores], Any, Any]:
     from tqdm import tqdm
 
@@ -168,12 +146,12 @@ def _score(
     with tqdm(total=len(stages), desc="concepts", unit="stage", disable=not progress, leave=False) as bar:
         token = token_f1(task)
         bar.update()
-        device = subject.model.device
+        device = inside.model.device
         ks = {} if config.probes else {"ks": ()}
         found = score_dictionary(
             task,
-            lambda x: subject.sae.encode(x.to(device)),
-            W_dec=subject.sae.W_dec,
+            lambda x: inside.sae.encode(x.to(device)),
+            W_dec=None if inside.sae.is_transcoder else inside.sae.W_dec,  # concepts' directions are those of the input
             on_stage=lambda stage: bar.set_postfix_str(f"sae: {stage}"),
             **ks,
         )

@@ -14,7 +14,7 @@ from mechint.concepts.spans import Span, SpanFile, SpanTokens, TokenMap, columns
 from mechint.data.store import Activations
 from mechint.data.windows import window_rows
 from mechint.errors import MechintError
-from mechint.subject import Subject
+from mechint.inside import Inside
 
 TALES = "builtin/tales"
 TEXTS_AT_ONCE = 256
@@ -144,7 +144,7 @@ def label_stored(
 
 
 def label_texts(
-    subject: Subject, file: SpanFile, *, span_tokens: SpanTokens = "any", batch_size: int = 32, progress: bool = False
+    inside: Inside, file: SpanFile, *, span_tokens: SpanTokens = "any", batch_size: int = 32, progress: bool = False
 ) -> Labelled:
     """A user's labels on texts of their own, which go through the model now.
 
@@ -153,24 +153,24 @@ def label_texts(
             model reads (`context_size`) are left out, with a note.
     """
     texts = [str(text) for text in file.texts]
-    token_lists = subject.tokenize(texts)
+    token_lists = inside.tokenize(texts)
     found = window_rows(
-        subject.model,
-        subject.hook_name,
+        inside.model,
+        inside.hook_name,
         token_lists,
         range(len(texts)),
-        drop_first=subject.first_seen() == 1,
+        drop_first=inside.first_seen() == 1,
         batch_size=batch_size,
         on_batch=_bar(len(texts), progress),
     )
-    columns = {"tokens": found.tokens, "positions": found.positions, "prepend_bos": subject.prepend_bos}
+    columns = {"tokens": found.tokens, "positions": found.positions, "prepend_bos": inside.prepend_bos}
     by_text = _group(found.text_ids.numpy(), found.positions.numpy(), None)
     builder = _Builder(found.activations, by_text, file.parents, span_tokens, str(file.path), columns)
-    encoded = _tokenized(subject.model.tokenizer, texts)
+    encoded = _tokenized(inside.model.tokenizer, texts)
     late: list[Span] = []
     for number, (text, offsets) in enumerate(zip(texts, encoded.offset_mapping, strict=True)):
         _check_ends(file, file.texts[text], text, f"the text {text[:40]!r}")
-        n_read = len(token_lists[number]) - subject.prepend_bos
+        n_read = len(token_lists[number]) - inside.prepend_bos
         read_to = offsets[n_read - 1][1] if 0 < n_read < len(offsets) else len(text)
         spans = [span for span in file.texts[text] if span.start < read_to]
         late += [span for span in file.texts[text] if span.start >= read_to]

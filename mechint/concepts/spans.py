@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
-from mechint.errors import MechintError, nearest, one_line
+from mechint.errors import MechintError, one_line
 
 SpanTokens = Literal["any", "first", "last"]
 # Characters of the longest text that a CSV may hold; the default of 131,072 is less than a book.
@@ -147,14 +147,6 @@ def _check_parents(file: SpanFile) -> None:
             if above in seen:
                 raise MechintError(f"{file.path}: the parents {' -> '.join([*seen, above])} go round in a circle")
             seen.append(above)
-
-
-def find_concepts(wanted: Sequence[str], concepts: Sequence[str]) -> list[int]:
-    """The places of the named concepts. Raises `MechintError` with near names for an unknown one."""
-    for name in wanted:
-        if name not in concepts:
-            raise MechintError(f"no concept {name!r}; {nearest(name, concepts)}")
-    return [list(concepts).index(name) for name in wanted]
 
 
 class TokenMap:

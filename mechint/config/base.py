@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+from tyro.conf import Positional, arg
+
 from mechint.errors import MechintError, nearest
 from mechint.provenance import read_json, write_json
 
@@ -102,6 +104,34 @@ class Config:
         under = self.to_dict()
         under |= dict.fromkeys(self.superseded(given, under))
         return type(self).from_dict({**under, **given}, source="override")
+
+
+@dataclass(frozen=True)
+class ReadsSAE(Config):
+    """What every command that reads an SAE is told of it and of its model; see `mechint.inside`."""
+
+    sae: Annotated[Positional[str | None], arg(metavar="SAE")] = None
+    """The SAE: a run directory, a file or folder of any format, a registered name, or user/repo on the Hub."""
+    run_dir: Path | None = None
+    """In place of SAE: a run directory; wins over --checkpoint and --config."""
+    checkpoint: Path | None = None
+    """In place of SAE: a checkpoint.pt, an old saved_models/*.pt, or a folder in SAELens's layout."""
+    config: Path | None = None
+    """config.json that belongs to a checkpoint; found beside it if not given."""
+    model: Annotated[str | None, arg(aliases=["--model-name"])] = None
+    """Language model; the one that the SAE or its activations name if not given."""
+    hook: Annotated[str | None, arg(aliases=["--hook-name", "--hook-site"])] = None
+    """Hook of the SAE, for one that does not say; only checked for one that does."""
+    processing: Processing | None = None
+    """As in collect, for an SAE that does not say; only checked for one that does."""
+    dtype: Dtype | None = None
+    """Precision of the model; the one that the activations were collected in if not given."""
+    device: str | None = None
+    """cuda, mps or cpu; the best that works if not given."""
+
+    @property
+    def has_sae(self) -> bool:
+        return any(given is not None for given in (self.sae, self.run_dir, self.checkpoint))
 
 
 def _checked(field: dataclasses.Field, value: Any, source: str) -> Any:

@@ -4,20 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mechint.config.base import Config
+from mechint.config.base import ReadsSAE
 
 
 @dataclass(frozen=True)
-class ConceptsConfig(Config):
+class ConceptsConfig(ReadsSAE):
     """Score an SAE's latents against known concepts: those of the built-in tales, or your own labels.
 
     Writes concepts.csv (a row a concept), latent_concepts.csv (a row a latent) and concepts.json.
     """
 
-    run_dir: Path | None = None
-    """A run directory; wins over --checkpoint."""
-    checkpoint: Path | None = None
-    """A checkpoint.pt, an old saved_models/*.pt, or a folder in SAELens's layout."""
     activations_path: Path | None = None
     """Activations whose texts are labelled; those of the run if not given."""
     labels: Path | None = None
@@ -40,5 +36,3 @@ class ConceptsConfig(Config):
     """Only write the texts of the activations, with their numbers, to this CSV, to make labels from."""
     overwrite: bool = False
     """Replace the files if they exist."""
-    device: str | None = None
-    """cuda, mps or cpu; the best that works if not given."""

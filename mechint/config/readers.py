@@ -6,19 +6,13 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from mechint.config.base import Backend, Config, Processing
+from mechint.config.base import Backend, Config, ReadsSAE
 
 
 @dataclass(frozen=True)
-class EvalConfig(Config):
+class EvalConfig(ReadsSAE):
     """Evaluate an SAE: reconstruction and sparsity on held-out activations, and what splicing it in costs the model."""
 
-    run_dir: Path | None = None
-    """A run directory; wins over --checkpoint and --config."""
-    checkpoint: Path | None = None
-    """A checkpoint.pt, an old saved_models/*.pt, or a folder in SAELens's layout."""
-    config: Path | None = None
-    """config.json that belongs to the checkpoint; found beside it if not given, else the original's defaults."""
     activations_path: str | None = None
     """Activations to evaluate on, split as the config says; those of the config if not given."""
     rows: Literal["heldout", "all"] = "heldout"
@@ -31,8 +25,6 @@ class EvalConfig(Config):
     """Texts, one a line, for the cross-entropy; the held-out texts of the activations if not given."""
     max_eval_texts: int = 200
     """Most texts for the cross-entropy, from the first on; 0 leaves it out."""
-    model: str | None = None
-    """Language model for the cross-entropy; the one that the activations name if not given."""
     backend: Backend = "auto"
     """How to run the model, as in collect."""
     batch_size: int = 16
@@ -41,34 +33,22 @@ class EvalConfig(Config):
     """Resamples of texts for the 95 % intervals; 0 leaves them out."""
     seed: int = 0
     """Seed of the resamples."""
-    device: str | None = None
-    """cuda, mps or cpu; the best that works if not given."""
 
     def asks_for_more_texts_than(self, n_texts: int) -> bool:
         """Whether a number of texts was named (the default is a limit, not a wish) and there are fewer."""
         return self.max_eval_texts not in (0, EvalConfig.max_eval_texts) and n_texts < self.max_eval_texts
 
 
-@dataclass(frozen=True)
-class AblateConfig(Config):
+@dataclass(frozen=True, kw_only=True)
+class AblateConfig(ReadsSAE):
     """Rank latents by what removing each one does to the model's predictions (KL of clean to ablated)."""
 
-    checkpoint: Path
-    """A checkpoint.pt, an old saved_models/*.pt, or a folder in SAELens's layout."""
     eval_texts_path: Path
     """Texts, one a line; blank lines are dropped."""
     output: Path
     """CSV to write, sorted by mean_kl."""
-    config: Path | None = None
-    """config.json that belongs to the checkpoint; found beside it if not given."""
     feature_subset: str | None = None
     """Latents to ablate, such as 1,2,3 or 0-99,512; all if not given."""
-    model: str | None = None
-    """Language model; the one that the run names if not given."""
-    hook: Annotated[str | None, arg(aliases=["--hook-name"])] = None
-    """Hook to ablate at, for an SAE that does not say; only checked for one that does."""
-    processing: Processing | None = None
-    """As in collect, for an SAE that does not say; only checked for one that does."""
     prepend_bos: bool | None = None
     """As in collect; the SAE's own setting if not given."""
     context_size: int | None = None
@@ -77,8 +57,6 @@ class AblateConfig(Config):
     """(latent, text) pairs run at once."""
     overwrite: bool = False
     """Replace --output if it exists."""
-    device: str | None = None
-    """cuda, mps or cpu; the best that works if not given."""
 
 
 @dataclass(frozen=True)
@@ -100,15 +78,9 @@ class CompareConfig(Config):
 
 
 @dataclass(frozen=True)
-class RankConfig(Config):
+class RankConfig(ReadsSAE):
     """Rank all latents by an estimate of what removing each does, and measure how far the estimate can be trusted."""
 
-    run_dir: Path | None = None
-    """A run directory; wins over --checkpoint."""
-    checkpoint: Path | None = None
-    """A checkpoint.pt, an old saved_models/*.pt, or a folder in SAELens's layout."""
-    config: Path | None = None
-    """config.json that belongs to the checkpoint; found beside it if not given."""
     output: Path | None = None
     """CSV to write, with its .json beside it; ranking.csv in the run directory if not given."""
     eval_texts_path: Path | None = None
@@ -131,15 +103,7 @@ class RankConfig(Config):
     """Texts to ablate on, drawn at random from those ranked on; all if there are fewer."""
     seed: int = 0
     """Of the draws, the control and the choice of texts."""
-    model: str | None = None
-    """Language model; the one that the run names if not given."""
-    hook: Annotated[str | None, arg(aliases=["--hook-name"])] = None
-    """Hook of the SAE, for one that does not say; only checked for one that does."""
-    processing: Processing | None = None
-    """As in collect, for an SAE that does not say; only checked for one that does."""
     batch_size: int = 128
     """(latent, text) pairs ablated at once."""
     overwrite: bool = False
     """Replace --output if it exists."""
-    device: str | None = None
-    """cuda, mps or cpu; the best that works if not given."""

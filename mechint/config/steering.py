@@ -7,12 +7,15 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from mechint.config.base import DEFAULT_HOOK, Config, Processing, require
+from mechint.config.base import DEFAULT_HOOK, ReadsSAE, require
 
 
 @dataclass(frozen=True)
-class ExtractConfig(Config):
-    """Extract a steering direction from two sets of prompts, or from a latent of an SAE."""
+class ExtractConfig(ReadsSAE):
+    """Extract a steering direction from two sets of prompts, or from a latent of an SAE.
+
+    Without an SAE: by default raw activations of pythia-70m at blocks.3.hook_resid_post.
+    """
 
     positive: Path | None = None
     """Prompts of the class that the direction points to, one a line; the file's name is the class's."""
@@ -20,10 +23,6 @@ class ExtractConfig(Config):
     """Prompts of the class that it points away from. With --latent both are optional and only score the latent."""
     latent: int | None = None
     """Take this latent's decoder row; needs --run-dir or --checkpoint."""
-    run_dir: Path | None = None
-    """A run directory: model, hook, processing and BOS are those that its SAE was trained with."""
-    checkpoint: Path | None = None
-    """In place of --run-dir: a checkpoint.pt, an old saved_models/*.pt, or a folder in SAELens's layout."""
     method: Literal["mean-difference", "probe"] = "mean-difference"
     """Difference of the classes' means, or the weights of a logistic regression that tells them apart."""
     token: Literal["last", "mean"] = "last"
@@ -34,12 +33,6 @@ class ExtractConfig(Config):
     """Folder for direction.safetensors and its sidecar; RUN_DIR/steering/NAME or steering/NAME if not given."""
     overwrite: bool = False
     """Replace the direction if it exists."""
-    model: Annotated[str | None, arg(aliases=["--model-name"])] = None
-    """Model, as in collect; pythia-70m without a run."""
-    hook: Annotated[str | None, arg(aliases=["--hook-name", "--hook-site"])] = None
-    """Hook, as in collect; blocks.3.hook_resid_post without a run."""
-    processing: Processing | None = None
-    """As in collect; raw without a run."""
     prepend_bos: bool | None = None
     """Put BOS before each prompt; true without a run."""
     description: str = ""
@@ -50,8 +43,6 @@ class ExtractConfig(Config):
     """Paper or link that the prompts or the method are from, noted in the sidecar."""
     seed: int = 0
     """Seed of the folds that the held-out accuracy is measured over."""
-    device: str | None = None
-    """cuda, mps or cpu; the best that works if not given."""
 
     def __post_init__(self) -> None:
         given = (self.positive is None) + (self.negative is None)
@@ -60,8 +51,9 @@ class ExtractConfig(Config):
             given == 0 or self.latent is not None,
             "nothing to extract from: give --positive and --negative, or --run-dir and --latent",
         )
-        has_sae = self.run_dir is not None or self.checkpoint is not None
-        require(self.latent is None or has_sae, f"--latent {self.latent} of which SAE? Give --run-dir or --checkpoint")
+        require(
+            self.latent is None or self.has_sae, f"--latent {self.latent} of which SAE? Give --run-dir or --checkpoint"
+        )
         require(self.run_dir is None or self.checkpoint is None, "give --run-dir or --checkpoint, not both")
 
     @property
@@ -70,7 +62,7 @@ class ExtractConfig(Config):
 
 
 @dataclass(frozen=True)
-class SteerConfig(Config):
+class SteerConfig(ReadsSAE):
     """Continue prompts with and without a steering edit, side by side."""
 
     prompts: Annotated[tuple[str, ...], arg(aliases=["--prompt"])] = ()
@@ -81,10 +73,6 @@ class SteerConfig(Config):
     """A direction's folder or its .safetensors file; `mechint extract-steering` makes one."""
     latent: int | None = None
     """In place of --direction: a latent of the SAE in --run-dir or --checkpoint."""
-    run_dir: Path | None = None
-    """The run directory whose SAE has the latent."""
-    checkpoint: Path | None = None
-    """In place of --run-dir: a checkpoint.pt, an old saved_models/*.pt, or a folder in SAELens's layout."""
     mode: Literal["add", "ablate", "clamp"] = "add"
     """add: coefficient times the direction. clamp: set the projection on it (or the latent) to the coefficient.
     ablate: project it out (or remove the latent)."""
@@ -108,12 +96,6 @@ class SteerConfig(Config):
     """Also write the texts and their numbers to this JSON file."""
     overwrite: bool = False
     """Replace --output if it exists."""
-    model: Annotated[str | None, arg(aliases=["--model-name"])] = None
-    """Model; the one that the direction or the SAE names if not given."""
-    hook: Annotated[str | None, arg(aliases=["--hook-name", "--hook-site"])] = None
-    """Hook; the one that the direction or the SAE names if not given."""
-    device: str | None = None
-    """cuda, mps or cpu; the best that works if not given."""
 
     def __post_init__(self) -> None:
         require(bool(self.prompts) != (self.prompts_path is not None), "give --prompts, or --prompts-path with a file")
@@ -121,8 +103,9 @@ class SteerConfig(Config):
             (self.direction is None) != (self.latent is None),
             "steer with what? Give --direction, or --run-dir and --latent (one of the two)",
         )
-        has_sae = self.run_dir is not None or self.checkpoint is not None
-        require(self.latent is None or has_sae, f"--latent {self.latent} of which SAE? Give --run-dir or --checkpoint")
+        require(
+            self.latent is None or self.has_sae, f"--latent {self.latent} of which SAE? Give --run-dir or --checkpoint"
+        )
         require(self.run_dir is None or self.checkpoint is None, "give --run-dir or --checkpoint, not both")
         for value in self.coefficients:
             require(math.isfinite(value), f"--coefficients should be numbers, found {value}")

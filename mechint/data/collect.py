@@ -15,13 +15,14 @@ from typing import Any
 
 from mechint.config import CollectConfig, SAETrainConfig, layer_of_hook
 from mechint.data import store_write
+from mechint.data.local_text import local_files
 from mechint.data.norms import report_norms
 from mechint.data.pt_file import assemble_pt
 from mechint.data.ranks import Ranks, launcher, process_group
 from mechint.data.store import shards_folder, sidecar_path
-from mechint.data.text import BUILTIN, TextSource, local_files, no_texts, open_texts
+from mechint.data.text import BUILTIN, TextSource, no_texts, open_texts
 from mechint.data.watch import RankLost
-from mechint.data.windows import hook_width, window_rows
+from mechint.data.windows import window_rows
 from mechint.errors import MechintError
 from mechint.models.language_model import LanguageModel, load_model
 from mechint.models.resolve import BUILTIN_MODELS, resolve_model
@@ -289,7 +290,7 @@ def _settled(
     return {
         **source.describe(),
         "settings": settings,
-        "d_in": hook_width(model, config.hook),
+        "d_in": model.hook_width(config.hook),
         "dtype": config.dtype,
         "hook_name": config.hook,
         "layer": layer_of_hook(config.hook),
@@ -297,6 +298,8 @@ def _settled(
         "model_source": model.source,
         "model_revision": model.revision,
         "model_sha256": model.weights_sha256(),
+        "tokenizer_sha256": model.tokenizer_sha256(),
+        "d_vocab": model.d_vocab,
         "processing": config.processing,
         "prepend_bos": config.prepend_bos,
         "keep_bos": config.keep_bos,

@@ -6,7 +6,7 @@ from collections.abc import Generator
 from typing import Any
 
 from mechint.config import DATASET_ALIASES
-from mechint.data.text import OTHER_SOURCES, text_of
+from mechint.data.local_text import OTHER_SOURCES, text_of
 from mechint.errors import MechintError, one_line
 from mechint.models.resolve import check_repo, hub_unreachable
 
@@ -22,7 +22,6 @@ class HubTexts:
     """
 
     by_rank = True
-    seekable = False
 
     def __init__(
         self,

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mechint.data.norms import add_histograms, summarise_norms
 from mechint.errors import MechintError
+from mechint.locks import lock, open_folder
 from mechint.provenance import (
     atomic_path,
     disk_full,
@@ -71,20 +72,15 @@ def check_place(folder: Path, settings: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Make the folder and hold it against a second collection into it. A killed process lets go of it, too."""
-    import fcntl
-
     make_dir(folder)
-    handle = os.open(folder, os.O_RDONLY)
+    handle = open_folder(folder)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise MechintError(f"another process is collecting into {folder}: wait for it or stop it") from None
-        except OSError:
-            pass  # a file system without locks
+        if handle is not None and lock(handle) is False:
+            raise MechintError(f"another process is collecting into {folder}: wait for it or stop it")
         yield
     finally:
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
 
 
 def begin_store(folder: Path, asked: dict[str, Any]) -> None:
@@ -118,12 +114,6 @@ def finished_shards(folder: Path) -> dict[int, dict[str, Any]]:
         if (folder / holder).is_file():
             records[record["number"]] = record
     return dict(sorted(records.items()))
-
-
-def forget_shard(folder: Path, number: int) -> None:
-    """Remove a shard and its record; the record first, so that none is left without its shard."""
-    _record_path(folder, number).unlink(missing_ok=True)
-    (folder / shard_name(number)).unlink(missing_ok=True)
 
 
 def write_shard(

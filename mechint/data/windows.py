@@ -28,22 +28,6 @@ class WindowRows:
     n_tokens: int
 
 
-def hook_width(model: Any, hook_name: str) -> int:
-    """d_in at a hook, from a few tokens through the model; heads are laid side by side.
-
-    Raises:
-        MechintError: the hook does not hold one vector for each position (an attention pattern, for example).
-    """
-    shape = (2, min(11, model.n_ctx))
-    values = model.activations(torch.zeros(shape, dtype=torch.long), hook_name)
-    if values.ndim not in (3, 4) or values.shape[:2] != shape or not values.is_floating_point():
-        raise MechintError(
-            f"hook {hook_name!r} holds {list(values.shape)} for {shape[0]} texts of {shape[1]} tokens, not one vector a"
-            " token: take another hook, such as blocks.3.hook_resid_post"
-        )
-    return values.flatten(2).shape[-1]
-
-
 def window_rows(
     model: Any,
     hook_name: str,
@@ -79,7 +63,7 @@ def window_rows(
         for line, i in enumerate(batch):
             padded[line, : len(token_lists[i])] = torch.tensor(token_lists[i])
         with FastLinear():
-            values = model.activations(padded, hook_name).flatten(2)  # heads, where there are any, side by side
+            values = model.activations(padded, hook_name)
         if not begin:
             rows = torch.empty(starts[-1], values.shape[-1], dtype=values.dtype)
         if drop_first:

@@ -1,7 +1,5 @@
-"""`evaluate_checkpoint`: from a run directory or a checkpoint file to all the numbers of docs/metrics.md."""
+"""`evaluate_checkpoint`: from a run directory or any other SAE to all the numbers of docs/metrics.md."""
 
-import contextlib
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,20 @@ from mechint.eval.from_texts import evaluate_texts
 from mechint.eval.histograms import DENSE, activity_metrics, density_histogram, l0_histogram
 from mechint.eval.reconstruction import measure_activity, measure_rows
 from mechint.eval.texts import Text, texts_from_rows, texts_from_tokens
-from mechint.models import LanguageModel, load_model
+from mechint.inside import (
+    SETTING,
+    Inside,
+    NotPlaced,
+    check_same_setting,
+    named_sae,
+    open_sae,
+    place_of,
+    put_inside,
+    run_of,
+)
 from mechint.provenance import check_output_path, detect_device, get_git_commit, read_json
 from mechint.runs import Run
-from mechint.sae import SAE, load_sae
-from mechint.subject import Subject, check_width
-
-# What must be the same for an SAE and the activations it is applied to, beside the width.
-SETTING = ("hook_name", "processing", "prepend_bos")
+from mechint.sae import SAE
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,9 @@ class Target:
 
     checkpoint: Path
     config: SAETrainConfig
-    activations: Path
+    activations: Path | None  # None: on texts alone
     trained_on: Path | None = None  # the activations that the run or its config.json names, if that is known
+    rows: str = "heldout"
     notes: tuple[str, ...] = ()
 
 
@@ -54,6 +59,7 @@ def evaluate_checkpoint(config: EvalConfig, *, progress: bool = False) -> dict[s
     Raises:
         MechintError: nothing to evaluate, files that are missing, broken or do not belong together, an existing output.
     """
+    config = named_sae(config)
     if config.output is not None and config.output.exists() and not config.overwrite:
         raise MechintError(f"{config.output} exists: give another --output, or --overwrite to replace it")
     if config.output is not None:
@@ -63,35 +69,74 @@ def evaluate_checkpoint(config: EvalConfig, *, progress: bool = False) -> dict[s
     given_texts = None if config.eval_texts_path is None else iter_texts_from_path(config.eval_texts_path)
     device = detect_device(config.device)
     target = find_target(config)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        sae = load_sae(target.checkpoint, config=config.config, device=device)
-    activations = open_activations(target.activations)
-    assumed = sae.metadata.get("legacy") and not _take_setting(sae, activations, target)
-    check_same_setting(sae, activations, target.checkpoint)
-    train_indices, val_indices = _split(activations, target.config, config.rows)
-    notes = [*target.notes, *(str(warning.message) for warning in caught if assumed)]
-    spliced, note = prepare_language(config, target, sae, activations, val_indices, given_texts, device)
-    if note is not None:
-        notes.append(note)
+    sae = open_sae(target.checkpoint, config=config.config).to(device)
+    activations = None if target.activations is None else open_activations(target.activations)
+    taken, val_indices, train_indices = False, None, None
+    if activations is not None:
+        taken = bool(sae.metadata.get("legacy")) and _take_setting(sae, activations, target)
+        check_same_setting(sae, activations, target.checkpoint)
+        train_indices, val_indices = _split(activations, target.config, target.rows)
+    notes = [*target.notes, *(() if taken else sae.notes)]
+    spliced, said = prepare_language(config, target.checkpoint, sae, activations, val_indices, given_texts)
+    notes += said
     if spliced is not None and config.asks_for_more_texts_than(len(spliced[1])):
         notes.append(f"{config.max_eval_texts} texts were asked for, but there are only {len(spliced[1])} to read")
+    how: dict[str, Any] = {"n_resamples": config.resamples, "seed": config.seed}
+    of_texts = {**how, "batch_size": config.batch_size, "progress": progress}
+    if activations is None or sae.is_transcoder:
+        if spliced is None:
+            raise MechintError(
+                f"there is nothing to measure {target.checkpoint} on: give --activations-path (a transcoder needs its"
+                f" model and texts); {said[-1]}"
+            )
+        inside, texts = spliced
+        result = evaluate_texts(inside, texts, **of_texts)
+        notes.append(
+            "every number is of the texts: ce_mean is left out, and latents count as dead by these texts alone"
+        )
+    else:
+        result = _of_rows(sae, activations, target, train_indices, val_indices, notes, progress=progress, **how)
+        mean = result.pop("mean")
+        if spliced is not None:
+            inside, texts = spliced
+            found = evaluate_texts(inside, texts, mean=mean, **of_texts)
+            result |= {key: value for key, value in found.items() if key.startswith(OF_TEXTS)}
+            result["ci95"] |= {key: value for key, value in found["ci95"].items() if key.startswith(OF_TEXTS)}
+            result |= {key: value for key, value in found.items() if key.endswith("_special")}
+    if spliced is not None:
+        recorded = None if activations is None else activations.info.get("model_name")
+        result["model_name"] = config.model or recorded or spliced[0].model.name
+    return {
+        **result,
+        "training_seconds": 0.0,
+        "total_seconds": 0.0,
+        "num_features": sae.d_sae,
+        "num_params": sae.num_params,
+        "git_commit": get_git_commit(),
+        "checkpoint_path": str(target.checkpoint),
+        "activations_path": None if activations is None else str(target.activations),
+        "rows": target.rows if target.rows == "all" else f"{target.rows} by {target.config.split_by}",
+        "notes": notes,
+    }
 
-    batch_size = target.config.eval_batch_size
-    activity = measure_activity(
-        sae, activations, train_indices, batch_size=batch_size, device=device, progress=progress
-    )
+
+def _of_rows(
+    sae: SAE,
+    activations: Activations,
+    target: Target,
+    train_indices: Tensor | None,
+    val_indices: Tensor | None,
+    notes: list[str],
+    *,
+    n_resamples: int,
+    seed: int,
+    progress: bool,
+) -> dict[str, Any]:
+    """What is measured on stored rows, and under `mean` the mean of the training rows."""
+    how: dict[str, Any] = {"batch_size": target.config.eval_batch_size, "progress": progress}
+    activity = measure_activity(sae, activations, train_indices, **how)
     groups, n_groups = (None, 1) if activations.text_ids is None else group_of_texts(activations.text_ids)
-    rows = measure_rows(
-        sae,
-        activations,
-        val_indices,
-        groups=groups,
-        n_groups=n_groups,
-        batch_size=batch_size,
-        device=device,
-        progress=progress,
-    )
+    rows = measure_rows(sae, activations, val_indices, groups=groups, n_groups=n_groups, **how)
     result = {
         **rows.metrics(),
         **activity_metrics(activity.fire_counts, activity.n_rows),
@@ -101,44 +146,16 @@ def evaluate_checkpoint(config: EvalConfig, *, progress: bool = False) -> dict[s
         "density_histogram": density_histogram(activity.fire_counts, activity.n_rows),
         "windows": windows(activity.n_rows, rows.n),
         "ci95": {},
+        "mean": activity.mean.float(),
     }
     if groups is None:
         notes.append(f"intervals left out: {activations.path} does not say which text a row is from")
     else:
         used = rows.table[:, 0] > 0
         result["ci95"] = reconstruction_intervals(
-            rows.table[used], rows.deviation[used], n_resamples=config.resamples, seed=config.seed
+            rows.table[used], rows.deviation[used], n_resamples=n_resamples, seed=seed
         )
-    if spliced is not None:
-        model, texts, hook_name = spliced
-        known = _known(sae, activations)
-        bos, context_size = known.get("prepend_bos", True), known.get("context_size")
-        subject = Subject(sae, model, hook_name, target.checkpoint, None, bos, _keeps_bos(known), context_size)
-        of_texts = evaluate_texts(
-            subject,
-            texts,
-            mean=activity.mean.float(),
-            batch_size=config.batch_size,
-            n_resamples=config.resamples,
-            seed=config.seed,
-            progress=progress,
-        )
-        result |= {key: value for key, value in of_texts.items() if key.startswith(OF_TEXTS)}
-        result["ci95"] |= {key: value for key, value in of_texts["ci95"].items() if key.startswith(OF_TEXTS)}
-        result |= {key: value for key, value in of_texts.items() if key.endswith("_special")}
-        result["model_name"] = config.model or activations.info.get("model_name") or model.name
-    return {
-        **result,
-        "training_seconds": 0.0,
-        "total_seconds": 0.0,
-        "num_features": sae.d_sae,
-        "num_params": sae.num_params,
-        "git_commit": get_git_commit(),
-        "checkpoint_path": str(target.checkpoint),
-        "activations_path": str(target.activations),
-        "rows": config.rows if config.rows == "all" else f"{config.rows} by {target.config.split_by}",
-        "notes": notes,
-    }
+    return result
 
 
 def windows(n_train: int, n_val: int) -> dict[str, Any]:
@@ -156,43 +173,45 @@ def windows(n_train: int, n_val: int) -> dict[str, Any]:
 
 
 def find_target(config: EvalConfig) -> Target:
-    """Which files `--run-dir`, `--checkpoint`, `--config` and `--activations-path` mean together."""
+    """Which files `--run-dir`, `--checkpoint`, `--config` and `--activations-path` mean together (`named_sae`)."""
     if config.run_dir is not None:
-        return _run_target(Run(config.run_dir), config.activations_path)
-    if config.checkpoint is None:
-        raise MechintError("Provide --checkpoint or --run-dir")
-    path = config.checkpoint
-    if not path.exists():
-        raise MechintError(f"checkpoint not found: {path}; `ls runs/*/checkpoint.pt` shows those of your runs")
+        return _run_target(Run(config.run_dir), config)
+    path = place_of(config)
     if config.config is not None:
         settings = SAETrainConfig.from_dict(read_json(config.config, "config file"), source=str(config.config))
-        return _config_target(path, settings, config.activations_path)
-    for folder in (path, path.parent):
-        if (folder / "config.json").is_file() and (folder / "checkpoint.pt").is_file():
-            found = _run_target(Run(folder), config.activations_path)
-            return replace(found, checkpoint=found.checkpoint if folder == path else path)
+        return _config_target(path, settings, config)
+    if (run := run_of(path)) is not None:
+        found = _run_target(run, config)
+        return replace(found, checkpoint=found.checkpoint if run.path == path else path)
+    if config.sae is not None and path.suffix != ".pt":
+        # neither one of our runs nor a file of the original pipeline: nothing says what was held out, if anything was
+        rows = Path(config.activations_path) if config.activations_path is not None else None
+        notes = () if rows is None else (f"nothing says which rows {path} was not trained on: all of {rows} are used",)
+        return Target(path, SAETrainConfig(), rows, rows="all", notes=notes)
     beside = path.parent / "config.json"
     if path.is_file() and beside.is_file():
         settings = SAETrainConfig.from_dict(read_json(beside, "config file"), source=str(beside))
-        return _config_target(path, settings, config.activations_path)
+        return _config_target(path, settings, config)
     # No record at all: the original's defaults, whose split is by row.
     settings = SAETrainConfig(split_by="row", batch_order="torch", preset="mech-int")
     note = (
         f"no config.json beside {path}: the original pipeline's default split (by row, seed 42, 5 % held out) is used"
     )
-    return Target(path, settings, Path(config.activations_path or settings.activations_path), notes=(note,))
+    activations = Path(config.activations_path or settings.activations_path)
+    return Target(path, settings, activations, rows=config.rows, notes=(note,))
 
 
-def _config_target(path: Path, settings: SAETrainConfig, activations_path: str | None) -> Target:
+def _config_target(path: Path, settings: SAETrainConfig, config: EvalConfig) -> Target:
     trained_on = Path(settings.activations_path)
-    return Target(path, settings, trained_on if activations_path is None else Path(activations_path), trained_on)
+    activations = trained_on if config.activations_path is None else Path(config.activations_path)
+    return Target(path, settings, activations, trained_on, config.rows)
 
 
-def _run_target(run: Run, activations_path: str | None) -> Target:
-    if activations_path is not None:
-        return Target(run.checkpoint_path, run.config, Path(activations_path))
+def _run_target(run: Run, config: EvalConfig) -> Target:
+    if config.activations_path is not None:
+        return Target(run.checkpoint_path, run.config, Path(config.activations_path), rows=config.rows)
     activations = run.activations_path()
-    return Target(run.checkpoint_path, run.config, activations, activations)
+    return Target(run.checkpoint_path, run.config, activations, activations, config.rows)
 
 
 def _take_setting(sae: SAE, activations: Activations, target: Target) -> bool:
@@ -203,27 +222,6 @@ def _take_setting(sae: SAE, activations: Activations, target: Target) -> bool:
     taken = {key: activations.info[key] for key in (*SETTING, "keep_bos") if key in activations.info}
     sae.metadata = {**sae.metadata, **taken, "legacy": False}
     return True
-
-
-def check_same_setting(sae: SAE, activations: Activations, checkpoint: Path) -> None:
-    """Raise `MechintError` if the SAE was trained on activations of another width, hook, processing or BOS rule."""
-    if activations.d_in != sae.d_in:
-        raise MechintError(
-            f"{activations.path} holds vectors of width {activations.d_in}, but {checkpoint} has d_in {sae.d_in}: they"
-            " do not belong together; give the right ones with --activations-path"
-        )
-    assumed = " (assumed, the checkpoint does not say)" if sae.metadata.get("legacy") else ""
-    for key in SETTING:
-        of_sae, of_rows = sae.metadata.get(key), activations.info.get(key)
-        if of_sae is None or of_rows is None or of_sae == of_rows:
-            continue
-        remedy = "give the right ones with --activations-path"
-        if assumed:
-            remedy = "give its config.json with --config if it was trained on these, or collect with --preset mech-int"
-        raise MechintError(
-            f"{checkpoint} was trained on {key} {of_sae!r}{assumed if key != 'hook_name' else ''}, but"
-            f" {activations.path} was collected with {key} {of_rows!r}: {remedy}"
-        )
 
 
 def _split(activations: Activations, settings: SAETrainConfig, rows: str) -> tuple[Tensor | None, Tensor | None]:
@@ -247,90 +245,48 @@ def _split(activations: Activations, settings: SAETrainConfig, rows: str) -> tup
     return train, val
 
 
-Spliced = tuple[LanguageModel, list[Text], str]
+Spliced = tuple[Inside, list[Text]]
 
 
 def prepare_language(
     config: EvalConfig,
-    target: Target,
+    checkpoint: Path,
     sae: SAE,
-    activations: Activations,
+    activations: Activations | None,
     val_indices: Tensor | None,
     given_texts: list[str] | None,
-    device: str,
-) -> tuple[Spliced | None, str | None]:
-    """The model and the texts for the cross-entropy, checked to fit the SAE; or why there are none."""
+) -> tuple[Spliced | None, list[str]]:
+    """The SAE in its model and the texts for the cross-entropy; or why there are none. And what was assumed."""
     if config.max_eval_texts == 0:
-        return None, "cross-entropy left out (--max-eval-texts 0)"
-    known = _known(sae, activations)
-    if given_texts is None and activations.tokens is None:
-        return None, (
-            f"cross-entropy left out: {activations.path} was stored without its tokens; give texts, one a line, with"
+        return None, ["cross-entropy left out (--max-eval-texts 0)"]
+    if given_texts is None and (activations is None or activations.tokens is None):
+        where = "nothing" if activations is None else activations.path
+        return None, [
+            f"cross-entropy left out: {where} was stored without its tokens; give texts, one a line, with"
             " --eval-texts-path"
-        )
-    name = config.model or _model_name(known, target.config)
-    processing = known.get("processing", "centred")
-    hook_name = known.get("hook_name") or target.config.hook_name
+        ]
     try:
-        model = load_model(
-            name, device=device, processing=processing, revision=None if config.model else known.get("model_revision")
+        inside = put_inside(
+            sae,
+            checkpoint,
+            known=None if activations is None else activations.info,
+            model=config.model,
+            hook=config.hook,
+            processing=config.processing,
+            dtype=config.dtype,
+            backend=config.backend,
+            device=detect_device(config.device),
         )
-    except MechintError as error:
+    except NotPlaced as error:
         if config.model is not None:
             raise
-        return None, f"cross-entropy left out: {error} (with --model)"
-    model = _with_hook(model, hook_name, config.backend)
-    check_width(sae, model, hook_name)
+        return None, [f"cross-entropy left out: {error} (with --model)"]
     if given_texts is None:
+        assert activations is not None
         texts = texts_from_rows(activations, val_indices, max_texts=config.max_eval_texts)
     else:
-        prepend_bos = known.get("prepend_bos", True)
-        token_lists = model.tokenize(
-            given_texts[: config.max_eval_texts], prepend_bos=prepend_bos, context_size=known.get("context_size")
-        )
-        texts = texts_from_tokens(token_lists, prepend_bos=prepend_bos, keep_bos=_keeps_bos(known))
-    highest = max(max(text.tokens) for text in texts)
-    if highest >= model.d_vocab:
-        raise MechintError(
-            f"{activations.path} holds token {highest}, but {name} has {model.d_vocab} tokens: another model made them"
-        )
-    return (model, texts, hook_name), _other_weights(known, model)
-
-
-def _known(sae: SAE, activations: Activations) -> dict[str, Any]:
-    """What is recorded of how the activations were made: by the SAE, else by the activations."""
-    return {**activations.info, **{key: value for key, value in sae.metadata.items() if value is not None}}
-
-
-def _model_name(known: dict[str, Any], settings: SAETrainConfig) -> str:
-    """A local folder if it is still there (it was recorded in full), else the name that was typed at collection."""
-    name, source = known.get("model_name"), known.get("model_source")
-    if source and Path(source).is_dir() and not str(name).startswith("builtin/"):
-        return source
-    return name or source or settings.model_name
-
-
-def _keeps_bos(known: dict[str, Any]) -> bool:
-    """Whether the SAE was trained on BOS rows; the original pipeline always kept them."""
-    return bool(known.get("keep_bos", known.get("legacy", False)))
-
-
-def _with_hook(model: LanguageModel, hook_name: str, backend: str) -> LanguageModel:
-    """The model with a backend that knows the hook. A hook that it does not have is an error that names near ones."""
-    if backend in ("auto", model.backend):
-        with contextlib.suppress(MechintError):
-            model.check_hook(hook_name)
-            return model
-    return load_model(
-        model.name, device=model.device, processing=model.processing, backend=backend, hook_name=hook_name
-    )
-
-
-def _other_weights(known: dict[str, Any], model: LanguageModel) -> str | None:
-    recorded = known.get("model_sha256")
-    if recorded is None or recorded == model.weights_sha256():
-        return None
-    return (
-        f"the weights of {model.name} are not bit for bit those that the activations were collected with (another"
-        " revision, or another --dtype)"
-    )
+        token_lists = inside.tokenize(given_texts[: config.max_eval_texts])
+        texts = texts_from_tokens(token_lists, prepend_bos=inside.prepend_bos, keep_bos=inside.keep_bos)
+    if activations is not None:
+        inside.check_tokens(max(max(text.tokens) for text in texts), activations.path)
+    return (inside, texts), list(inside.notes)

@@ -1,6 +1,5 @@
 """`evaluate_texts`: every metric of docs/metrics.md from texts alone, in one pass."""
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,37 +13,26 @@ from mechint.eval.language import language_intervals, language_totals
 from mechint.eval.one_pass import LanguageSums, run_texts, text_groups
 from mechint.eval.sums import COLUMNS, ReconstructionSums, reconstruction_metrics
 from mechint.eval.texts import Text, texts_from_tokens
-from mechint.models import LanguageModel
-from mechint.subject import Subject
-
-# Attributes of a tokenizer that name its structural tokens: SAELens's list. An unknown-word token is not one of them.
-SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id")
-
-
-def special_tokens(model: LanguageModel) -> frozenset[int]:
-    """Ids of BOS, EOS, padding and separators, and of what stands before texts as BOS."""
-    found = {getattr(model.tokenizer, name, None) for name in SPECIAL}
-    with contextlib.suppress(MechintError):  # the tokenizer has none
-        found.add(model.bos_token_id)
-    return frozenset(token for token in found if token is not None)
+from mechint.inside import Inside, special_tokens
 
 
 def evaluate_texts(
-    subject: Subject,
+    inside: Inside,
     texts: Sequence[str] | Sequence[Text],
     *,
-    mean: Float[Tensor, " d_in"] | None = None,
+    mean: Float[Tensor, " d_out"] | None = None,
     batch_size: int = 16,
     n_resamples: int = 1000,
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """All metrics from texts, in one pass over model and SAE.
+    """All metrics from texts, in one pass over model and SAE. What a transcoder computes is compared with what stands
+    at the hook that it replaces.
 
     Args:
         texts: strings, tokenised as the SAE's activations were made, or texts as `mechint.eval.language.Text`.
-        mean: the mean activation of the training rows. Mean ablation puts it in, and `explained_variance_legacy` is
-            about it; both are left out without it.
+        mean: the mean activation of the training rows, at the hook that is replaced. Mean ablation puts it in, and
+            `explained_variance_legacy` is about it; both are left out without it.
         n_resamples: resamples of texts for the 95 % intervals; 0 leaves them out.
 
     Returns:
@@ -59,25 +47,25 @@ def evaluate_texts(
     if not texts:
         raise MechintError("no texts: give at least one")
     if all(isinstance(text, str) for text in texts):
-        keep_bos = subject.first_seen() == 0
+        keep_bos = inside.first_seen() == 0
         read = texts_from_tokens(
-            subject.tokenize([str(text) for text in texts]), prepend_bos=subject.prepend_bos, keep_bos=keep_bos
+            inside.tokenize([str(text) for text in texts]), prepend_bos=inside.prepend_bos, keep_bos=keep_bos
         )
     else:
         read = [text for text in texts if isinstance(text, Text) and len(text.tokens) > 1]
         if not read:
             raise MechintError("no evaluation text has two tokens, so there is nothing to predict: give longer texts")
-    sae = subject.sae
+    sae = inside.sae
     _, n_groups = text_groups(len(read))
-    rows = ReconstructionSums(sae.d_in, sae.d_sae, n_groups=4 * n_groups, centre=mean)
+    rows = ReconstructionSums(sae.d_out, sae.d_sae, n_groups=4 * n_groups, centre=mean)
     sums = run_texts(
         [sae],
-        subject.model,
+        inside.model,
         read,
-        subject.hook_name,
+        inside.hook_name,
         mean=mean,
         rows=rows,
-        special=special_tokens(subject.model),
+        special=special_tokens(inside.model.tokenizer),
         batch_size=batch_size,
         progress=progress,
     )

@@ -19,6 +19,8 @@ from mechint.eval.bootstrap import MAX_GROUPS
 from mechint.eval.predictions import Compared, Fixed, Head, Unembedding, WholeLogits, compare, fix
 from mechint.eval.sums import ReconstructionSums
 from mechint.eval.texts import Batch, Text, batches
+from mechint.inside import reads_of, written_hook
+from mechint.models import Edit
 from mechint.models.splice import PROOF_TOKENS, SAME_HIDDEN, Splice, make_splice
 from mechint.sae import SAE
 
@@ -38,7 +40,7 @@ class Predictor(Protocol):
 
     def logits(self, tokens: Tensor) -> Tensor: ...
 
-    def logits_with(self, tokens: Tensor, hook_name: str, edit: Callable[[Tensor], Tensor]) -> Tensor: ...
+    def logits_with(self, tokens: Tensor, hook_name: str, edit: Callable[..., Tensor]) -> Tensor: ...
 
 
 class LanguageSums:
@@ -70,10 +72,11 @@ class LanguageSums:
 
 
 class WholeModel:
-    """A model that runs from its beginning for every edit: what hooks inside layers and TransformerLens need."""
+    """A model that runs from its beginning for every edit: what hooks inside layers, transcoders and TransformerLens
+    need."""
 
-    def __init__(self, model: Predictor, hook_name: str):
-        self.model, self.hook_name = model, hook_name
+    def __init__(self, model: Predictor, hook_name: str, reads: str | None):
+        self.model, self.hook_name, self.reads = model, hook_name, reads
         self.head: Head = WholeLogits(model.d_vocab)
         self.width = model.d_vocab  # numbers a token that a pass leaves behind
         self.tokens = torch.zeros(0, 0, dtype=torch.int64)
@@ -82,8 +85,9 @@ class WholeModel:
         self.tokens = tokens
         return self.model.logits(tokens)
 
-    def edited(self, edit: Callable[[Tensor], Tensor]) -> Float[Tensor, "batch pos width"]:
-        return self.model.logits_with(self.tokens, self.hook_name, edit)
+    def edited(self, edit: Edit) -> Float[Tensor, "batch pos width"]:
+        more = {} if self.reads is None else {"reads": self.reads}  # which a model of one's own need not know
+        return self.model.logits_with(self.tokens, self.hook_name, edit, **more)
 
 
 class FromHook:
@@ -99,7 +103,7 @@ class FromHook:
         self.value, final = self.splice.clean(tokens)
         return final
 
-    def edited(self, edit: Callable[[Tensor], Tensor]) -> Float[Tensor, "batch pos width"]:
+    def edited(self, edit: Edit) -> Float[Tensor, "batch pos width"]:
         return self.splice.rerun(edit(self.value))
 
 
@@ -109,7 +113,7 @@ def run_texts(
     texts: Sequence[Text],
     hook_name: str,
     *,
-    mean: Float[Tensor, " d_in"] | None = None,
+    mean: Float[Tensor, " d_out"] | None = None,
     rows: ReconstructionSums | None = None,
     special: frozenset[int] = frozenset(),
     baselines: Sequence[str] = BASELINES,
@@ -119,6 +123,7 @@ def run_texts(
     """One pass over `texts`.
 
     Args:
+        hook_name: the hook that the SAEs read. Several SAEs replace one and the same.
         mean: what mean ablation puts in; None leaves that baseline out.
         rows: if given, takes the reconstruction of the first SAE at every position, in four groups for each text:
             4 * group + 2 * (not seen by the SAE) + (special token).
@@ -133,11 +138,13 @@ def run_texts(
         edits["zero"] = torch.zeros_like
     if "mean" in baselines and mean is not None:
         edits["mean"] = lambda value: mean.to(value).expand_as(value)
+    hook_out, reads = written_hook(saes[0], hook_name), reads_of(saes[0], hook_name)
     groups, n_groups = text_groups(len(texts))
     sums = LanguageSums(n_groups, len(saes), list(edits))
     with torch.inference_mode():
-        splice = make_splice(model, hook_name, max(texts, key=lambda text: len(text.tokens)).tokens)
-        forward = WholeModel(model, hook_name) if isinstance(splice, str) else FromHook(splice)
+        longest = max(texts, key=lambda text: len(text.tokens)).tokens
+        splice = make_splice(model, hook_name, longest) if reads is None else "a transcoder replaces another hook"
+        forward = WholeModel(model, hook_out, reads) if isinstance(splice, str) else FromHook(splice)
         fixed = None
         if edits and isinstance(forward, FromHook):
             fixed = fixed_baselines(forward, texts, list(edits.values()))
@@ -201,19 +208,21 @@ class _Reconstruct:
     def __init__(self, sae: SAE, batch: Batch, rows: ReconstructionSums | None, kinds: Int[Tensor, "batch pos"]):
         self.sae, self.batch, self.rows, self.kinds = sae, batch, rows, kinds
 
-    def __call__(self, value: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos d_in"]:
+    def __call__(
+        self, value: Float[Tensor, "batch pos d_out"], read: Float[Tensor, "batch pos d_in"] | None = None
+    ) -> Float[Tensor, "batch pos d_out"]:
         used = self.batch.real if self.rows is not None else self.batch.seen
-        x = value[used.to(value.device)].float()
-        x_hat, feature_acts = self.sae.run(x)
+        target = value[used.to(value.device)].float()
+        x_hat, feature_acts = self.sae.run(target if read is None else read[used.to(value.device)].float())
         if self.rows is not None:
-            self.rows.add(x, x_hat, feature_acts, self.kinds[used], self.batch.seen[used])
+            self.rows.add(target, x_hat, feature_acts, self.kinds[used], self.batch.seen[used])
         edited = value.clone()
         edited[self.batch.seen.to(value.device)] = x_hat[self.batch.seen[used].to(value.device)].to(value.dtype)
         return edited
 
 
-def _only_where(seen: Bool[Tensor, "batch pos"], edit: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def masked(value: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos d_in"]:
+def _only_where(seen: Bool[Tensor, "batch pos"], edit: Callable[[Tensor], Tensor]) -> Edit:
+    def masked(value: Float[Tensor, "batch pos d_out"], *read: Tensor) -> Float[Tensor, "batch pos d_out"]:
         return torch.where(seen.to(value.device)[..., None], edit(value).to(value.dtype), value)
 
     return masked

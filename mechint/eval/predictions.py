@@ -38,10 +38,12 @@ class Head(Protocol):
 class Unembedding:
     """Logits from the last hidden state: a product with a tile of W_U at a time."""
 
-    def __init__(self, weight: Float[Tensor, "d_vocab d_model"], bias: Float[Tensor, " d_vocab"] | None):
-        self.tile_size = TILE
-        self.weights = weight.split(TILE)
-        self.biases = [None] * len(self.weights) if bias is None else list(bias.split(TILE))
+    def __init__(
+        self, weight: Float[Tensor, "d_vocab d_model"], bias: Float[Tensor, " d_vocab"] | None, tile_size: int = TILE
+    ):
+        self.tile_size = tile_size
+        self.weights = weight.split(tile_size)
+        self.biases = [None] * len(self.weights) if bias is None else list(bias.split(tile_size))
         self.n_tiles = len(self.weights)
 
     def tile(self, final: Float[Tensor, "rows d_model"], index: int) -> Float[Tensor, "rows _"]:

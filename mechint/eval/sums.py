@@ -141,9 +141,6 @@ class ReconstructionSums:
             "n_dead_val": int((self.fire_counts == 0).sum()),
         }
 
-    def is_finite(self) -> bool:
-        return bool(self.table.isfinite().all())
-
 
 def scatter(square: Any, deviation_square: Any, n: Any) -> Any:
     """Sum of |x - mean|^2 from sum |x - c|^2 and |sum (x - c)|^2; rounding that is left of equal rows counts as 0."""

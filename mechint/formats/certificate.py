@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechint.errors import MechintError
-from mechint.formats.oracle import BLOCK, activate, reference_decode, reference_pre
+from mechint.formats.oracle import BLOCK, activate, reference_decode, reference_pre, tensor_of
 from mechint.sae.base import SAE
 
 # Weights that are the same bits give the same codes; folded ones are rounded to float32 once more.
@@ -118,12 +118,12 @@ def certify(
 def probes(sae: SAE, size: float, n_probes: int, seed: int) -> Float[Tensor, "n_probes d_in"]:
     """Half of them Gaussian around `b_dec`, half mixtures of a few encoder directions, which make latents fire."""
     generator = torch.Generator().manual_seed(seed)
-    around = sae.weights()["b_dec"].double() / sae.cfg.input_scale
+    around = tensor_of(sae, "b_dec").double() / sae.cfg.input_scale
     if sae.is_transcoder or not sae.cfg.apply_b_dec_to_input:
         around = torch.zeros(sae.d_in, dtype=torch.float64)
     gaussian = torch.randn(n_probes, sae.d_in, generator=generator, dtype=torch.float64)
     chosen = torch.randint(sae.d_sae, (n_probes, 4), generator=generator)
-    rows = sae.weights()["W_enc"].T[chosen].double()
+    rows = tensor_of(sae, "W_enc").T[chosen].double()
     rows = rows / rows.norm(dim=2, keepdim=True).clamp_min(1e-12) * sae.d_in**0.5
     share = torch.rand(n_probes, 4, 1, generator=generator, dtype=torch.float64)
     mixed = (rows * share).sum(dim=1)
@@ -154,8 +154,8 @@ def bias_reach(sae: SAE) -> float:
     """Largest that `b_dec` adds to a pre-activation, or takes from it; 0 for a transcoder."""
     if sae.is_transcoder:
         return 0.0
-    b_dec = sae.weights()["b_dec"].double()
-    return max(float((b_dec @ block.double()).abs().max()) for block in sae.weights()["W_enc"].split(BLOCK, dim=1))
+    b_dec = tensor_of(sae, "b_dec").double()
+    return max(float((b_dec @ block.double()).abs().max()) for block in tensor_of(sae, "W_enc").split(BLOCK, dim=1))
 
 
 def on_border(sae: SAE, pre: Float[Tensor, "batch d_sae"], reach: float = 0.0) -> Bool[Tensor, "batch d_sae"]:
@@ -165,7 +165,7 @@ def on_border(sae: SAE, pre: Float[Tensor, "batch d_sae"], reach: float = 0.0) -
         k = sae.k
         cut = pre.topk(min(k + 1, pre.shape[1]), dim=1).values
         return ((pre - cut[:, k - 1 : k]).abs() <= near) | ((pre - cut[:, -1:]).abs() <= near)
-    cut = sae.weights()["threshold"].double() if sae.architecture == "jumprelu" else 0.0
+    cut = tensor_of(sae, "threshold").double() if sae.architecture == "jumprelu" else 0.0
     return (pre - cut).abs() <= near
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from mechint import __version__
 from mechint.errors import MechintError, nearest
-from mechint.formats import FORMATS
+from mechint.formats import FORMATS, mechint
 from mechint.formats.base import Format
 from mechint.formats.certificate import Certificate, certify
 from mechint.formats.limits import held_variant
@@ -135,6 +135,8 @@ def load(path: str | Path, *, from_format: str | None = None) -> tuple[Format, S
             raise MechintError(f"{path} could be any of {names}: say which with --from")
         chosen = next(iter(candidates), None)
         if chosen is None:
+            if path.suffix == ".pt" and path.is_file():
+                mechint.read(path)  # says what is wrong with it
             raise MechintError(unknown_in_words(path))
     assert chosen.read is not None
     return chosen, chosen.read(path)

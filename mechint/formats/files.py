@@ -117,6 +117,10 @@ def peek_pt(path: Path) -> frozenset[str]:
     if not path.is_file():
         return frozenset()
     try:
+        with open(path, "rb") as file:
+            start = file.read(2)
+        if start != b"PK" and start[:1] != b"\x80":  # a zip; a pickle, as torch saved before 1.6
+            return frozenset()  # torch.load opens files of other kinds as well
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

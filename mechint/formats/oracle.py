@@ -34,9 +34,9 @@ def reference_pre(sae: SAE, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "ba
     """What the activation function is applied to, in float64; of a gated SAE the gate's."""
     u = _normalised(sae, x.double() * sae.cfg.input_scale)[0]
     if sae.cfg.apply_b_dec_to_input:
-        u = u - _of(sae, "b_dec").double()
-    pre = times(u, _of(sae, "W_enc"))
-    pre = pre + _of(sae, "b_gate" if sae.architecture == "gated" else "b_enc").double()
+        u = u - tensor_of(sae, "b_dec").double()
+    pre = times(u, tensor_of(sae, "W_enc"))
+    pre = pre + tensor_of(sae, "b_gate" if sae.architecture == "gated" else "b_enc").double()
     return pre * decoder_norms(sae) if sae.cfg.rescale_acts_by_decoder_norm else pre
 
 
@@ -45,13 +45,13 @@ def activate(sae: SAE, pre: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batc
     if sae.architecture == "standard":
         return pre.relu()
     if sae.architecture == "jumprelu":
-        return pre.relu() * (pre > _of(sae, "threshold").double())
+        return pre.relu() * (pre > tensor_of(sae, "threshold").double())
     if sae.architecture == "topk":
         top = pre.topk(sae.k, dim=1)
         kept = top.values.relu() if sae.relu else top.values
         return torch.zeros_like(pre).scatter_(1, top.indices, kept)
     if sae.architecture == "gated":
-        b_gate, b_mag, r_mag = (_of(sae, name).double() for name in ("b_gate", "b_mag", "r_mag"))
+        b_gate, b_mag, r_mag = (tensor_of(sae, name).double() for name in ("b_gate", "b_mag", "r_mag"))
         return (pre > 0) * ((pre - b_gate) * r_mag.exp() + b_mag).relu()
     # an architecture that somebody added (docs/extend.md) is its own definition
     return copy.deepcopy(sae).double().activate(pre).detach()
@@ -64,12 +64,12 @@ def reference_decode(
     f = feature_acts.double()
     if sae.cfg.rescale_acts_by_decoder_norm:
         f = f / decoder_norms(sae)
-    out = _of(sae, "b_dec").double().expand(len(f), -1)
-    W_dec = _of(sae, "W_dec")
+    out = tensor_of(sae, "b_dec").double().expand(len(f), -1)
+    W_dec = tensor_of(sae, "W_dec")
     for start in range(0, len(W_dec), BLOCK):
         out = out + f[:, start : start + BLOCK] @ W_dec[start : start + BLOCK].double()
     if sae.is_transcoder:
-        return out + x.double() @ _of(sae, "W_skip").double().T if sae.cfg.has_skip else out
+        return out + x.double() @ tensor_of(sae, "W_skip").double().T if sae.cfg.has_skip else out
     _, factor, shift = _normalised(sae, x.double() * sae.cfg.input_scale)
     return (out * factor + shift) / sae.cfg.input_scale
 
@@ -93,9 +93,9 @@ def times(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def decoder_norms(sae: SAE) -> Float[Tensor, " d_sae"]:
-    return _of(sae, "W_dec").double().norm(dim=1).clamp_min(MIN_DECODER_NORM)
+    return tensor_of(sae, "W_dec").double().norm(dim=1).clamp_min(MIN_DECODER_NORM)
 
 
-def _of(sae: SAE, name: str) -> Tensor:
+def tensor_of(sae: SAE, name: str) -> Tensor:
     """A parameter in float32 on the CPU."""
     return sae.get_parameter(name).detach().to("cpu", torch.float32)

@@ -345,13 +345,15 @@ def save_folder(sae: SAE, path: str | Path, sparsity: Tensor | None = None) -> t
     Returns the paths of weights and cfg. Raises `MechintError` where SAELens's files cannot hold what it computes.
     """
     folder = Path(path)
+    held = held_variant(sae if sae.saved_tensors and sae.unit_decoder else sae.saved_form(), FORMAT)[0]
     make_dir(folder)
-    saved = sae if sae.saved_tensors and sae.unit_decoder else sae.saved_form()
     with scratch_folder(folder / WEIGHTS_FILE) as scratch:
-        made = scratch / "sae"
-        held = held_variant(saved, FORMAT)[0]
+        made, known = scratch / "sae", held.sparsity
         held.sparsity = sparsity
-        write(held, made)
+        try:
+            write(held, made)
+        finally:
+            held.sparsity = known
         # the cfg goes first and comes last: between, the folder is none of an SAE, and never one of two halves
         for name in (CFG_FILE, SPARSITY_FILE):
             (folder / name).unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from mechint.errors import MechintError, one_line
 from mechint.hub.scrub import OVERLAP, TEXT, find_token, scrub
 from mechint.huggingface.fetch import METADATA
+from mechint.locks import lock
 from mechint.provenance import disk_full, disk_full_reason
 
 README = "README.md"
@@ -94,7 +95,7 @@ def staged(bundle: Bundle, repo_id: str, *, progress: bool = False) -> Iterator[
     """
     check_names(bundle.files)
     _sweep()
-    folder, lock = _make_folder()
+    folder, handle = _make_folder()
     try:
         yield _stage(bundle, repo_id, folder / "bundle", progress=progress)
     except OSError as error:
@@ -103,7 +104,7 @@ def staged(bundle: Bundle, repo_id: str, *, progress: bool = False) -> Iterator[
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        os.close(handle)
 
 
 def stage_dry(bundle: Bundle, repo_id: str) -> Staged:
@@ -250,33 +251,23 @@ def _make_folder() -> tuple[Path, int]:
     """A new folder, and the open lock file in it that tells `_sweep` of other processes that it is in use."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX))
-        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT)
-        _lock(lock)
+        handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT)
+        lock(handle)
         if (folder / _LOCK).exists():  # else another process swept it away just before the lock
-            return folder, lock
-        os.close(lock)
-
-
-def _lock(handle: int) -> bool:
-    """Take the lock of an open file, if nobody has it and the file system has locks."""
-    try:
-        import fcntl
-
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):
-        return False
-    return True
+            return folder, handle
+        os.close(handle)
 
 
 def _sweep() -> None:
     """Remove staging folders of processes that were killed; a living one holds the lock in its folder."""
+    own = os.getuid() if hasattr(os, "getuid") else 0
     for folder in Path(tempfile.gettempdir()).glob(f"{_STAGING_PREFIX}*"):
         with contextlib.suppress(OSError):  # somebody else's, or gone meanwhile
-            if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+            if folder.is_symlink() or folder.stat().st_uid != own:
                 continue
             handle = os.open(folder / _LOCK, os.O_RDWR)
             try:
-                if _lock(handle):
+                if lock(handle):
                     shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(handle)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mechint.hub.bundle import METADATA, README, StagedFile
-from mechint.hub.license import ACCEPTED, front_matter_license
+from mechint.hub.license import front_matter_license
 from mechint.hub.publish import format_size
 
 LIBRARY = "mechint"
@@ -130,48 +130,6 @@ def front_matter(card: Card) -> str:
     if results is None:
         data.model_name = None  # of use to evaluation results only
     return data.to_yaml()
-
-
-def problems_of(content: str) -> list[str]:
-    """What the Hub would refuse in a card's front matter, in words; nothing if it is fine.
-
-    The rules are those of POST /api/validate-yaml that a card of ours can break; the Hub itself is asked at the upload.
-    """
-    import yaml
-
-    found = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
-    if found is None:
-        return ["no front matter between two lines of ---"]
-    try:
-        data = yaml.safe_load(found[1])
-    except yaml.YAMLError as error:
-        return [f"front matter is not YAML: {error}"]
-    if not isinstance(data, dict):
-        return ["front matter is not a mapping"]
-    problems = []
-    if data.get("license") not in ACCEPTED:
-        problems.append(f"license {data.get('license')!r} is not one of the Hub's")
-    if "license_name" in data and data.get("license") != "other":
-        problems.append("license_name goes with license: other")
-    for key in ("library_name", "license_name"):
-        if key in data and not (isinstance(data[key], str) and data[key]):
-            problems.append(f"{key} must be a string")
-    if not all(isinstance(tag, str) and 0 < len(tag) <= 100 for tag in data.get("tags") or []):
-        problems.append("tags must be short strings")
-    ids = [data[key] for key in ("base_model",) if key in data] + list(data.get("datasets") or [])
-    problems += [f"{name!r} is no id of the Hub" for name in ids if not is_hub_id(name)]
-    for entry in data.get("model-index") or []:
-        if not isinstance(entry.get("name"), str) or not entry["name"]:
-            problems.append("model-index: name is required")
-        for result in entry.get("results") or []:
-            dataset = result.get("dataset") or {}
-            if not (result.get("task") or {}).get("type") or not dataset.get("type") or not dataset.get("name"):
-                problems.append("model-index: task.type, dataset.type and dataset.name are required")
-            for metric in result.get("metrics") or [{}]:
-                value = metric.get("value")
-                if not metric.get("type") or not isinstance(value, (int, float)) or not math.isfinite(value):
-                    problems.append(f"model-index: a metric needs a type and a number, found {metric}")
-    return problems
 
 
 def is_hub_id(name: Any) -> bool:

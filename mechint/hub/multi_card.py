@@ -6,18 +6,17 @@ from typing import TYPE_CHECKING, Any
 from mechint.hub.card import TAG, is_hub_id, md, table
 from mechint.hub.frontier import Candidate, pareto
 from mechint.hub.license import ACCEPTED, front_matter_license
+from mechint.hub.multi import Repository
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from mechint.hub.multi import Repository
 
 COLUMNS = ("Run ID", "Layer", "L0", "NMSE", "Path")
 # The most panels that stand side by side in the figure.
 PANELS_WIDE = 3
 
 
-def readme(repository: "Repository", repo_id: str | None = None) -> str:
+def readme(repository: Repository, repo_id: str | None = None) -> str:
     """The text of README.md: front matter, links, the table of checkpoints, and how to load one."""
     spec = repository.spec
     repo_id = repo_id or spec.repo
@@ -91,7 +90,7 @@ def _address(link: str) -> str:
     return f"<{link}>" if plain else md(link)
 
 
-def _front_matter(repository: "Repository") -> str:
+def _front_matter(repository: Repository) -> str:
     from huggingface_hub import ModelCardData
 
     spec = repository.spec

@@ -21,6 +21,7 @@ from mechint.huggingface.client import (
 )
 from mechint.huggingface.fetch import is_inside, stated_hashes
 from mechint.huggingface.files import Listed, difference, fetch_rest, listed, place_of
+from mechint.locks import lock
 from mechint.provenance import check_output_path, disk_full, fsync_dir, make_dir, read_json, sha256_file
 
 # The Hub's own housekeeping.
@@ -96,15 +97,9 @@ def pull(repo_id: str, output: str | Path | None = None, *, revision: str | None
 @contextlib.contextmanager
 def _alone(stage: Path) -> Iterator[None]:
     """While the block runs, no other process downloads into the same hidden folder."""
-    import fcntl
-
     with open(stage / "lock", "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise MechintError(f"another process is pulling into {stage}: wait for it, or stop it") from None
-        except OSError:
-            pass  # a file system without locks
+        if lock(file.fileno()) is False:
+            raise MechintError(f"another process is pulling into {stage}: wait for it, or stop it")
         yield
 
 

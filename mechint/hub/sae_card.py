@@ -5,7 +5,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from mechint.config import DATASET_ALIASES
-from mechint.data.text import SUFFIXES
+from mechint.data.local_text import SUFFIXES
 from mechint.hub.bundle import StagedFile
 from mechint.hub.card import Card, Section, code, is_hub_id, measures_of, render_card
 from mechint.models.resolve import ALIASES, BUILTIN_MODELS

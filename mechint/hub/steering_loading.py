@@ -14,7 +14,6 @@ from mechint.huggingface.registry import SteeringVectorDescriptor, local_place, 
 from mechint.provenance import detect_device
 from mechint.steering.direction import FILE_NAME, Direction, direction_path, load_direction
 
-SIDECAR_NAME = f"{FILE_NAME}.json"
 KIND = "steering"
 # What a registry says of a vector stays, whatever the vector's own sidecar claims: what it is called, what may be done
 # with it and where it comes from. Of what was measured the sidecar knows more.

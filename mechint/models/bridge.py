@@ -1,8 +1,19 @@
-"""The only file that imports transformer_lens. Works with 3.9 and 4.x, through `TransformerBridge`."""
+"""The only file that imports transformer_lens. Works with 3.9 and 4.x, through `TransformerBridge`.
 
+A hook on single heads holds `[batch, pos, head, d_head]`. Here, and so in all of mechint, heads are laid side by side:
+whoever reads a hook gets `[batch, pos, d_in]`, and what an edit returns is put back in the hook's own shape.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechint.errors import MechintError, nearest
 
 
 def boot_bridge(source: str, *, hf_model: Any, tokenizer: Any, device: str, dtype: torch.dtype, centred: bool) -> Any:
@@ -25,3 +36,135 @@ def boot_bridge(source: str, *, hf_model: Any, tokenizer: Any, device: str, dtyp
 def is_bridge(model: Any) -> bool:
     """Whether `model` is a `TransformerBridge`, without importing transformer_lens for anything else."""
     return any(cls.__name__ == "TransformerBridge" for cls in type(model).__mro__)
+
+
+def read_hook(
+    bridge: Any, tokens: Int[Tensor, "batch pos"], hook_name: str, stop_at_layer: int | None = None
+) -> Tensor:
+    """What a hook holds, in its own shape; the model runs no further than `stop_at_layer`.
+
+    Raises:
+        MechintError: no pass through the model comes by this hook.
+    """
+    _, cache = bridge.run_with_cache(
+        tokens,
+        # a callable, because a string would also return the hook's alias
+        names_filter=lambda name: name == hook_name,
+        stop_at_layer=stop_at_layer,
+        return_type=None,
+    )
+    if hook_name not in cache:
+        raise MechintError(
+            f"hook {hook_name!r}: no pass through the model comes by it (TransformerLens switches some hooks on by"
+            " settings): take another hook, such as blocks.3.hook_resid_post"
+        )
+    return cache[hook_name]
+
+
+def editing(
+    hook_name: str, edit: Callable[..., Tensor], reads: str | None = None
+) -> list[tuple[str, Callable[..., Any]]]:
+    """`edit` as the hooks of a bridge's `run_with_hooks`; see `LanguageModel.logits_with`."""
+    read: list[Tensor] = []
+
+    def see(value: Tensor, hook: Any) -> None:
+        read.append(value.flatten(2))
+
+    def replace(value: Tensor, hook: Any) -> Tensor:
+        if reads is not None and not read:
+            raise wrong_order(reads, hook_name)
+        return edit(value.flatten(2), *(() if reads is None else (read.pop(),))).reshape(value.shape)
+
+    return [*([] if reads is None else [(reads, see)]), (hook_name, replace)]
+
+
+def wrong_order(hook_in: str, hook_out: str) -> MechintError:
+    return MechintError(
+        f"an SAE cannot read {hook_in} and replace {hook_out}, which the model computes first: are hook_name and"
+        " hook_name_out the wrong way around?"
+    )
+
+
+def shape_at(model: Any, hook_name: str) -> tuple[int, ...]:
+    """The shape of a hook's value at one position, `(d_in,)` or `(n_heads, d_head)`, from tokens of two lengths.
+
+    `model` has `bridge`, `name`, `n_ctx` and `d_vocab`.
+
+    Raises:
+        MechintError: the hook does not hold a vector for each position, or nothing reads what it holds.
+    """
+    found = []
+    for n_pos in {min(length, model.n_ctx) for length in (7, 4)}:
+        tokens = (torch.arange(2 * n_pos).view(2, n_pos) % model.d_vocab).to(model.device)
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of hooks that are switched off; the error says it
+            value = read_hook(model.bridge, tokens, hook_name)
+        if value.ndim not in (3, 4) or value.shape[:2] != (2, n_pos) or not value.is_floating_point():
+            raise MechintError(
+                f"hook {hook_name!r} holds {list(value.shape)} for 2 texts of {n_pos} tokens, not one vector a token:"
+                " take another hook, such as blocks.3.hook_resid_post"
+            )
+        found.append(tuple(value.shape[2:]))
+    if len(set(found)) > 1:
+        raise MechintError(
+            f"hook {hook_name!r} holds {list(found[0])} or {list(found[1])} for a token, by the length of the text, not"
+            " one vector: take another hook, such as blocks.3.hook_resid_post"
+        )
+    with torch.inference_mode():
+        noise = torch.randn(value.flatten(2).shape, generator=torch.Generator().manual_seed(0)).to(value)
+        hooks = editing(hook_name, lambda own: own + noise * (1 + own.std()))
+        changed = model.bridge.run_with_hooks(tokens, fwd_hooks=hooks, return_type="logits")
+        if torch.equal(changed, model.bridge(tokens, return_type="logits")):
+            raise MechintError(
+                f"hook {hook_name!r}: {model.name} does not use what is put there, so that nothing can be measured by"
+                " replacing it: take another hook, such as blocks.3.hook_resid_post"
+            )
+    return found[0]
+
+
+class BridgedModel:
+    """A `TransformerBridge` that the caller made, behind those methods of `LanguageModel` that readers use."""
+
+    backend = "bridge"
+
+    def __init__(self, bridge: Any):
+        self.bridge = bridge
+        self.hf_model = bridge.original_model
+        self.tokenizer = bridge.tokenizer
+        self.name: str = bridge.cfg.model_name
+        self.d_vocab: int = bridge.cfg.d_vocab
+        self.n_ctx: int = bridge.cfg.n_ctx
+        self.device = next(bridge.parameters()).device
+        self.processing: str | None = None  # not recorded by TransformerLens
+        self._shapes: dict[str, tuple[int, ...]] = {}
+
+    def check_hook(self, hook_name: str) -> None:
+        if hook_name not in self.bridge.hook_dict:
+            names = sorted(name for name in self.bridge.hook_dict if "original" not in name)
+            raise MechintError(f"{self.name} has no hook {hook_name!r}; {nearest(hook_name, names)}")
+
+    def hook_shape(self, hook_name: str) -> tuple[int, ...]:
+        if hook_name not in self._shapes:
+            self.check_hook(hook_name)
+            self._shapes[hook_name] = shape_at(self, hook_name)
+        return self._shapes[hook_name]
+
+    def hook_width(self, hook_name: str) -> int:
+        return math.prod(self.hook_shape(hook_name))
+
+    def tokenize(self, texts: Sequence[str], *, prepend_bos: bool, context_size: int | None = None) -> list[list[int]]:
+        limit = min(context_size or self.n_ctx, self.n_ctx)
+        rows = [self.bridge.to_tokens(text, prepend_bos=prepend_bos)[0].tolist() for text in texts]
+        return [row[:limit] for row in rows]
+
+    def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+        return self.bridge(tokens.to(self.device), return_type="logits")
+
+    def activations(self, tokens: Int[Tensor, "batch pos"], hook_name: str) -> Float[Tensor, "batch pos d_in"]:
+        return read_hook(self.bridge, tokens.to(self.device), hook_name).flatten(2)
+
+    def logits_with(
+        self, tokens: Int[Tensor, "batch pos"], hook_name: str, edit: Callable[..., Tensor], *, reads: str | None = None
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        hooks = editing(hook_name, edit, reads)
+        return self.bridge.run_with_hooks(tokens.to(self.device), fwd_hooks=hooks, return_type="logits")

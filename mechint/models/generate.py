@@ -15,8 +15,9 @@ from torch import Tensor
 from mechint.errors import MechintError
 from mechint.models.language_model import LanguageModel
 
-# From the hook's value `[batch, pos, d_in]` to what takes its place; acts on each position by itself.
-Edit = Callable[[Tensor], Tensor]
+# From the hook's value `[batch, pos, d_out]` to what takes its place; acts on each position by itself. Where another
+# hook is read, its value `[batch, pos, d_in]` is the second argument.
+Edit = Callable[..., Tensor]
 
 
 def generate(
@@ -25,6 +26,7 @@ def generate(
     *,
     max_new_tokens: int = 40,
     hook_name: str | None = None,
+    reads: str | None = None,
     edits: Sequence[Edit | None] = (None,),
     first_position: int = 0,
     temperature: float = 0.0,
@@ -37,6 +39,7 @@ def generate(
     A list ends before the tokenizer's end-of-text token or at `max_new_tokens`.
 
     Args:
+        reads: an earlier hook, whose value edits are given too.
         edits: what to do at `hook_name`, one row each; None leaves the model as it is.
         first_position: positions before it keep their own value. `len(prompt) - 1` edits what the new tokens are
             predicted from and nothing earlier.
@@ -59,7 +62,7 @@ def generate(
     ended = torch.zeros(len(edits), dtype=torch.bool, device=tokens.device)
     with torch.inference_mode():
         for _ in range(max_new_tokens):
-            logits = step(model, tokens, hook_name, edits, first_position, state)
+            logits = step(model, tokens, hook_name, reads, edits, first_position, state)
             uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
             chosen = choose(logits, temperature=temperature, top_k=top_k, uniform=uniform)
             tokens = torch.cat((tokens, chosen[:, None]), dim=1)
@@ -94,13 +97,16 @@ def edit_rows(edits: Sequence[Edit | None], first_position: int, offset: int = 0
     """
     start = max(0, first_position - offset)
 
-    def edit(value: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos d_in"]:
+    def edit(value: Float[Tensor, "batch pos d_out"], *read: Tensor) -> Float[Tensor, "batch pos d_out"]:
         if start >= value.shape[1]:
             return value
         rows = []
         for index, change in enumerate(edits):
-            row = value[index : index + 1]
-            rows.append(row if change is None else torch.cat((row[:, :start], change(row[:, start:])), dim=1))
+            own = [tensor[index : index + 1] for tensor in (value, *read)]
+            row = own[0]
+            if change is not None:
+                row = torch.cat((row[:, :start], change(*(tensor[:, start:] for tensor in own))), dim=1)
+            rows.append(row)
         return torch.cat(rows)
 
     return edit
@@ -110,6 +116,7 @@ def _plain_step(
     model: LanguageModel,
     tokens: Tensor,
     hook_name: str | None,
+    reads: str | None,
     edits: Sequence[Edit | None],
     first_position: int,
     state: dict[str, Any],
@@ -117,13 +124,14 @@ def _plain_step(
     """Logits after the last token, from all tokens."""
     if hook_name is None:
         return model.logits(tokens)[:, -1]
-    return model.logits_with(tokens, hook_name, edit_rows(edits, first_position))[:, -1]
+    return model.logits_with(tokens, hook_name, edit_rows(edits, first_position), reads=reads)[:, -1]
 
 
 def _cached_step(
     model: LanguageModel,
     tokens: Tensor,
     hook_name: str | None,
+    reads: str | None,
     edits: Sequence[Edit | None],
     first_position: int,
     state: dict[str, Any],
@@ -134,7 +142,7 @@ def _cached_step(
     if hook_name is None:
         out = model.hf_model(**inputs)
     else:
-        with model.edited(hook_name, edit_rows(edits, first_position, read)):
+        with model.edited(hook_name, edit_rows(edits, first_position, read), reads=reads):
             out = model.hf_model(**inputs)
     state.update(read=tokens.shape[1], cache=out.past_key_values)
     return out.logits[:, -1]

@@ -10,6 +10,8 @@ residual stream begins with a LayerNorm, so centring changes no log-probability.
 
 import contextlib
 import hashlib
+import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, final
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from mechint.config import layer_of_hook
 from mechint.errors import MechintError, nearest
+from mechint.models.bridge import editing, read_hook, shape_at, wrong_order
 from mechint.models.resolve import BUILTIN_MODELS, load_pretrained, resolve_model
 from mechint.provenance import detect_device
 
@@ -69,6 +72,8 @@ class LanguageModel:
         self.blocks = _find_blocks(hf_model, self.n_layers)
         self._bridge: Any = None
         self._sha256: str | None = None
+        self._tokenizer_sha256: str | None = None
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     @property
     def bos_token_id(self) -> int:
@@ -84,7 +89,8 @@ class LanguageModel:
         if self._bridge is None:
             from mechint.models.bridge import boot_bridge
 
-            self.weights_sha256()  # before the bridge folds and centres the weights
+            self.weights_sha256()  # before the bridge folds and centres the weights, and sets up the tokenizer
+            self.tokenizer_sha256()
             self._bridge = boot_bridge(
                 self.location,
                 hf_model=self.hf_model,
@@ -116,6 +122,23 @@ class LanguageModel:
             names = {name for name in self.bridge.hook_dict if "original" not in name} | set(residual)
             raise MechintError(f"{self.name} has no hook {hook_name!r}; {nearest(hook_name, sorted(names))}")
 
+    def hook_shape(self, hook_name: str) -> tuple[int, ...]:
+        """The shape of a hook's value at one position: `(d_in,)`, or `(n_heads, d_head)` for a hook on single heads.
+
+        Raises:
+            MechintError: no such hook; one that does not hold a vector for each position (an attention pattern, for
+                example), or that only shows what the model uses (a new value would change nothing).
+        """
+        if hook_name not in self._shapes:
+            self.check_hook(hook_name)
+            residual = _RESIDUAL_HOOK.fullmatch(hook_name)
+            self._shapes[hook_name] = (self.d_model,) if residual else shape_at(self, hook_name)
+        return self._shapes[hook_name]
+
+    def hook_width(self, hook_name: str) -> int:
+        """d_in at a hook; raises as `hook_shape` does."""
+        return math.prod(self.hook_shape(hook_name))
+
     def tokenize(self, texts: Sequence[str], *, prepend_bos: bool, context_size: int | None = None) -> list[list[int]]:
         """Token ids of each text, BOS first if asked for, cut to `context_size` (or the model's own limit)."""
         if not texts:
@@ -128,24 +151,15 @@ class LanguageModel:
         first = [self.bos_token_id] if prepend_bos else []
         return [(first + row)[:limit] for row in ids]
 
-    def activations(self, tokens: Int[Tensor, "batch pos"], hook_name: str) -> Float[Tensor, "batch ..."]:
-        """What the hook holds; the model runs no further than it must.
-
-        `[batch, pos, d_in]`, but `[batch, pos, head, d_head]` for a hook on single heads.
-        """
+    def activations(self, tokens: Int[Tensor, "batch pos"], hook_name: str) -> Float[Tensor, "batch pos d_in"]:
+        """What the hook holds, heads side by side where it is one on single heads. The model runs no further than it
+        must."""
         with torch.inference_mode():
             tokens = tokens.to(self.device)
             if self.backend == "transformers":
                 return self._from_blocks(tokens, hook_name)
             layer = layer_of_hook(hook_name)
-            _, cache = self.bridge.run_with_cache(
-                tokens,
-                # a callable, because a string would also return the hook's alias
-                names_filter=lambda name: name == hook_name,
-                stop_at_layer=None if layer is None else layer + 1,
-                return_type=None,
-            )
-            return cache[hook_name]
+            return read_hook(self.bridge, tokens, hook_name, None if layer is None else layer + 1).flatten(2)
 
     def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
         """The model's own predictions."""
@@ -156,38 +170,65 @@ class LanguageModel:
         self,
         tokens: Int[Tensor, "batch pos"],
         hook_name: str,
-        edit: Callable[[Float[Tensor, "batch pos d_in"]], Float[Tensor, "batch pos d_in"]],
+        edit: Callable[..., Float[Tensor, "batch pos d_out"]],
+        *,
+        reads: str | None = None,
     ) -> Float[Tensor, "batch pos d_vocab"]:
-        """Predictions with the hook's value `v` replaced by `edit(v)`; `v` is in this model's processing."""
+        """Predictions with the hook's value `v` replaced by `edit(v)`; `v` is in this model's processing, and heads lie
+        side by side.
+
+        With `reads`, the name of a hook that the model computes earlier, by `edit(v, x)` with `x` what that one holds.
+        """
         with torch.inference_mode():
             tokens = tokens.to(self.device)
             if self.backend == "bridge":
-                hooks = [(hook_name, lambda value, hook: edit(value))]
-                return self.bridge.run_with_hooks(tokens, fwd_hooks=hooks, return_type="logits")
-            with self.edited(hook_name, edit):
+                return self.bridge.run_with_hooks(
+                    tokens, fwd_hooks=editing(hook_name, edit, reads), return_type="logits"
+                )
+            with self.edited(hook_name, edit, reads=reads):
                 return self.hf_model(input_ids=tokens, use_cache=False).logits
 
     @contextlib.contextmanager
-    def edited(self, hook_name: str, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """While the block lasts, every run of `hf_model` has the hook's value `v` replaced by `edit(v)`.
+    def edited(self, hook_name: str, edit: Callable[..., Tensor], *, reads: str | None = None) -> Iterator[None]:
+        """While the block lasts, every run of the model has the hook's value replaced as in `logits_with`. With the
+        "transformers" backend these are runs of `hf_model`, with the other ones of `bridge`.
 
-        With the "transformers" backend only. `v` holds the positions of that run, which with a key-value cache are the
-        new ones.
+        Values hold the positions of that run, which with a key-value cache are the new ones.
         """
+        if self.backend == "bridge":
+            with self.bridge.hooks(fwd_hooks=editing(hook_name, edit, reads)):
+                yield
+            return
+        read: list[Tensor] = []
+
+        def change(value: Tensor) -> Tensor:
+            if reads is not None and not read:
+                raise wrong_order(reads, hook_name)
+            return edit(self._processed(value), *(() if reads is None else (read.pop(),)))
+
+        with contextlib.ExitStack() as handles:
+            if reads is not None:
+                handles.enter_context(self._at(reads, lambda value: read.append(self._processed(value))))
+            handles.enter_context(self._at(hook_name, change))
+            yield
+
+    @contextlib.contextmanager
+    def _at(self, hook_name: str, act: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+        """While the block lasts, `act` sees the residual stream at the hook, and replaces it unless it returns None."""
         layer, site = self._site(hook_name)
         if site == "pre":
 
-            def before(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            def before(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
                 value, put = _hidden_argument(args, kwargs)
-                return put(edit(self._processed(value)))
+                new = act(value)
+                return None if new is None else put(new)
 
             handle = self.blocks[layer].register_forward_pre_hook(before, with_kwargs=True)
         else:
 
             def after(module: Any, args: tuple, output: Any) -> Any:
-                if isinstance(output, tuple):
-                    return (edit(self._processed(output[0])), *output[1:])
-                return edit(self._processed(output))
+                new = act(output[0] if isinstance(output, tuple) else output)
+                return (new, *output[1:]) if new is not None and isinstance(output, tuple) else new
 
             handle = self.blocks[layer].register_forward_hook(after)
         try:
@@ -207,6 +248,17 @@ class LanguageModel:
         self._sha256 = digest.hexdigest()
         return self._sha256
 
+    def tokenizer_sha256(self) -> str:
+        """Hex SHA-256 over the tokens with their ids and, where the tokenizer has some, its merges in order."""
+        if self._tokenizer_sha256 is None:
+            parts: list[Any] = [sorted(self.tokenizer.get_vocab().items())]
+            if getattr(self.tokenizer, "is_fast", False):
+                merges = json.loads(self.tokenizer.backend_tokenizer.to_str())["model"].get("merges") or []
+                # written as "a b" or as ["a", "b"], by the version of the library
+                parts.append([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+            self._tokenizer_sha256 = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return self._tokenizer_sha256
+
     def _site(self, hook_name: str) -> tuple[int, str]:
         match = _RESIDUAL_HOOK.fullmatch(hook_name)
         if match is None:
@@ -218,29 +270,14 @@ class LanguageModel:
         return residual - residual.mean(-1, keepdim=True) if self.processing == "centred" else residual
 
     def _from_blocks(self, tokens: Tensor, hook_name: str) -> Tensor:
-        layer, site = self._site(hook_name)
         found: list[Tensor] = []
 
-        def before(module: Any, args: tuple, kwargs: dict) -> None:
-            found.append(_hidden_argument(args, kwargs)[0])
+        def reached(value: Tensor) -> None:
+            found.append(value)
             raise _Reached
 
-        def after(module: Any, args: tuple, output: Any) -> None:
-            found.append(output[0] if isinstance(output, tuple) else output)
-            raise _Reached
-
-        block = self.blocks[layer]
-        handle = (
-            block.register_forward_pre_hook(before, with_kwargs=True)
-            if site == "pre"
-            else block.register_forward_hook(after)
-        )
-        try:
+        with self._at(hook_name, reached), contextlib.suppress(_Reached):
             self.hf_model.base_model(input_ids=tokens, use_cache=False)
-        except _Reached:
-            pass
-        finally:
-            handle.remove()
         return self._processed(found[0])
 
 
@@ -256,6 +293,11 @@ def _find_blocks(hf_model: Any, n_layers: int) -> torch.nn.ModuleList:
         if isinstance(module, torch.nn.ModuleList) and len(module) == n_layers:
             return module
     raise MechintError(f"{type(hf_model).__name__} has no list of {n_layers} blocks: use --backend bridge")
+
+
+def backend_for(*hook_names: str) -> str:
+    """The quicker backend that has all of these hooks."""
+    return "transformers" if all(map(_RESIDUAL_HOOK.fullmatch, hook_names)) else "bridge"
 
 
 def load_model(
@@ -284,8 +326,7 @@ def load_model(
         if value not in options:
             raise MechintError(f"{flag} {value!r} is not known; {nearest(value, options)}")
     if backend == "auto":
-        residual = hook_name is None or _RESIDUAL_HOOK.fullmatch(hook_name)
-        backend = "transformers" if residual else "bridge"
+        backend = "transformers" if hook_name is None else backend_for(hook_name)
     device = detect_device(device)
     location = resolve_model(name)
     hf_model, tokenizer, commit = load_pretrained(name, location, dtype=DTYPES[dtype], revision=revision)

@@ -15,6 +15,7 @@ from mechint.analysis import Latents, load_or_gather
 from mechint.config import ReportConfig
 from mechint.data.store import Activations, open_activations
 from mechint.errors import MechintError, one_line
+from mechint.inside import open_inside
 from mechint.models import LanguageModel
 from mechint.provenance import check_output_path, get_git_commit, write_text
 from mechint.report import facts as run_files
@@ -25,7 +26,6 @@ from mechint.report.side_by_side import compare_facts
 from mechint.report.story import story
 from mechint.runs import Run
 from mechint.sae import SAE, load_sae
-from mechint.subject import open_subject
 
 # Shares of the contexts asked for that are tried until the file is small enough.
 SMALLER = (1.0, 0.6, 0.4, 0.25, 0.12, 0.0)
@@ -121,7 +121,7 @@ def _open(run: Run, config: ReportConfig, notes: list[str], progress: bool) -> t
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is assumed of an old checkpoint is told in the page's settings
         try:
-            subject = open_subject(run.path, model=config.model, device=config.device)
+            inside = open_inside(run.path, model=config.model, device=config.device)
         except MechintError as error:
             if config.model is not None:
                 raise
@@ -131,8 +131,8 @@ def _open(run: Run, config: ReportConfig, notes: list[str], progress: bool) -> t
                 {"what": why, "command": f"mechint report {shlex.quote(str(run.path))} --overwrite --model NAME"}
             )
         else:
-            sae, model = subject.sae, subject.model
-            notes += [f"{run.path}: {note}" for note in subject.notes]
+            sae, model = inside.sae, inside.model
+            notes += [f"{run.path}: {note}" for note in inside.notes]
     activations, gathered, seconds = None, None, 0.0
     try:
         activations = open_activations(run.activations_path())

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from mechint.errors import MechintError
 from mechint.provenance import atomic_path
@@ -88,10 +88,6 @@ def plain_log_ticks(axis: Axis, lowest: float, highest: float, *, percent: bool 
         return
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
-
-
-def percent_ticks(axis: Axis) -> None:
-    axis.set_major_formatter(PercentFormatter(1.0))
 
 
 def share(part: int | float, whole: int | float) -> str:

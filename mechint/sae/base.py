@@ -33,11 +33,32 @@ from mechint.sae.peers import ALONE, Peers
 MIN_DECODER_NORM = 1e-12
 # SAELens and OpenAI's sparse_autoencoder: what layer norm adds to the standard deviation.
 LAYER_NORM_EPS = 1e-5
+# Settings of `SAEConfig` that an SAE of any architecture may have.
+SETTINGS = {"apply_b_dec_to_input", "normalize_activations", "input_scale", "rescale_acts_by_decoder_norm", "metadata"}
+# Activation functions of transcoders: SAELens has no top-k ones, EleutherAI's sparsify has.
+BASES = ("standard", "jumprelu", "topk")
 # In SAELens, and not here: what does the same.
 ELSEWHERE = {
     "fold_activation_norm_scaling_factor": "a constant input scale is sae.cfg.input_scale; mechint.formats.fold_scale",
-    "from_dict": "SAE(SAEConfig.from_dict(...))",
-    "load_from_pretrained_legacy": "SAE.load_from_disk",
+    "fold_activation_whitening": "nothing: SAEs of whitened inputs do not open here",
+    "get_W_dec_norm": "sae.W_dec.norm(dim=-1)",
+    "fold_and_get_W_dec_norm": "sae.decoder_norms(), then sae.fold_W_dec_norm()",
+    "activation_dtype": "sae.dtype",
+    "d_head": "the last width of the values that are given one head at a time",
+    "mod_dict": "sae.hook_dict",
+    "context_level": "nothing: hooks of sae.hooks(...) end with its block",
+    "is_caching": "sae.run_with_cache(x)",
+    "add_caching_hooks": "sae.run_with_cache(x)",
+    "get_caching_hooks": "sae.run_with_cache(x)",
+    "cache_all": "sae.run_with_cache(x)",
+    "cache_some": "sae.run_with_cache(x, names_filter=...)",
+    "add_perma_hook": "sae.add_hook(name, fn, is_permanent=True)",
+    "check_and_add_hook": "sae.add_hook(name, fn)",
+    "check_hooks_to_add": "sae.add_hook(name, fn), which checks the name",
+    "list_hooks": "sae.hook_dict",
+    "remove_all_hook_fns": "sae.reset_hooks(including_permanent=True)",
+    "clear_contexts": "sae.reset_hooks()",
+    "setup": "nothing: hook points have their names from the start",
     "get_sae_class_for_architecture": "mechint.sae.find_architecture",
     "get_sae_config_class_for_architecture": "SAEConfig, which all architectures share",
     "get_activation_fn": "sae.activate(pre_activations)",
@@ -51,7 +72,7 @@ ELSEWHERE = {
     "initialize_weights": "SAE(SAEConfig(...)), which draws them",
     "training_forward_pass": "sae.loss(x, objective)",
     "calculate_aux_loss": "sae.loss(x, objective)",
-    "step": "mechint.train, or LanguageModelSAETrainingRunner",
+    "encode_with_hidden_pre": "sae.pre_activations(x), then sae.activate(...)",
     "upload_to_hub": "upload_saes_to_huggingface, or `mechint publish-sae`",
 }
 
@@ -159,7 +180,11 @@ class SAE(Hooked, ABC):
             return super().__new__(cls)
         if not isinstance(cfg, SAEConfig):
             raise MechintError("SAE(cfg) makes a new SAE from an SAEConfig; SAE.load(path or name) opens one")
-        return super().__new__(find_architecture(cfg.base_architecture))  # type: ignore[return-value]
+        kinds = [Architecture.of_transcoder(base, skip=skip) for base in BASES for skip in (False, True)]
+        if cfg.architecture not in (*ARCHITECTURES, *kinds):
+            known = (*ARCHITECTURES, *kinds)
+            raise MechintError(f"unknown architecture {str(cfg.architecture)!r}; {nearest(cfg.architecture, known)}")
+        return super().__new__(ARCHITECTURES[cfg.base_architecture])
 
     def __init__(
         self,
@@ -183,7 +208,10 @@ class SAE(Hooked, ABC):
         if self.is_transcoder and not cfg.d_out:
             raise MechintError("a transcoder needs d_out, the width of what it writes")
         if self.is_transcoder and (cfg.normalize_activations != "none" or cfg.input_scale != 1.0):
-            raise MechintError("a transcoder whose input is changed before encoding has no definition here")
+            changed = f"normalize_activations {cfg.normalize_activations!r}, input_scale {cfg.input_scale:g}"
+            raise MechintError(
+                f"a transcoder whose input is changed before encoding ({changed}) has no definition here"
+            )
         if cfg.rescale_acts_by_decoder_norm and self.architecture != "topk":
             raise MechintError(f"rescale_acts_by_decoder_norm belongs to topk, this is {self.architecture}")
         given = dict(cfg.options) if cfg.k is None else {**cfg.options, "k": cfg.k}
@@ -192,6 +220,8 @@ class SAE(Hooked, ABC):
         self.check_options()
         if "k" in self.options:
             self.cfg.k = self.k  # type: ignore[attr-defined]
+        usual = {**self.options, **self.departures, "k": given.get("k")}
+        self.cfg.options = {name: value for name, value in given.items() if value != usual.get(name)}
         for name in ("sae_input", "sae_acts_pre", "sae_acts_post", "sae_recons", "sae_error", "sae_output"):
             self.add_module(f"hook_{name}", HookPoint(f"hook_{name}"))
         # False: rows of W_dec are free, every penalty and selection weighs feature_acts by their norms, and saving
@@ -209,15 +239,14 @@ class SAE(Hooked, ABC):
         with torch.no_grad():
             self._draw(generator)
         if isinstance(d_in, SAEConfig):
-            self.to(device=cfg.device, dtype=dtype_of(cfg.dtype))
+            self.to(device=usable(cfg.device), dtype=dtype_of(cfg.dtype))
 
     def _config(self, d_in: int, d_sae: int | None, settings: dict[str, Any]) -> SAEConfig:
         if d_sae is None:
             raise MechintError(f"{type(self).__name__}(d_in, d_sae): d_sae is missing; or give it an SAEConfig")
         own = {name: value for name, value in settings.items() if name in (*self.options, *self.departures)}
-        known = {part.name for part in dataclasses.fields(SAEConfig)} - {"options", "architecture"}
-        for name in settings.keys() - own.keys() - known:
-            names = (*self.options, *sorted(known))
+        for name in settings.keys() - own.keys() - SETTINGS:
+            names = (*self.options, *sorted(SETTINGS))
             raise MechintError(f"{type(self).__name__} has no setting {name!r}; {nearest(name, names)}")
         rest = {name: value for name, value in settings.items() if name not in own}
         k = own.pop("k", None)
@@ -331,6 +360,11 @@ class SAE(Hooked, ABC):
 
     load_from_pretrained = load_from_disk
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any]) -> "SAE":
+        """A new SAE from a cfg as a dictionary: `SAE(SAEConfig.from_dict(...))`."""
+        return SAE(SAEConfig.from_dict(config_dict))
+
     def save_model(self, path: str | Path, sparsity: Float[Tensor, " d_sae"] | None = None) -> tuple[Path, Path]:
         """Write `cfg.json` and `sae_weights.safetensors` into the folder `path` (`sparsity.safetensors` too, if it is
         known), replacing those that are there. Returns the paths of weights and cfg.
@@ -377,6 +411,10 @@ class SAE(Hooked, ABC):
         metadata = SAEMetadata(metadata or {})
         given = {name: value for name, value in settings.items() if name in (*kind.options, *kind.departures)}
         rest = {name: value for name, value in settings.items() if name not in given}
+        if "k" in kind.saved_tensors and (isinstance(k := given.get("k"), bool) or not isinstance(k, (int, float))):
+            raise MechintError(f"{source}: {architecture} needs k, the number of active latents; found {k!r}")
+        for name in rest.keys() - SETTINGS:
+            raise MechintError(f"{source}: {architecture} has no setting {name!r}; {nearest(name, SETTINGS)}")
         cfg = SAEConfig(
             d_in,
             d_sae,
@@ -388,8 +426,6 @@ class SAE(Hooked, ABC):
             metadata=metadata,
             **rest,
         )
-        if "k" in kind.saved_tensors and cfg.k is None:
-            raise MechintError(f"{source}: {architecture} without k, the number of active latents")
         try:
             with torch.device("meta"):  # shapes only: the values follow
                 sae = kind(cfg)
@@ -405,27 +441,21 @@ class SAE(Hooked, ABC):
     ) -> "SAE":
         """An SAE with other tensors or settings; what is not named stays. A rescaled or reordered dictionary, say."""
         cfg = self.cfg
-        settings: dict[str, Any] = {
-            "apply_b_dec_to_input": cfg.apply_b_dec_to_input,
-            "normalize_activations": cfg.normalize_activations,
-            "input_scale": cfg.input_scale,
-            "rescale_acts_by_decoder_norm": cfg.rescale_acts_by_decoder_norm,
-        }
+        settings: dict[str, Any] = {name: getattr(cfg, name) for name in SETTINGS}
         if architecture in (None, self.architecture):
             settings |= {name: getattr(self, name) for name in (*self.options, *self.departures)}
-        said = {"metadata": self.metadata, "notes": self.notes, "sparsity": self.sparsity}
+        said = {"notes": self.notes, "sparsity": self.sparsity}
         given = {**settings, **said, "transcoder": self.is_transcoder, **changes}
         return SAE.from_tensors(architecture or self.architecture, tensors or self.weights(), **given)
 
     def weights(self) -> dict[str, Float[Tensor, "..."]]:
-        """The parameters by name, float32 on the CPU; the parameters themselves, not copies, where they are that."""
-        return {name: value.detach().to("cpu", torch.float32) for name, value in self.named_parameters()}
+        """The parameters by name, contiguous float32 on the CPU: what files are made of. Copies only where needed."""
+        return {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in self.named_parameters()}
 
     def tensors(self) -> dict[str, Tensor]:
         """What checkpoint.pt holds: the weights, and options that change what they compute."""
         numbers = {**self.saved_options(), **self.departing()}
-        whole = {name: value.contiguous() for name, value in self.weights().items()}
-        return whole | {name: torch.tensor(value) for name, value in numbers.items()}
+        return self.weights() | {name: torch.tensor(value) for name, value in numbers.items()}
 
     def saved_options(self) -> dict[str, Any]:
         """Options that a file holds, since they change what the trained SAE computes: `k` of topk."""
@@ -473,6 +503,11 @@ class SAE(Hooked, ABC):
                 )
             out = out * self._undo[0] + self._undo[1]
         return out if self.cfg.input_scale == 1.0 else out / self.cfg.input_scale
+
+    def output_scale(self) -> Float[Tensor, "*batch 1"] | float:
+        """What `decode` multiplies `feature_acts @ W_dec` by for the batch that was encoded last: 1 for most SAEs."""
+        undone = 1.0 if self._undo is None else self._undo[0]
+        return undone / self.cfg.input_scale
 
     def run(
         self, x: Float[Tensor, "*batch d_in"]
@@ -777,7 +812,7 @@ def mean_squared_error(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "bat
     return (x_hat - x).pow(2).mean()
 
 
-def weighted_acts(sae: SAE, feature_acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
+def weighted_acts(sae: SAE, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
     """`feature_acts` in units of what they add to the reconstruction: times the norm of their decoder row."""
     scale = sae.penalty_scale()
     return feature_acts if scale is None else feature_acts * scale

@@ -85,7 +85,7 @@ class SAEConfig:
     apply_b_dec_to_input: bool = True
     normalize_activations: str = "none"
     reshape_activations: str = "none"
-    k: int | None = None
+    k: int | float | None = None
     rescale_acts_by_decoder_norm: bool = False
     d_out: int | None = None
     input_scale: float = 1.0

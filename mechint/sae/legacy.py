@@ -72,8 +72,13 @@ class SparseAutoEncoder(StandardSAE):
     def of(cls, sae: StandardSAE) -> "SparseAutoEncoder":
         """The same SAE, its parameters shared, with the old call and the old state dict."""
         legacy = cls.__new__(cls)
-        legacy.__dict__.update(sae.__dict__)
+        vars(legacy).update(vars(sae))
         return legacy
+
+    @property
+    def b_pre(self) -> nn.Parameter:
+        """`b_dec` under its old name."""
+        return self.b_dec
 
     def encoder(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """`encode` under its old name."""

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from mechint.errors import MechintError, nearest
+from mechint.inside import centres, read_hook, special_tokens, written_hook
 from mechint.models import LanguageModel, load_model
+from mechint.models.bridge import wrong_order
 from mechint.sae import SAE
 from mechint.sae.base import as_sae
-from mechint.saelens.placing import centres, read_hook, special_ids, written_hook
 
 # Arguments of TransformerLens's own from_pretrained that change no residual stream and no log-probability.
 PROCESSING = ("fold_ln", "center_unembed", "fold_value_biases")
@@ -123,7 +124,8 @@ class HookedSAETransformer:
 
     def get_sae_hook_name(self, sae: Any, internal: str = "hook_sae_acts_post") -> str:
         """The full name of one of an SAE's hooks, as caches and `hook_dict` have it."""
-        return f"{written_hook(as_sae(sae))}.{internal}"
+        sae = as_sae(sae)
+        return f"{written_hook(sae, read_hook(sae))}.{internal}"
 
     # --- attaching and taking off -------------------------------------------------------------------------------------
 
@@ -144,7 +146,8 @@ class HookedSAETransformer:
             MechintError: the SAE names no hook, or one that the model does not have; another width or processing.
         """
         sae = as_sae(sae)
-        reads, writes = read_hook(sae), written_hook(sae)
+        reads = read_hook(sae)
+        writes = written_hook(sae, reads)
         hooks = self.bridge.hook_dict
         for name in (reads, writes):
             if name not in hooks:
@@ -285,20 +288,13 @@ class HookedSAETransformer:
     def _through(self, attachment: Attachment, value: Tensor) -> Tensor:
         """What the hook holds from now on."""
         sae = attachment.sae
-        target = _side_by_side(value, sae.d_out)
+        d_out = "d_in" if attachment.writes == attachment.reads else "d_out"
+        target = self._side_by_side(value, sae.d_out, attachment.writes, d_out)
         x = target
         if attachment.writes != attachment.reads:
             if attachment.seen is None:
-                raise MechintError(
-                    f"the transcoder reads {attachment.reads}, which the model computes after {attachment.writes}:"
-                    " hook_name and hook_name_out do not fit"
-                )
-            x, attachment.seen = _side_by_side(attachment.seen, sae.cfg.d_in), None
-        if target.shape[-1] != sae.d_out:
-            raise MechintError(
-                f"the SAE has d_{'in' if sae.d_out == sae.cfg.d_in else 'out'} {sae.d_out}, but {attachment.writes} of"
-                f" {self.language_model.name} is {target.shape[-1]} wide"
-            )
+                raise wrong_order(attachment.reads, attachment.writes)
+            x, attachment.seen = self._side_by_side(attachment.seen, sae.d_in, attachment.reads, "d_in"), None
         mean = None
         if attachment.centres_out:
             # given back afterwards, so that the error term makes up for all that is lost
@@ -312,6 +308,23 @@ class HookedSAETransformer:
             out = out + mean
         return out.to(value.dtype).reshape(value.shape)
 
+    def _side_by_side(self, value: Tensor, width: int, hook_name: str, dimension: str) -> Tensor:
+        """What an SAE of this width is given of a hook's value: of one on single heads, `[batch, pos, head, d_head]`,
+        all heads side by side, or one head after the other to an SAE of one head."""
+        cfg = self.bridge.cfg
+        if value.ndim > 3:
+            heads = (cfg.n_heads, getattr(cfg, "n_key_value_heads", None))
+            if value.ndim > 4 or value.shape[-1] != cfg.d_head or value.shape[-2] not in heads:
+                raise MechintError(f"{hook_name} holds {list(value.shape)}, not one vector a token")
+            if width != cfg.d_head or value.shape[-2] == 1:
+                value = value.flatten(-2)
+        if value.shape[-1] != width:
+            raise MechintError(
+                f"the SAE has {dimension} {width}, but {hook_name} of {self.language_model.name} is"
+                f" {value.shape[-1]} wide"
+            )
+        return value
+
     def _passed(self, attachment: Attachment, value: Tensor) -> Tensor | None:
         """Where the SAE is passed by, `[batch, pos, 1]`; None for nowhere."""
         if not attachment.exclude:
@@ -322,7 +335,7 @@ class HookedSAETransformer:
 
     def _excluded(self, exclude_special_tokens: bool | Sequence[int]) -> frozenset[int]:
         if isinstance(exclude_special_tokens, bool):
-            return special_ids(self.language_model.tokenizer) if exclude_special_tokens else frozenset()
+            return special_tokens(self.language_model.tokenizer) if exclude_special_tokens else frozenset()
         return frozenset(int(token) for token in exclude_special_tokens)
 
     def _take_off(self, hook_name: str) -> None:
@@ -347,13 +360,6 @@ class HookedSAETransformer:
         elif not needed and self._tokens_handle is not None:
             _remove(point, self._tokens_handle)
             self._tokens_handle = self._tokens = None
-
-
-def _side_by_side(value: Tensor, width: int) -> Tensor:
-    """A hook on single heads, `[batch, pos, head, d_head]`, as `[batch, pos, width]`, if it is one of that width."""
-    if value.shape[-1] != width and value.ndim > 2 and value.shape[-2] * value.shape[-1] == width:
-        return value.flatten(-2)
-    return value
 
 
 def _listed(saes: Any) -> Iterable[Any]:

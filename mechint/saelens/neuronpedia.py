@@ -22,13 +22,14 @@ from mechint.analysis import Latents, bin_edges, context_values, contexts, load_
 from mechint.analysis.logits import output_weights
 from mechint.data import Activations, open_activations
 from mechint.errors import MechintError
+from mechint.inside import Inside, in_residual, open_inside
 from mechint.models import LanguageModel
 from mechint.provenance import make_dir, write_json
 from mechint.runs import Run
 from mechint.sae import SAE
-from mechint.subject import open_subject
 
 LOGIT_BINS = 50
+_HISTOGRAM = ("logits_hist_data_bar_heights", "logits_hist_data_bar_values")
 SITE = "https://www.neuronpedia.org"
 _ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?neuronpedia\.org/", re.IGNORECASE)
 _PART = r"[A-Za-z0-9._-]+"
@@ -128,8 +129,8 @@ def neuronpedia_features(
     name = parse_neuronpedia(sae_id)
     run = Run(run_dir)
     activations = open_activations(run.activations_path())
-    subject = open_subject(run.path, device="cpu")
-    gathered = load_or_gather(run, sae=subject.sae, activations=activations, progress=progress)
+    inside = open_inside(run.path, device="cpu")
+    gathered = load_or_gather(run, sae=inside.sae, activations=activations, progress=progress)
     chosen = [int(latent) for latent in (latents if latents is not None else gathered.counts.nonzero().flatten())]
     for latent in chosen:
         gathered.check_latent(latent)
@@ -171,8 +172,7 @@ def neuronpedia_features(
             "sae_set": sae_set,
             "sae_id_suffix": suffix or None,
             "features": [
-                {**feature, **texts}
-                for feature in _features(subject.sae, subject.model, activations, gathered, part, window, n_logits)
+                {**feature, **texts} for feature in _features(inside, activations, gathered, part, window, n_logits)
             ],
         }
         path = folder / f"batch-{number}.json"
@@ -194,16 +194,15 @@ def _texts(activations: Activations) -> dict[str, Any]:
 
 
 def _features(
-    sae: SAE,
-    model: LanguageModel,
+    inside: Inside,
     activations: Activations,
     gathered: Latents,
     latents: list[int],
     window: int,
     n_logits: int,
 ) -> list[dict[str, Any]]:
-    effects = logit_effects(sae, model, k=n_logits, latents=torch.tensor(latents, dtype=torch.int64))
-    weight, gain, centred = output_weights(model)
+    sae, model = inside.sae, inside.model
+    on_output = _on_output(inside, latents, n_logits)
     edges = bin_edges()
     middles = [float(math.sqrt(low * high)) for low, high in zip(edges[:-1], edges[1:], strict=True)]
     found = []
@@ -211,7 +210,7 @@ def _features(
         heights = gathered.histogram[latent]
         filled = heights.nonzero().flatten().tolist()
         direction = sae.W_dec[latent].detach().float()
-        strongest = direction.abs().topk(min(3, sae.d_in))
+        strongest = direction.abs().topk(min(3, sae.d_out))
         found.append(
             {
                 "feature_index": latent,
@@ -222,17 +221,36 @@ def _features(
                 "correlated_neurons_indices": [],
                 "correlated_neurons_pearson": [],
                 "correlated_neurons_l1": [],
+                **on_output[place],
+                "frac_nonzero": float(gathered.density[latent]),
+                "freq_hist_data_bar_heights": [int(heights[bin]) for bin in filled],
+                "freq_hist_data_bar_values": [middles[bin] for bin in filled],
+                "decoder_weights_dist": [],
+                "vector": [],
+                "activations": _activations(sae, model, activations, gathered, latent, window),
+            }
+        )
+    return found
+
+
+def _on_output(inside: Inside, latents: list[int], n_logits: int) -> list[dict[str, Any]]:
+    """What each latent does to the tokens by itself; nothing where it adds to no residual stream."""
+    names = ("pos_str", "pos_values", "neg_str", "neg_values", *_HISTOGRAM)
+    if not in_residual(inside.hook_out):
+        return [{name: [] for name in names} for _ in latents]
+    sae, model = inside.sae, inside.model
+    effects = logit_effects(sae, model, k=n_logits, latents=torch.tensor(latents, dtype=torch.int64))
+    weight, gain, centred = output_weights(model)
+    found = []
+    for place, latent in enumerate(latents):
+        direction = sae.W_dec[latent].detach().float()
+        found.append(
+            {
                 "pos_str": token_strings(model.tokenizer.decode, effects.promoted[place].tolist()),
                 "pos_values": _rounded(effects.promoted_effect[place]),
                 "neg_str": token_strings(model.tokenizer.decode, effects.suppressed[place].tolist()),
                 "neg_values": _rounded(effects.suppressed_effect[place]),
-                "frac_nonzero": float(gathered.density[latent]),
-                "freq_hist_data_bar_heights": [int(heights[bin]) for bin in filled],
-                "freq_hist_data_bar_values": [middles[bin] for bin in filled],
                 **_logit_histogram(weight @ ((direction - direction.mean() if centred else direction) * gain)),
-                "decoder_weights_dist": [],
-                "vector": [],
-                "activations": _activations(sae, model, activations, gathered, latent, window),
             }
         )
     return found
@@ -270,10 +288,9 @@ def _logit_histogram(effects: Tensor) -> dict[str, Any]:
     """How a feature's effects on the logits are distributed over the vocabulary, their mean taken off."""
     effects = effects - effects.mean()
     counts, edges = torch.histogram(effects.float().cpu(), bins=LOGIT_BINS)
-    return {
-        "logits_hist_data_bar_heights": [int(count) for count in counts],
-        "logits_hist_data_bar_values": _rounded((edges[:-1] + edges[1:]) / 2),
-    }
+    return dict(
+        zip(_HISTOGRAM, ([int(count) for count in counts], _rounded((edges[:-1] + edges[1:]) / 2)), strict=True)
+    )
 
 
 def _partners(gathered: Latents, latent: int) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from mechint.data import open_activations
 from mechint.data.batches import split_indices
 from mechint.data.collect import collect_activations
 from mechint.data.text import open_texts
-from mechint.data.windows import hook_width
 from mechint.errors import MechintError
 from mechint.eval import evaluate_texts, texts_from_rows
 from mechint.eval.reconstruction import measure_activity
+from mechint.inside import open_inside
 from mechint.models import load_model
 from mechint.provenance import read_json, sha256_json
 from mechint.runs import Run
@@ -27,7 +27,6 @@ from mechint.sae import SAE
 from mechint.sae.base import usable
 from mechint.saelens.config import LanguageModelSAERunnerConfig
 from mechint.saelens.nested import LoggingConfig
-from mechint.subject import open_subject
 from mechint.train import resume, train
 
 # Texts whose length says how many are needed.
@@ -131,8 +130,8 @@ class SAETrainingRunner:
         texts = texts_from_rows(
             activations, held_out, max_texts=self.cfg.n_eval_batches * self.cfg.store_batch_size_prompts
         )
-        subject = open_subject(run.path, device=self.cfg.llm_device or self.cfg.device)
-        return evaluate_texts(subject, texts, n_resamples=0)["ce_recovered_zero"]
+        inside = open_inside(run.path, device=self.cfg.llm_device or self.cfg.device)
+        return evaluate_texts(inside, texts, n_resamples=0)["ce_recovered_zero"]
 
     def _activations(self) -> Path:
         """The store to train on."""
@@ -151,7 +150,7 @@ class SAETrainingRunner:
             raise MechintError(f"{cfg.dataset_path} has no text")
         sample = model.tokenize(texts, prepend_bos=cfg.prepend_bos, context_size=cfg.context_size)
         lengths = [len(row) for row in sample]
-        d_in = hook_width(model, cfg.hook_name)
+        d_in = model.hook_width(cfg.hook_name)
         cfg.latents(d_in)  # widths that do not fit are known before anything is collected
         most = MOST_BYTES // (4 * d_in)
         # a tenth more: what is held out for validation, and texts that are shorter than those at the beginning

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from mechint.data.text import open_texts
 from mechint.errors import MechintError
+from mechint.inside import centres, read_hook, special_tokens
 from mechint.models import LanguageModel
 from mechint.sae.base import as_sae, usable
 from mechint.saelens.hooked import HookedSAETransformer
-from mechint.saelens.placing import centres, read_hook, special_ids
 from mechint.saelens.windows import mixed, token_windows
 
 # Texts are read from a source this many at a time.
@@ -86,7 +86,7 @@ class ActivationsStore:
         self._separator = self._token(sequence_separator_token)
         special = exclude_special_tokens
         if isinstance(special, bool):
-            special = sorted(special_ids(self.language_model.tokenizer)) if special else []
+            special = sorted(special_tokens(self.language_model.tokenizer)) if special else []
         self._excluded = torch.tensor(special, dtype=torch.long)
         self.n_dataset_processed = 0
         self._generator = torch.Generator().manual_seed(seed)
@@ -198,10 +198,12 @@ class ActivationsStore:
         side, or the one of `hook_head_index`."""
         values = self.language_model.activations(batch_tokens, self.hook_name)[:, slice(*self.seqpos_slice)]
         if self.hook_head_index is not None:
-            if values.ndim != 4 or not 0 <= self.hook_head_index < values.shape[2]:
-                raise MechintError(f"{self.hook_name} has no head {self.hook_head_index}: its shape is {values.shape}")
-            values = values[:, :, self.hook_head_index]
-        values = values.flatten(2)
+            shape = self.language_model.hook_shape(self.hook_name)
+            if len(shape) != 2 or not 0 <= self.hook_head_index < shape[0]:
+                raise MechintError(
+                    f"{self.hook_name} has no head {self.hook_head_index}: it holds {list(shape)} for a token"
+                )
+            values = values.unflatten(-1, shape)[:, :, self.hook_head_index]
         if self._centre:
             values = values - values.mean(dim=-1, keepdim=True)
         if values.shape[-1] != self.d_in:

@@ -18,9 +18,18 @@ from celery import Celery
 from kombu.transport import TRANSPORT_ALIASES, filesystem
 
 from mechint.provenance import make_dir
+from mechint.server.jobs import Wake
 from mechint.server.settings import Settings
 
 QUEUE = "sae"
+# The task that does each kind of job (mechint/server/tasks.py).
+TASKS = {
+    "download": "sae.download",
+    "upload": "sae.upload",
+    "publish": "sae.publish",
+    "import_training": "sae.import_training",
+    "import_file": "sae.import_file",
+}
 POLL_SECONDS = 0.05
 
 
@@ -68,6 +77,15 @@ class Transport(filesystem.Transport):
 
 SCHEME = "mechint-files"
 TRANSPORT_ALIASES[SCHEME] = f"{__name__}:Transport"
+
+
+def sender(app: Celery) -> Wake:
+    """`send(kind, job id)`: the message that wakes a worker. Raises what the broker's client raises."""
+
+    def send(kind: str, job_id: str) -> None:
+        app.send_task(TASKS[kind], args=[job_id], queue=QUEUE, ignore_result=True, retry=False)
+
+    return send
 
 
 def make_app(settings: Settings) -> Celery:

@@ -16,6 +16,7 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.orm import Session
 
 from mechint.errors import MechintError, one_line
+from mechint.locks import lock
 from mechint.provenance import make_dir
 from mechint.server.models import Revision
 from mechint.server.settings import Settings
@@ -149,12 +150,10 @@ def _migration_lock(database: Database, settings: Settings) -> Iterator[None]:
     if not database.is_sqlite:
         yield
         return
-    import fcntl
-
     make_dir(settings.data_dir)
     handle = os.open(settings.data_dir / "migrations.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        lock(handle, wait=True)
         yield
     finally:
         os.close(handle)

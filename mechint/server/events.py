@@ -17,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 
 from mechint.server.db import Database
 from mechint.server.jobs import DOWNLOADS, status_of
-from mechint.server.models import SAE, Job, Revision
+from mechint.server.models import Job, Revision, SharedSAE
 
 POLL_SECONDS = 0.15
 # After a failure (a database that restarts) it asks again, less and less often.
@@ -72,7 +72,7 @@ def message_of_job(job: Job) -> dict[str, Any]:
     return {"event": channel.event, "channel": channel.name, "data": data}
 
 
-def message_of_sae(sae: SAE, channel: Channel) -> dict[str, Any]:
+def message_of_sae(sae: SharedSAE, channel: Channel) -> dict[str, Any]:
     """The event for an SAE that has no job of that kind (any more)."""
     progress = 100.0 if sae.status == "ready" else round(sae.progress, 1)
     data = {
@@ -212,7 +212,7 @@ class Events:
 
     def _present(self, channel: Channel) -> dict[str, Any] | None:
         with self.db.read() as session:
-            sae = session.get(SAE, channel.sae_id)
+            sae = session.get(SharedSAE, channel.sae_id)
             if sae is None:
                 return None
             kinds = DOWNLOADS if channel.what == "download" else UPLOADS

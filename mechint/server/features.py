@@ -31,10 +31,10 @@ from mechint.formats.folds import not_plain, plain_form
 from mechint.report.facts import latent_concepts
 from mechint.report.latents import NONE, labels
 from mechint.runs import Run
-from mechint.sae import SAE as Weights
+from mechint.sae import SAE
 from mechint.server.errors import ServiceError
 from mechint.server.language import decoder, open_language, without
-from mechint.server.models import SAE
+from mechint.server.models import SharedSAE
 from mechint.server.settings import Settings
 from mechint.server.storage import sae_folder
 
@@ -48,8 +48,8 @@ class Analysis(NamedTuple):
 
     sae_id: str
     layer: int | None
-    sae: Weights
-    plain: Weights | None  # in its plain form, where weights alone say what it computes
+    sae: SAE
+    plain: SAE | None  # in its plain form, where weights alone say what it computes
     latents: Latents | None
     activations: Activations | None
     model: Any  # LanguageModel, or None
@@ -84,7 +84,7 @@ class Analyses:
         self._open: OrderedDict[tuple[Any, ...], Analysis] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, row: SAE) -> Analysis:
+    def get(self, row: SharedSAE) -> Analysis:
         """Raises `ServiceError` where the SAE's files cannot be read."""
         run = run_folder(self.settings, row)
         changed = [_modified(path) for path in ((run / "latents.json", run / "latent_concepts.csv") if run else ())]
@@ -106,7 +106,7 @@ def _modified(path: Path) -> int | None:
         return None
 
 
-def library_folder(settings: Settings, row: SAE) -> Path:
+def library_folder(settings: Settings, row: SharedSAE) -> Path:
     """The folder of an SAE's converted files. Raises `ServiceError` where they are not there."""
     folder = sae_folder(settings, row.id) / "sae"
     if not folder.is_dir() or folder.is_symlink():
@@ -116,7 +116,7 @@ def library_folder(settings: Settings, row: SAE) -> Path:
     return folder
 
 
-def load_library(settings: Settings, row: SAE) -> Weights:
+def load_library(settings: Settings, row: SharedSAE) -> SAE:
     """The weights of an SAE of the library, in whatever form it was filed."""
     folder = library_folder(settings, row)
     try:
@@ -126,7 +126,7 @@ def load_library(settings: Settings, row: SAE) -> Weights:
         raise ServiceError("files_broken", f"The files of {row.id} cannot be read: {told}", status=409) from None
 
 
-def run_folder(settings: Settings, row: SAE) -> Path | None:
+def run_folder(settings: Settings, row: SharedSAE) -> Path | None:
     """The run directory that an SAE was imported from, if it is (still) below the runs folder."""
     root = settings.runs_root
     said = (row.sae_metadata or {}).get("run") or row.training_id
@@ -141,7 +141,7 @@ def run_folder(settings: Settings, row: SAE) -> Path | None:
         return None
 
 
-def open_analysis(settings: Settings, row: SAE, run: Path | None) -> Analysis:
+def open_analysis(settings: Settings, row: SharedSAE, run: Path | None) -> Analysis:
     """Read what there is of an SAE; see the module."""
     sae = load_library(settings, row)
     notes: list[str] = []
@@ -180,7 +180,7 @@ def open_analysis(settings: Settings, row: SAE, run: Path | None) -> Analysis:
     )
 
 
-def _latents(run: Path | None, sae: Weights, notes: list[str]) -> Latents | None:
+def _latents(run: Path | None, sae: SAE, notes: list[str]) -> Latents | None:
     if run is None:
         notes.append("It was not imported from a training run of this server, so there are no figures of its features.")
         return None
@@ -214,7 +214,7 @@ def _activations(run: Path | None, latents: Latents | None, notes: list[str]) ->
     return found
 
 
-def _recorded_density(folder: Path, sae: Weights) -> np.ndarray | None:
+def _recorded_density(folder: Path, sae: SAE) -> np.ndarray | None:
     """Firing frequency from sparsity.safetensors (its logarithm to base 10), which community SAEs bring along."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file

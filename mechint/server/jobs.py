@@ -26,7 +26,7 @@ from sqlalchemy.orm import Session
 from mechint.errors import one_line
 from mechint.server import tokens
 from mechint.server.db import Database, next_seq
-from mechint.server.models import LIVE, SAE, Job, utc_now
+from mechint.server.models import LIVE, Job, SharedSAE, utc_now
 from mechint.server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -114,14 +114,14 @@ def end(session: Session, job: Job, state: str, **changes: Any) -> None:
 def fail(session: Session, job: Job, error: str, code: str) -> None:
     """The job ends in error; so does the SAE, unless it was only being uploaded."""
     end(session, job, "error", error=error, error_code=code, message=error)
-    sae = session.get(SAE, job.sae_id)
+    sae = session.get(SharedSAE, job.sae_id)
     if sae is not None and job.kind in DOWNLOADS and sae.status != "deleted":
         sae.status, sae.error_message = "error", error
 
 
 def cancelled(session: Session, job: Job) -> None:
     end(session, job, "cancelled", error="Cancelled", error_code="cancelled", message="Cancelled")
-    sae = session.get(SAE, job.sae_id)
+    sae = session.get(SharedSAE, job.sae_id)
     if sae is not None and job.kind in DOWNLOADS and sae.status != "deleted":
         sae.status, sae.error_message = "error", "Cancelled"
 
@@ -198,7 +198,7 @@ class Running:
         self.check()
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[tuple[Session, Job, SAE | None]]:
+    def held(self) -> Iterator[tuple[Session, Job, SharedSAE | None]]:
         """A transaction in which the job is locked and ours: `(session, job, its SAE)`. Raises `LeaseLost` if not."""
         with self.db.write() as session:
             job = locked(session, self.id)
@@ -208,7 +208,7 @@ class Running:
             if job.cancel_requested:
                 self.cancel.set()
             job.lease_until = time.time() + self.settings.lease_seconds
-            yield session, job, session.get(SAE, job.sae_id)
+            yield session, job, session.get(SharedSAE, job.sae_id)
 
     @contextlib.contextmanager
     def alive(self) -> Iterator[None]:
@@ -328,7 +328,7 @@ def reap(settings: Settings, db: Database, send: Wake, *, restarted: bool = Fals
             else:
                 # its worker stays named: whether that one is gone decides if its files can be gone on with
                 touch(session, job, state="queued", lease_until=None, woken_at=0.0, message="Queued again")
-                sae = session.get(SAE, job.sae_id)
+                sae = session.get(SharedSAE, job.sae_id)
                 if sae is not None and job.kind in DOWNLOADS and sae.status != "deleted":
                     sae.status = "pending"
     for job_id in expired:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from mechint.errors import MechintError, one_line
 from mechint.huggingface.files import cached_file
-from mechint.server.models import SAE
+from mechint.server.models import SharedSAE
 
 MAX_MODEL_BYTES = 2 << 30  # of weights: a larger model is not opened for the sake of a page
 
@@ -18,7 +18,7 @@ class Language(NamedTuple):
     tokenizer: Any
 
 
-def open_language(metadata: Mapping[str, Any], row: SAE, run: Path | None, notes: list[str]) -> Language:
+def open_language(metadata: Mapping[str, Any], row: SharedSAE, run: Path | None, notes: list[str]) -> Language:
     """The model of the SAE with this metadata, if it lies on this machine: a request never downloads one."""
     from mechint.models import load_model
 

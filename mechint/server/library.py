@@ -27,7 +27,7 @@ from mechint.server.errors import (
 )
 from mechint.server.importing import Trained, trained
 from mechint.server.jobs import DOWNLOADS, Wake, cancelled, locked, reap, touch, wake
-from mechint.server.models import FORMATS, LIVE, SAE, SOURCES, STATUSES, Job
+from mechint.server.models import FORMATS, LIVE, SOURCES, STATUSES, Job, SharedSAE
 from mechint.server.settings import Settings
 from mechint.server.storage import relative_name
 
@@ -47,7 +47,7 @@ class Service:
 
 
 class Page(NamedTuple):
-    items: list[SAE]
+    items: list[SharedSAE]
     total: int
 
 
@@ -59,7 +59,7 @@ class Deleted(NamedTuple):
 
 class Imported(NamedTuple):
     training_id: str
-    saes: list[SAE]
+    saes: list[SharedSAE]
 
 
 def open_service(settings: Settings) -> Service:
@@ -68,8 +68,7 @@ def open_service(settings: Settings) -> Service:
     Raises:
         MechintError: settings that cannot be used.
     """
-    from mechint.server.broker import make_app
-    from mechint.server.tasks import sender
+    from mechint.server.broker import make_app, sender
 
     service = Service(settings, open_database(settings), sender(make_app(settings)))
     tokens.hide(settings, "a key that cannot be used is found now")
@@ -102,23 +101,31 @@ def list_saes(
     ):
         if value is not None and value not in known:
             raise bad_request(f"unknown {what} {value[:60]!r}", f"use one of {', '.join(known)}")
-    chosen: Select[Any] = select(SAE).where(SAE.status != "deleted")
+    chosen: Select[Any] = select(SharedSAE).where(SharedSAE.status != "deleted")
     if search:
         like = "%" + search.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
-        columns = (SAE.name, SAE.description, SAE.hf_repo_id, SAE.hf_filepath, SAE.model_name, SAE.training_id, SAE.id)
+        columns = (
+            SharedSAE.name,
+            SharedSAE.description,
+            SharedSAE.hf_repo_id,
+            SharedSAE.hf_filepath,
+            SharedSAE.model_name,
+            SharedSAE.training_id,
+            SharedSAE.id,
+        )
         chosen = chosen.where(or_(*(column.ilike(like, escape="\\") for column in columns)))
-    for column, value in ((SAE.source, source), (SAE.status, status), (SAE.model_name, model_name)):
+    for column, value in ((SharedSAE.source, source), (SharedSAE.status, status), (SharedSAE.model_name, model_name)):
         if value is not None:
             chosen = chosen.where(column == value)
     total = session.scalar(select(func.count()).select_from(chosen.subquery())) or 0
-    column = getattr(SAE, sort_by)
-    ordered = chosen.order_by(column.desc() if order == "desc" else column.asc(), SAE.id)
+    column = getattr(SharedSAE, sort_by)
+    ordered = chosen.order_by(column.desc() if order == "desc" else column.asc(), SharedSAE.id)
     return Page(list(session.scalars(ordered.offset(skip).limit(limit))), total)
 
 
-def get_sae(session: Session, sae_id: str) -> SAE:
+def get_sae(session: Session, sae_id: str) -> SharedSAE:
     """404 `sae_not_found`, also for a deleted one."""
-    sae = session.get(SAE, sae_id)
+    sae = session.get(SharedSAE, sae_id)
     if sae is None or sae.status == "deleted":
         raise sae_not_found(sae_id[:60])
     return sae
@@ -156,11 +163,11 @@ def create_download(
     access_token: str | None = None,
     model_name: str | None = None,
     model_id: str | None = None,
-) -> tuple[SAE, Job]:
+) -> tuple[SharedSAE, Job]:
     """A pending SAE and its queued job. 400 for a path that leads out of the repository. Asks the Hub nothing."""
     repo_id, path = check_repo(repo_id), relative_name(filepath)
     last = path.rsplit("/", 1)[-1]
-    sae = SAE(
+    sae = SharedSAE(
         name=name or f"{repo_id.split('/')[1]} {last if path != '.' else ''}".strip()[:255],
         description=description,
         source="huggingface",
@@ -228,10 +235,10 @@ def available_training(service: Service, training_id: str) -> dict[str, Any]:
     }
 
 
-def _imported(session: Session, paths: Sequence[str]) -> dict[str, SAE]:
+def _imported(session: Session, paths: Sequence[str]) -> dict[str, SharedSAE]:
     """The SAEs of the library that came, or are coming, from these runs."""
-    there = select(SAE).where(SAE.source == "trained", SAE.status.not_in(("deleted", "error")))
-    rows = session.scalars(there.order_by(SAE.created_at))
+    there = select(SharedSAE).where(SharedSAE.source == "trained", SharedSAE.status.not_in(("deleted", "error")))
+    rows = session.scalars(there.order_by(SharedSAE.created_at))
     return {str(run): sae for sae in rows if (run := sae.sae_metadata.get("run")) in paths}
 
 
@@ -264,7 +271,7 @@ def create_import_training(
         for sae in chosen:
             if sae.path in imported:
                 continue
-            row = SAE(
+            row = SharedSAE(
                 name=_name_of_trained(name, sae, alone=len(chosen) == 1),
                 description=description,
                 source="trained",
@@ -301,13 +308,13 @@ def create_import_file(
     format: str = "community_standard",
     model_name: str | None = None,
     layer: int | None = None,
-) -> tuple[SAE, Job]:
+) -> tuple[SharedSAE, Job]:
     """A pending SAE and its queued job. `format` may be `saelens`. 400 `file_not_found` outside the import roots."""
     shown = "community_standard" if format == "saelens" else format
     if shown not in FORMATS:
         raise bad_request(f"unknown format {format[:60]!r}", f"use one of {', '.join(FORMATS)}, saelens")
     storage.inside(file_path, service.settings.import_roots)
-    sae = SAE(
+    sae = SharedSAE(
         name=name,
         description=description,
         source="local",
@@ -329,7 +336,7 @@ def check_repo(repo_id: str) -> str:
         raise bad_request(f"Not a repository name: {repo_id[:100]!r}", "give it as user/name") from None
 
 
-def add(service: Service, sae: SAE, kind: str, params: dict[str, Any], token: str | None) -> Job:
+def add(service: Service, sae: SharedSAE, kind: str, params: dict[str, Any], token: str | None) -> Job:
     """Write a job, and its SAE if that is new, in one transaction; then wake a worker."""
     cipher, until = tokens.hide(service.settings, token)
     with service.db.write() as session:

@@ -17,9 +17,7 @@ SOURCES = ("huggingface", "local", "trained")
 STATUSES = ("pending", "downloading", "converting", "ready", "error", "deleted")
 FORMATS = ("community_standard", "gemma_scope", "mistudio", "custom")
 KINDS = ("download", "upload", "publish", "import_training", "import_file")
-STATES = ("queued", "running", "done", "error", "cancelled")
 LIVE = ("queued", "running")
-STAGES = ("queued", "download", "convert", "upload", "complete")
 
 
 def utc_now() -> datetime.datetime:
@@ -50,8 +48,8 @@ class Base(DeclarativeBase):
     """The tables' metadata."""
 
 
-class SAE(Base):
-    """One SAE of the library. Its files lie in `<data>/saes/<id>/` once it is ready, and only then."""
+class SharedSAE(Base):
+    """An SAE of the library. Its files lie in `<data>/saes/<id>/` once it is ready, and only then."""
 
     __tablename__ = "saes"
     __table_args__ = (Index("ix_saes_status_created", "status", "created_at"),)

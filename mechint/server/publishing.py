@@ -14,7 +14,7 @@ from mechint.server.download import hub_token
 from mechint.server.errors import ServiceError, forbidden, from_hub, not_ready
 from mechint.server.ingest import without_path
 from mechint.server.jobs import Running, end
-from mechint.server.models import SAE, Job
+from mechint.server.models import Job, SharedSAE
 
 CHECKED = 30.0
 
@@ -89,7 +89,7 @@ def run_publish(running: Running) -> None:
 def named_copy(running: Running) -> Path:
     """The SAE's files as they came, in a folder of the run's or the SAE's name: the bundle is called after it."""
     with running.db.read() as session:
-        row = session.get(SAE, running.sae_id)
+        row = session.get(SharedSAE, running.sae_id)
     original = storage.sae_folder(running.settings, running.sae_id) / "original"
     if row is None or row.status == "deleted" or not original.is_dir():
         raise ServiceError("files_missing", f"The files of {running.sae_id} are gone", "import it again", status=409)

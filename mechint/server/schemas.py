@@ -104,9 +104,6 @@ Revision = Annotated[
     StringConstraints(pattern=r"^([A-Za-z0-9](?:[A-Za-z0-9._/-]*[A-Za-z0-9_-])?)?$", max_length=255),
     AfterValidator(_blank_is_none),
 ]
-SaeId = Annotated[
-    str, StringConstraints(pattern=SAE_ID_PATTERN), Field(description="Id of an SAE.", examples=["sae_0123456789ab"])
-]
 # An id in a request's body may be of any form, so that an unknown one is told as unknown and not as ill-formed.
 AnySaeId = Annotated[str, StringConstraints(pattern=_LINE, min_length=1, max_length=64)]
 TrainingId = Annotated[

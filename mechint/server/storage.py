@@ -21,7 +21,7 @@ from mechint.errors import DISK_FULL_ERRNOS
 from mechint.provenance import fsync_dir, make_dir
 from mechint.server.db import Database
 from mechint.server.errors import ServiceError, bad_request, file_not_found
-from mechint.server.models import LIVE, SAE, Job
+from mechint.server.models import LIVE, Job, SharedSAE
 from mechint.server.settings import Settings
 
 ID = re.compile(r"(sae|job)_[0-9a-f]{12}")
@@ -172,7 +172,7 @@ def sweep(settings: Settings, db: Database) -> list[Path]:
     with db.read() as session:
         live = {job.id: job.sae_id for job in session.scalars(select(Job).where(Job.state.in_(LIVE)))}
         # files of a deleted row were left on purpose if its local_path is still set
-        rows = session.execute(select(SAE.id, SAE.status, SAE.local_path))
+        rows = session.execute(select(SharedSAE.id, SharedSAE.status, SharedSAE.local_path))
         owned = {sae_id for sae_id, status, path in rows if status in ("ready", "deleted") and path is not None}
     busy = set(live.values())
     removed = []

@@ -5,11 +5,11 @@ import threading
 from collections.abc import Callable
 from functools import lru_cache
 
-from celery import Celery, shared_task
+from celery import shared_task
 from sqlalchemy.exc import OperationalError
 
 from mechint.errors import DISK_FULL_ERRNOS, MechintError, one_line
-from mechint.server.broker import QUEUE
+from mechint.server.broker import TASKS
 from mechint.server.db import Database, open_database
 from mechint.server.errors import ServiceError
 from mechint.server.jobs import (
@@ -18,7 +18,6 @@ from mechint.server.jobs import (
     Interrupted,
     LeaseLost,
     Running,
-    Wake,
     cancelled,
     claim,
     fail,
@@ -29,13 +28,6 @@ from mechint.server.storage import unstage
 
 log = logging.getLogger(__name__)
 
-NAMES = {
-    "download": "sae.download",
-    "upload": "sae.upload",
-    "publish": "sae.publish",
-    "import_training": "sae.import_training",
-    "import_file": "sae.import_file",
-}
 # Held while a job runs.
 BUSY = threading.Lock()
 # Set when this worker process is asked to end; a running job is then put back for another one.
@@ -134,45 +126,36 @@ def opened() -> tuple[Settings, Database]:
     return settings, open_database(settings)
 
 
-def sender(app: Celery) -> Wake:
-    """`send(kind, job id)`: the message that wakes a worker. Raises what the broker's client raises."""
-
-    def send(kind: str, job_id: str) -> None:
-        app.send_task(NAMES[kind], args=[job_id], queue=QUEUE, ignore_result=True, retry=False)
-
-    return send
-
-
 def _run(job_id: str) -> str:
     with BUSY:
         return "not claimed" if STOPPING.is_set() else execute(*opened(), job_id)
 
 
-@shared_task(name=NAMES["download"])
+@shared_task(name=TASKS["download"])
 def download(job_id: str) -> str:
     """From the Hub into the library."""
     return _run(job_id)
 
 
-@shared_task(name=NAMES["upload"])
+@shared_task(name=TASKS["upload"])
 def upload(job_id: str) -> str:
     """From the library to the Hub."""
     return _run(job_id)
 
 
-@shared_task(name=NAMES["publish"])
+@shared_task(name=TASKS["publish"])
 def publish(job_id: str) -> str:
     """From the library to the Hub, as a bundle."""
     return _run(job_id)
 
 
-@shared_task(name=NAMES["import_training"])
+@shared_task(name=TASKS["import_training"])
 def import_training(job_id: str) -> str:
     """From a run directory into the library."""
     return _run(job_id)
 
 
-@shared_task(name=NAMES["import_file"])
+@shared_task(name=TASKS["import_file"])
 def import_file(job_id: str) -> str:
     """From a folder of the server into the library."""
     return _run(job_id)

@@ -44,9 +44,9 @@ def exported(running: Running, output: Path) -> Path:
 
     original = sae_folder(running.settings, running.sae_id) / "original"
     with running.db.read() as session:
-        from mechint.server.models import SAE
+        from mechint.server.models import SharedSAE
 
-        row = session.get(SAE, running.sae_id)
+        row = session.get(SharedSAE, running.sae_id)
     if row is None or row.status == "deleted" or not original.is_dir():
         raise ServiceError("files_missing", f"The files of {running.sae_id} are gone", "import it again", status=409)
     try:

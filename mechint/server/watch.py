@@ -8,8 +8,9 @@ from typing import Any
 from celery.signals import after_setup_logger, worker_process_init, worker_ready, worker_shutting_down
 
 from mechint.server import broker, storage
+from mechint.server.broker import sender
 from mechint.server.jobs import reap
-from mechint.server.tasks import STOPPING, opened, sender
+from mechint.server.tasks import STOPPING, opened
 
 log = logging.getLogger(__name__)
 

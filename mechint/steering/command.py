@@ -10,6 +10,7 @@ import torch
 from mechint.config import ExtractConfig, SteerConfig
 from mechint.data import iter_texts_from_path, open_activations
 from mechint.errors import MechintError
+from mechint.inside import Inside, named_sae, open_named, reads_of
 from mechint.models import Edit, LanguageModel, load_model
 from mechint.provenance import check_output_path, write_json
 from mechint.runs import Run
@@ -30,7 +31,6 @@ from mechint.steering.extract import (
     score_direction,
 )
 from mechint.steering.steer import Steered, steer
-from mechint.subject import Subject, open_subject
 
 Note = Callable[[str], None]
 # Rows that the mean norm of a run's activations is taken over: its standard error is then about a percent.
@@ -57,6 +57,7 @@ def extract(config: ExtractConfig, *, on_note: Note = _no_note) -> Extracted:
         MechintError: an existing output, missing or empty files of prompts, a prompt in both, a latent out of range, an
             unknown model or hook, an SAE that does not fit the model.
     """
+    config = named_sae(config) if config.has_sae else config
     classes = _classes(config)
     sets = [iter_texts_from_path(path) for path in (config.positive, config.negative) if path is not None]
     name = config.name or (f"latent-{config.latent}" if config.latent is not None else "-".join(classes))
@@ -69,12 +70,12 @@ def extract(config: ExtractConfig, *, on_note: Note = _no_note) -> Extracted:
     if path.exists() and not config.overwrite:
         raise MechintError(f"{path} exists: give another --output or --name, or --overwrite to replace it")
     check_output_path(path)
-    subject, model, hook_name, prepend_bos = _place(config, on_note)
+    inside, model, hook_name, prepend_bos = _place(config, on_note)
     info: dict[str, Any] = {
         "description": config.description,
         "license": config.license,
         "source_paper": config.source_paper,
-        "source_run_id": subject.run.path.resolve().name if subject is not None and subject.run is not None else None,
+        "source_run_id": inside.run.path.resolve().name if inside is not None and inside.run is not None else None,
     }
     if config.latent is None:
         direction = direction_from_prompts(
@@ -90,10 +91,11 @@ def extract(config: ExtractConfig, *, on_note: Note = _no_note) -> Extracted:
             **info,
         )
     else:
-        assert subject is not None
-        norm = run_activation_norm(subject.run)
+        assert inside is not None
+        at_output = inside.hook_out == inside.hook_name
+        norm = run_activation_norm(inside.run) if at_output else None
         direction = direction_from_latent(
-            subject.sae, config.latent, model, hook_name, name=name, **info, mean_activation_norm=norm
+            inside.sae, config.latent, model, hook_name, name=name, **info, mean_activation_norm=norm
         )
         if sets:
             found = [
@@ -111,44 +113,33 @@ def _classes(config: ExtractConfig) -> tuple[str, str]:
     return (config.positive.stem, config.negative.stem)
 
 
-def _place(config: ExtractConfig, on_note: Note) -> tuple[Subject | None, LanguageModel, str, bool]:
+def _place(config: ExtractConfig, on_note: Note) -> tuple[Inside | None, LanguageModel, str, bool]:
     """The SAE if there is one, and the model, the hook and whether BOS is prepended."""
-    if config.run_dir is not None or config.checkpoint is not None:
-        subject = _open(config, config.processing, config.prepend_bos, on_note)
-        return subject, subject.model, subject.hook_name, subject.prepend_bos
+    if config.has_sae:
+        inside = _open(config, config.prepend_bos, on_note)
+        return inside, inside.model, inside.hook_out, inside.prepend_bos
     hook_name = config.hook_default
     model = load_model(
         config.model or "pythia-70m",
         device=config.device,
+        dtype=config.dtype or "float32",
         processing=config.processing or "raw",
         hook_name=hook_name,
     )
     return None, model, hook_name, config.prepend_bos is not False
 
 
-def _open(
-    config: ExtractConfig | SteerConfig, processing: str | None, prepend_bos: bool | None, on_note: Note
-) -> Subject:
+def _open(config: ExtractConfig | SteerConfig, prepend_bos: bool | None, on_note: Note) -> Inside:
     latent = config.latent
 
     def check(sae: SAE) -> None:
         if latent is not None:
             check_latent(sae, latent)
 
-    path = Run(config.run_dir).checkpoint_path if config.run_dir is not None else config.checkpoint
-    assert path is not None
-    subject = open_subject(
-        path,
-        model=config.model,
-        hook=config.hook,
-        processing=processing,
-        prepend_bos=prepend_bos,
-        device=config.device,
-        check=check,
-    )
-    for note in subject.notes:
+    inside = open_named(config, prepend_bos=prepend_bos, check=check)
+    for note in inside.notes:
         on_note(note)
-    return subject
+    return inside
 
 
 def run_activation_norm(run: Run | None) -> float | None:
@@ -181,21 +172,23 @@ def steer_texts(config: SteerConfig, *, on_note: Note = _no_note) -> Steering:
         MechintError: an existing output, a direction that is broken or does not fit the model, a latent out of range,
             an empty file of prompts, a prompt that is too long, settings out of range.
     """
+    config = named_sae(config) if config.latent is not None else config
     if config.output is not None:
         if config.output.exists() and not config.overwrite:
             raise MechintError(f"{config.output} exists: give another --output, or --overwrite to replace it")
         check_output_path(config.output)
     prompts = iter_texts_from_path(config.prompts_path) if config.prompts_path is not None else list(config.prompts)
     if config.latent is not None:
-        subject = _open(config, None, None, on_note)
-        model, hook_name, prepend_bos = subject.model, subject.hook_name, subject.prepend_bos
-        source: Direction | tuple[SAE, int] = (subject.sae, config.latent)
-        norm = run_activation_norm(subject.run) if config.unit == "norm" else None
-        what = {"latent": config.latent, "checkpoint": str(subject.checkpoint)}
+        inside = _open(config, None, on_note)
+        model, hook_name, prepend_bos = inside.model, inside.hook_out, inside.prepend_bos
+        reads = reads_of(inside.sae, inside.hook_name)
+        source: Direction | tuple[SAE, int] = (inside.sae, config.latent)
+        norm = run_activation_norm(inside.run) if config.unit == "norm" and reads is None else None
+        what = {"latent": config.latent, "checkpoint": str(inside.checkpoint)}
     else:
         assert config.direction is not None
         source = load_direction(config.direction)
-        model, hook_name, prepend_bos = _place_of(source, config)
+        (model, hook_name, prepend_bos), reads = _place_of(source, config), None
         norm = source.info.get("mean_activation_norm")
         what = {"direction": source.name, "sha256": source.info.get("sha256")}
     scale = 1.0
@@ -210,6 +203,7 @@ def steer_texts(config: SteerConfig, *, on_note: Note = _no_note) -> Steering:
         prompts,
         hook_name,
         edits,
+        reads=reads,
         positions=config.positions,
         prepend_bos=prepend_bos,
         max_new_tokens=config.max_new_tokens,
@@ -241,7 +235,13 @@ def _place_of(direction: Direction, config: SteerConfig) -> tuple[LanguageModel,
         if not value:
             raise MechintError(f"direction {direction.name} has no sidecar that says where it belongs: give {flag}")
     assert name is not None and hook_name is not None
-    model = load_model(name, device=config.device, processing=info.get("processing", "raw"), hook_name=hook_name)
+    model = load_model(
+        name,
+        device=config.device,
+        dtype=config.dtype or "float32",
+        processing=config.processing or info.get("processing", "raw"),
+        hook_name=hook_name,
+    )
     check_direction(direction, model, hook_name)
     return model, hook_name, bool(info.get("prepend_bos", True))
 
@@ -268,4 +268,5 @@ def edits_of(
         raise MechintError(f"latent {latent} writes nothing (its decoder row is zero): choose another")
     if mode == "add":
         return {f"add {value:g}": add_direction(row / norm, value * scale) for value in coefficients}
-    return {f"clamp {value:g}": clamp_latent(sae, latent, value * scale / norm) for value in coefficients}
+    scale *= sae.cfg.input_scale / norm
+    return {f"clamp {value:g}": clamp_latent(sae, latent, value * scale) for value in coefficients}

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, final
 
 import safetensors
-import torch
 from jaxtyping import Float
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -134,11 +133,10 @@ def load_direction(path: str | Path) -> Direction:
 
 def check_direction(direction: Direction, model: LanguageModel, hook_name: str) -> None:
     """Raise `MechintError` unless the direction fits the hook: its width, and the processing it was made in."""
-    hooked = model.activations(torch.zeros(1, 2, dtype=torch.int64), hook_name)
-    if hooked.ndim != 3 or hooked.shape[-1] != direction.d_in:
+    if (width := model.hook_width(hook_name)) != direction.d_in:
         raise MechintError(
             f"direction {direction.name} is {direction.d_in} wide, but {hook_name} of {model.name} is"
-            f" {hooked.shape[-1]} wide: give the model and the hook that it was extracted from"
+            f" {width} wide: give the model and the hook that it was extracted from"
         )
     processing = direction.info.get("processing")
     if processing is not None and processing != model.processing:

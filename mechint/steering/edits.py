@@ -1,5 +1,6 @@
 """What steering does to the hook's value `x`: add along a direction, project it out, or clamp it; the same for a
-latent's own activation. Every edit acts on each position by itself and computes in float32."""
+latent's own activation. Every edit acts on each position by itself and computes in float32. Edits of a latent take
+what the SAE reads as a second argument where that is another hook's value, as a transcoder's is."""
 
 import torch
 from jaxtyping import Float
@@ -13,7 +14,7 @@ from mechint.steering.extract import check_latent
 def add_direction(vector: Float[Tensor, " d_in"], amount: float) -> Edit:
     """x + amount * vector; `amount` in activation units for a unit vector."""
 
-    def edit(x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+    def edit(x: Float[Tensor, "*batch d_in"], *read: Tensor) -> Float[Tensor, "*batch d_in"]:
         return (x.float() + amount * vector.to(x.device)).to(x)
 
     return edit
@@ -22,7 +23,7 @@ def add_direction(vector: Float[Tensor, " d_in"], amount: float) -> Edit:
 def clamp_direction(vector: Float[Tensor, " d_in"], value: float) -> Edit:
     """x + (value - x . vector) * vector for a unit vector: the projection becomes `value`, the rest stays."""
 
-    def edit(x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+    def edit(x: Float[Tensor, "*batch d_in"], *read: Tensor) -> Float[Tensor, "*batch d_in"]:
         wide, along = x.float(), vector.to(x.device)
         return (wide + (value - wide @ along)[..., None] * along).to(x)
 
@@ -42,11 +43,14 @@ def clamp_latent(sae: SAE, latent: int, value: float) -> Edit:
     """
     check_latent(sae, latent)
 
-    def edit(x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        wide = x.to(sae.W_enc)
-        acts = sae.encode(wide.reshape(-1, wide.shape[-1]))[:, latent].reshape(wide.shape[:-1])
+    def edit(
+        x: Float[Tensor, "*batch d_out"], read: Float[Tensor, "*batch d_in"] | None = None
+    ) -> Float[Tensor, "*batch d_out"]:
+        wide = (x if read is None else read).to(sae.W_enc)
+        acts = sae.encode(wide.reshape(-1, wide.shape[-1]))[:, latent, None]
         with torch.no_grad():
-            return (wide + (value - acts)[..., None] * sae.W_dec[latent]).to(x)
+            change = ((value - acts) * sae.output_scale()).reshape(*wide.shape[:-1], 1)
+            return (x.to(sae.W_enc) + change * sae.W_dec[latent]).to(x)
 
     return edit
 

@@ -48,6 +48,7 @@ def next_log_probs(
     hook_name: str,
     edits: Sequence[Edit | None],
     *,
+    reads: str | None = None,
     positions: Positions = "all",
     prepend_bos: bool = True,
 ) -> Float[Tensor, "n_edits d_vocab"]:
@@ -60,7 +61,8 @@ def next_log_probs(
     (tokens,) = _tokenize(model, [prompt], prepend_bos)
     begin = first_position(positions, len(tokens), prepend_bos=prepend_bos)
     rows = torch.tensor([tokens] * len(edits))
-    return model.logits_with(rows, hook_name, edit_rows(edits, begin))[:, -1].float().log_softmax(-1).cpu()
+    logits = model.logits_with(rows, hook_name, edit_rows(edits, begin), reads=reads)
+    return logits[:, -1].float().log_softmax(-1).cpu()
 
 
 def steer(
@@ -69,6 +71,7 @@ def steer(
     hook_name: str,
     edits: Mapping[str, Edit],
     *,
+    reads: str | None = None,
     positions: Positions = "all",
     prepend_bos: bool = True,
     max_new_tokens: int = 40,
@@ -77,6 +80,8 @@ def steer(
     seed: int = 0,
 ) -> list[list[Steered]]:
     """For each prompt the continuation without an edit, then one for each of the named edits, all with one seed.
+
+    `hook_name` is edited; `reads` names an earlier hook whose value the edits are given too (a transcoder's latents).
 
     Raises:
         MechintError: no prompt, one without tokens, one too long for the model, an unknown hook, settings out of range.
@@ -93,13 +98,16 @@ def steer(
             tokens,
             max_new_tokens=max_new_tokens,
             hook_name=hook_name,
+            reads=reads,
             edits=changes,
             first_position=first_position(positions, len(tokens), prepend_bos=prepend_bos),
             temperature=temperature,
             top_k=top_k,
             seed=seed,
         )
-        log_probs = next_log_probs(model, prompt, hook_name, changes, positions=positions, prepend_bos=prepend_bos)
+        log_probs = next_log_probs(
+            model, prompt, hook_name, changes, reads=reads, positions=positions, prepend_bos=prepend_bos
+        )
         kl = F.kl_div(log_probs.double(), log_probs[:1].double(), log_target=True, reduction="none").sum(-1)
         found.append(
             [

@@ -23,11 +23,12 @@ from mechint.runs import Run
 from mechint.sae import build_sae
 from mechint.train.feed import Feed
 from mechint.train.layout import Layout, layout_of, legacy_layout, make_layout, run_layout
-from mechint.train.parallel import Team, join, make_team
+from mechint.train.parallel import Team
 from mechint.train.plan import check_memory
 from mechint.train.resolve import resolve, split
 from mechint.train.signals import Stopped, stop_signals
 from mechint.train.state import has_state
+from mechint.train.team import join, make_team
 from mechint.train.training import Training, advance, finish, prepare, save, write_state
 
 # Seconds between refreshes of the progress bar: reading a loss off an accelerator makes it wait.

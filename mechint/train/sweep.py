@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mechint.config import EvalConfig, SAETrainConfig, SweepConfig
 from mechint.data.store import Activations, open_activations
 from mechint.errors import MechintError
-from mechint.eval.checkpoint import find_target, prepare_language
+from mechint.eval.checkpoint import prepare_language
 from mechint.eval.language import language_metrics_of
 from mechint.eval.reconstruction import row_batches
 from mechint.provenance import read_json, timestamp_slug, write_json
@@ -198,10 +198,11 @@ def _measure_group(members: list[Member], activations: Activations, n_texts: int
     with warnings.catch_warnings():  # activations that do not say how they were made have no tokens either
         warnings.simplefilter("ignore")
         sae = load_sae(checkpoints[0], device=device)
-    spliced, note = prepare_language(asked, find_target(asked), sae, activations, val_indices, None, device)
+    spliced, notes = prepare_language(asked, checkpoints[0], sae, activations, val_indices, None)
+    note = "; ".join(notes) or None
     if spliced is None:
         return note
-    model, texts, hook_name = spliced
+    inside, texts = spliced
     total, n_rows = torch.zeros(activations.d_in, dtype=torch.float64), 0
     for x in row_batches(activations, train_indices, first.config.eval_batch_size):
         total += x.double().sum(dim=0)
@@ -210,7 +211,7 @@ def _measure_group(members: list[Member], activations: Activations, n_texts: int
     for begin in range(0, len(members), SPLICED_AT_ONCE):
         part = slice(begin, begin + SPLICED_AT_ONCE)
         saes = [load_sae(path, device=device) for path in checkpoints[part]]
-        found = language_metrics_of(saes, model, texts, mean, hook_name, progress=progress)
+        found = language_metrics_of(saes, inside.model, texts, mean, inside.hook_name, progress=progress)
         for member, values in zip(members[part], found, strict=True):
-            write_json(member.path / LANGUAGE_JSON, {**values, "model_name": model.name})
+            write_json(member.path / LANGUAGE_JSON, {**values, "model_name": inside.model.name})
     return note

@@ -13,6 +13,7 @@ from typing import IO, Any
 from mechint.config import SAETrainConfig
 from mechint.config.sweep import AXES
 from mechint.errors import MechintError, nearest
+from mechint.locks import lock
 from mechint.provenance import get_git_commit, make_dir, read_json, write_json, write_text
 from mechint.runs import Run
 from mechint.train.layout import Layout, run_layout
@@ -73,15 +74,9 @@ class Member:
         """
         make_dir(self.path.parent / LOCKS)
         file = open(self.path.parent / LOCKS / self.name, "w")  # noqa: SIM115  (held beyond this call)
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if lock(file.fileno()) is False:
             file.close()
             return None
-        except (ImportError, OSError):
-            pass
         return file
 
     def fail(self, error: str) -> None:

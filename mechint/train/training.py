@@ -28,9 +28,10 @@ from mechint.sae.init import centre, fit_encoder, input_scale, set_density, tie_
 from mechint.train.dead import dead_latents, resample
 from mechint.train.layout import Layout
 from mechint.train.log import MetricsLog
-from mechint.train.parallel import Team, describe
+from mechint.train.parallel import Team
 from mechint.train.schedule import learning_rate_at, penalty_weight, sparsity_at
 from mechint.train.state import TrainState, load_state, save_state
+from mechint.train.team import describe
 
 # Training rows, evenly spaced, that decide where training starts and how inputs are scaled.
 SAMPLE_ROWS = 65_536
@@ -42,7 +43,7 @@ OF_FREQUENCY = ("dense_features", "dense_fraction", "features_over_1_percent")
 # What the SAE's own record says of the activations it was trained on, as it is only valid on such: what the config has,
 # and what only the activations can say. What nobody knows is left out.
 IDENTITY_KEYS = ("model_name", "model_source", "hook_name", "processing", "prepend_bos", "dataset_name")
-ACTIVATION_KEYS = ("model_revision", "model_sha256", "keep_bos", "context_size")
+ACTIVATION_KEYS = ("model_revision", "model_sha256", "tokenizer_sha256", "d_vocab", "dtype", "keep_bos", "context_size")
 
 
 @dataclass

@@ -28,7 +28,7 @@ from mechint.server import features, library
 from mechint.server.errors import ServiceError, sae_not_found
 from mechint.server.events import UPLOADS
 from mechint.server.features import run_folder
-from mechint.server.models import FORMATS, SAE, SOURCES, STATUSES, Job
+from mechint.server.models import FORMATS, SOURCES, STATUSES, Job, SharedSAE
 from mechint.server.panel import runs
 from mechint.server.panel.render import neuronpedia_page, number, page, render
 from mechint.server.routes.compare import compare as compare_api
@@ -242,7 +242,7 @@ def sae_page(sae_id: str, request: Request, service: ServiceOf) -> HTMLResponse:
     )
 
 
-def _row(service: ServiceOf, sae_id: str) -> tuple[SAE, Job | None]:
+def _row(service: ServiceOf, sae_id: str) -> tuple[SharedSAE, Job | None]:
     """An SAE and its live job."""
     if not sae_id.isascii() or not sae_id.replace("_", "").isalnum():
         raise sae_not_found(sae_id[:60])

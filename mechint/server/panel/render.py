@@ -18,7 +18,7 @@ from mechint.errors import MechintError, one_line
 from mechint.server.errors import ServiceError
 from mechint.server.features import NEURONPEDIA
 from mechint.server.jobs import DOWNLOADS, status_of
-from mechint.server.models import SAE, Job
+from mechint.server.models import Job, SharedSAE
 from mechint.server.security import Keys, session_cookie
 
 # Pages load nothing of another site, and nothing inline: text of a stranger's file can neither run nor style them.
@@ -73,7 +73,7 @@ def shade(value: float, top: float) -> int:
     return 0 if value <= 0 or top <= 0 else max(1, min(N_SHADES, round(N_SHADES * value / top)))
 
 
-def place(sae: SAE) -> str:
+def place(sae: SharedSAE) -> str:
     """`gpt2, layer 6, residual`: what it reads, as far as that is known."""
     layer = f"layer {sae.layer}" if sae.layer is not None else None
     return ", ".join(part for part in (sae.model_name, layer, sae.hook_type) if part)
@@ -86,7 +86,7 @@ def progress_text(job: Job) -> str:
     return f"{job.message} \u00b7 {size(job.bytes_done)} of {size(job.bytes_total)}"
 
 
-def work(sae: SAE, job: Job | None) -> dict[str, Any] | None:
+def work(sae: SharedSAE, job: Job | None) -> dict[str, Any] | None:
     """What is being done with an SAE: status, progress and text of its row; None if nothing is."""
     if job is not None:
         channel = "download" if job.kind in DOWNLOADS else "upload"
@@ -101,7 +101,7 @@ def work(sae: SAE, job: Job | None) -> dict[str, Any] | None:
     return None
 
 
-def neuronpedia_page(sae: SAE) -> str | None:
+def neuronpedia_page(sae: SharedSAE) -> str | None:
     """The SAE's page on Neuronpedia, where its files name one."""
     named = ((sae.sae_metadata or {}).get("file_metadata") or {}).get("neuronpedia_id")
     return f"{NEURONPEDIA}/{quote(named.strip('/'))}" if isinstance(named, str) and "/" in named else None

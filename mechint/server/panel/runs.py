@@ -7,7 +7,7 @@ from mechint.server import library
 from mechint.server.errors import ServiceError
 from mechint.server.importing import SWEEP_JSON, Trained, trained
 from mechint.server.library import Service
-from mechint.server.models import SAE
+from mechint.server.models import SharedSAE
 
 MAX_LISTED = 10_000  # SAEs of the library that came from runs
 
@@ -18,7 +18,7 @@ class RunOf(NamedTuple):
     training_id: str
     is_sweep: bool
     modified: float
-    saes: list[tuple[Trained, SAE | None]]
+    saes: list[tuple[Trained, SharedSAE | None]]
 
     @property
     def open(self) -> list[Trained]:

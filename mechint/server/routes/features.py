@@ -8,14 +8,14 @@ from mechint.server import features, library
 from mechint.server.answers import FeatureDetail, FeatureList
 from mechint.server.errors import not_ready
 from mechint.server.library import Service
-from mechint.server.models import SAE
+from mechint.server.models import SharedSAE
 from mechint.server.routes.shared import SaeIdOf, ServiceOf, errors
 from mechint.server.schemas import FeatureSort, Order
 
 router = APIRouter(tags=["features"])
 
 
-def ready_sae(service: Service, sae_id: str) -> SAE:
+def ready_sae(service: Service, sae_id: str) -> SharedSAE:
     """The row of an SAE whose files are there. Raises `ServiceError`."""
     with service.db.read() as session:
         row = library.get_sae(session, sae_id)
