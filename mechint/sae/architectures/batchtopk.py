@@ -28,6 +28,7 @@ class BatchSelecting(SAE):
     aux_relu = True
     has_penalty = False
     shardable = True
+    latent_counts = ("k",)
     cut_mean: Tensor
     cut_weight: Tensor
 
@@ -40,6 +41,10 @@ class BatchSelecting(SAE):
         self.register_buffer("cut_mean", torch.zeros((), dtype=torch.float64))
         self.register_buffer("cut_weight", torch.zeros((), dtype=torch.float64))
         self.last_cut: Tensor | None = None  # of the batch that the next `constrain` belongs to
+
+    @property
+    def looks_across_rows(self) -> bool:
+        return True
 
     def select(self, pre: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
         """ReLU of the entries that stay; remembers their cut in `last_cut`."""

@@ -27,6 +27,7 @@ class GatedSAE(SAE):
     saved_tensors = ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag")
     has_l1 = True
     shardable = True
+    latents_are_independent = True
 
     def __init__(self, d_in: int, d_sae: int, *, generator: torch.Generator | None = None):
         super().__init__(d_in, d_sae, generator=generator)

@@ -68,6 +68,8 @@ class JumpReLUSAE(SAE):
 
     architecture = "jumprelu"
     shardable = True
+    latents_are_independent = True
+    latent_counts = ("target_l0",)
     saved_tensors = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
     options = {
         "penalty": "step",
@@ -110,6 +112,14 @@ class JumpReLUSAE(SAE):
         self.target_l0, self.tanh_scale = target_l0, tanh_scale
         self.ste_to_input, self.pre_act_coefficient = ste_to_input, pre_act_coefficient
         self.threshold = nn.Parameter(torch.full((d_sae,), init_threshold))
+
+    @property
+    def looks_across_rows(self) -> bool:
+        return self.penalty == "quadratic"
+
+    @property
+    def wants_dead(self) -> bool:
+        return self.pre_act_coefficient > 0
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         pre = self.pre_activations(x)

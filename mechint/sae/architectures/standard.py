@@ -33,6 +33,7 @@ class SparseAutoEncoder(SAE):
     options = {"saturation": 0.0}
     has_l1 = True
     shardable = True
+    latents_are_independent = True
 
     def __init__(
         self,
