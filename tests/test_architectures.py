@@ -423,3 +423,20 @@ def test_dead_means_silent_for_that_many_vectors():
     # before step 10, with 100 vectors a step: silent for 1000, 900, 200 and 0 vectors
     assert dead_latents(last_fired, 10, batch_size=100, dead_after=900).tolist() == [True, True, False, False]
     assert dead_latents(last_fired, 10, batch_size=100, dead_after=901).tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("architecture", [name for name in NAMES if ARCHITECTURES[name].latents_are_independent])
+def test_independent_latents_can_be_encoded_alone(architecture: str):
+    """`only` shares the memory, and gives the columns of `encode`."""
+    sae, x = make(architecture), batch()
+    part = sae.only(slice(3, 5))
+    assert part.d_sae == 2 and part.W_dec.data_ptr() == sae.W_dec[3:].data_ptr()
+    torch.testing.assert_close(part.encode(x), sae.encode(x)[:, 3:5], rtol=1e-5, atol=1e-6)
+    assert sae.W_enc.shape == (D_IN, D_SAE)
+
+
+def test_a_config_of_an_earlier_preset_is_read():
+    """`--preset mechint` once set standard's saturation for every architecture, and config.json holds it."""
+    old = {"preset": "mechint", "architecture": "topk", "saturation": 1.0}
+    assert "saturation" not in SAETrainConfig.from_dict(old).architecture_options
+    assert SAETrainConfig.from_dict(old | {"architecture": "standard"}).architecture_options == {"saturation": 1.0}

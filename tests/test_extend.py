@@ -25,9 +25,10 @@ def copy_with(example: str, place: str, tmp_path: Path) -> Run:
     blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     (code,) = [block for block in blocks if example in block.splitlines()[0]]
     ignore = shutil.ignore_patterns("__pycache__")
-    for folder in ("mechint", "tests"):
+    for folder in ("mechint", "tests", "docs", "scripts", "benchmarks"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for file in ("pyproject.toml", "README.md", "train.py", "sae.py"):
+        shutil.copy(ROOT / file, tmp_path)
     (tmp_path / place).write_text(code, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
 
@@ -45,9 +46,15 @@ def copy_with(example: str, place: str, tmp_path: Path) -> Run:
 def test_the_example_of_the_page_is_an_architecture(tmp_path: Path):
     """The common tests find it and hold."""
     run = copy_with("GroupMax", "mechint/sae/architectures/groupmax.py", tmp_path)
-    chosen = ["tests/test_architectures.py", "tests/test_engine.py", "-k", "groupmax", "-p", "no:cacheprovider"]
-    out = run("pytest", "-q", *chosen)
-    assert int(re.findall(r"(\d+) passed", out)[0]) >= 12
+    # all tests that go through the architectures there are, and those of the house, which nobody has to tell of it
+    asks = re.compile(r"architecture_names\(\)|(from|import).*\bARCHITECTURES\b")
+    found = sorted(path for path in (tmp_path / "tests").glob("test_*.py") if asks.search(path.read_text()))
+    files = [str(path.relative_to(tmp_path)) for path in found if path.name != Path(__file__).name]
+    assert {"tests/test_architectures.py", "tests/test_engine.py"} < set(files)
+    quiet = ("-q", "-p", "no:cacheprovider", "-m", "slow or not slow")
+    out = run("pytest", *quiet, *files, "-k", "groupmax")
+    assert int(re.findall(r"(\d+) passed", out)[0]) >= 20
+    run("pytest", *quiet, "tests/test_layers.py", "tests/test_cli.py", "-k", "layers or reference or map")
     run("mechint", "train", "--help")
     (tmp_path / "make.py").write_text("import torch; torch.save(torch.randn(900, 16), 'acts.pt')")
     subprocess.run([sys.executable, "make.py"], cwd=tmp_path, check=True)

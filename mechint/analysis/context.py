@@ -92,7 +92,7 @@ def latent_values(
         return values
     if int(latents.min()) < 0 or int(latents.max()) >= sae.d_sae:
         raise MechintError(f"latents must lie between 0 and {sae.d_sae - 1}")
-    if sae.architecture not in ("standard", "jumprelu", "gated"):
+    if not sae.latents_are_independent:
         return _from_entries(sae, activations, latents, rows)
     with torch.inference_mode():
         order = latents.argsort(stable=True)
@@ -102,8 +102,7 @@ def latent_values(
             here = order[start : start + count]
             start += count
             x = activations.rows(rows[here]).to(sae.W_enc.device)
-            u = (x - sae.b_dec) @ sae.W_enc[:, latent]
-            values[here] = _one_latent(sae, u, latent).float().cpu()
+            values[here] = sae.only(slice(latent, latent + 1)).encode(x)[:, 0].float().cpu()
     return values
 
 
@@ -127,15 +126,6 @@ def _from_entries(
             hit[hit] = found[at[hit]] == keys[here][hit]
             values[order[here][hit]] = value[at[hit]]
     return torch.from_numpy(values)
-
-
-def _one_latent(sae: SAE, u: Float[Tensor, " n"], latent: int) -> Float[Tensor, " n"]:
-    """`encode` of one latent from its product with the centred activations."""
-    if sae.architecture == "gated":
-        gate, mag, gain = (sae.get_parameter(name)[latent] for name in ("b_gate", "b_mag", "r_mag"))
-        return (u + gate > 0) * (u * gain.exp() + mag).relu()
-    pre = u + sae.b_enc[latent]
-    return pre.relu() if sae.architecture == "standard" else pre * (pre > sae.get_parameter("threshold")[latent])
 
 
 def highlight_text(tokens: Sequence[str], center: int) -> str:

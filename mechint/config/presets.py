@@ -31,6 +31,7 @@ _MECHINT: dict[str, Any] = {
 # What `mechint` changes for an architecture (docs/log.md). At a constant 7e-3 latents of the topk family die late, and
 # the more the larger k is beside d_in; a decay that begins earlier keeps them, at the same FVU.
 _MECHINT_BY_ARCHITECTURE: dict[str, dict[str, Any]] = {
+    "standard": {"saturation": 1.0},
     "topk": {"decay_share": 0.6},
     "batchtopk": {"decay_share": 0.8},
     "matryoshka_batchtopk": {"learning_rate": 3e-3, "decay_share": 0.8},
@@ -47,7 +48,6 @@ TRAIN_PRESETS: dict[str, dict[str, Any]] = {
         **_MECHINT,
         "l1_reduction": "sum",
         "l1_lambda": 0.6,
-        "saturation": 1.0,
         "lambda_warmup_steps": 0.1,
     },
     # `mechint` with topk chosen.
@@ -130,5 +130,13 @@ TRAIN_PRESETS: dict[str, dict[str, Any]] = {
 def preset_values(name: str, architecture: str | None) -> dict[str, Any]:
     """The settings of a preset for an architecture; None stands for the preset's own, or standard."""
     values = TRAIN_PRESETS[name]
-    own = _MECHINT_BY_ARCHITECTURE.get(architecture or "", {}) if name == "mechint" else {}
+    own = _MECHINT_BY_ARCHITECTURE.get(architecture or "standard", {}) if name == "mechint" else {}
     return values | own
+
+
+def of_others(name: str, architecture: str | None) -> dict[str, Any]:
+    """What a preset sets for other architectures only. Files of earlier versions may hold it for this one too."""
+    everything: dict[str, Any] = {}
+    for other in _MECHINT_BY_ARCHITECTURE:
+        everything |= preset_values(name, other)
+    return {key: everything[key] for key in everything.keys() - preset_values(name, architecture).keys()}

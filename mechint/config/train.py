@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from tyro.conf import arg
 
 from mechint.config.base import DEFAULT_HOOK, Config, Processing, Unsaid, UnsaidInt, check_run_name, require
-from mechint.config.presets import ORIGINAL_KEYS, TRAIN_PRESETS, preset_values
+from mechint.config.presets import ORIGINAL_KEYS, TRAIN_PRESETS, of_others, preset_values
 from mechint.errors import MechintError, nearest
 
 Preset = Literal[
@@ -212,7 +212,9 @@ class SAETrainConfig(Config):
         if not isinstance(preset, str) or preset not in TRAIN_PRESETS:
             raise MechintError(f"{source}: unknown preset {preset!r}; {nearest(str(preset), TRAIN_PRESETS)}")
         architecture = values.get("architecture")
-        own = preset_values(preset, architecture if isinstance(architecture, str) else None)
+        architecture = architecture if isinstance(architecture, str) else None
+        own, others = preset_values(preset, architecture), of_others(preset, architecture)
+        values = {key: value for key, value in values.items() if key not in others or value != others[key]}
         return super().from_dict({**own, "preset": preset, **values}, source=source)
 
     @classmethod
@@ -291,8 +293,6 @@ class SAETrainConfig(Config):
     def architecture_options(self) -> dict[str, Any]:
         """What the architecture's class is made with, beside the widths."""
         given = {name: getattr(self, name) for name in ARCHITECTURE_OPTIONS if getattr(self, name) is not None}
-        if self.preset == "mechint" and self.architecture != "standard":
-            given.pop("saturation", None)  # that preset is for every architecture, and only this one has it
         return given | dict(word.split("=", 1) for word in self.option)
 
     def check_width(self) -> None:

@@ -141,6 +141,8 @@ class SAE(Hooked, ABC):
     options: ClassVar[dict[str, Any]] = {}
     # Parameters `[d_sae]`, and what they start at.
     latent_vectors: ClassVar[dict[str, float]] = {"b_enc": 0.0}
+    # Those options that are numbers of latents, or tuples of them: a smaller SAE of the same kind has smaller ones.
+    latent_counts: ClassVar[tuple[str, ...]] = ()
     # What its file holds, parameters and options; no two architectures hold the same, so that a checkpoint.pt alone
     # says what it is. Empty: never saved as such (its `saved_form` is another architecture).
     saved_tensors: ClassVar[tuple[str, ...]] = ()
@@ -156,6 +158,8 @@ class SAE(Hooked, ABC):
     # Whether loss and encode ask `peers` wherever they sum over latents or choose between them, so that processes can
     # have a share of the latents each.
     shardable: ClassVar[bool] = False
+    # Whether what a latent is depends on no other latent, so that `only` gives what `encode` gives.
+    latents_are_independent: ClassVar[bool] = False
 
     # The processes that share a training step; while they share the latents, parameters hold this process's only.
     peers: Peers = ALONE
@@ -585,6 +589,39 @@ class SAE(Hooked, ABC):
     @abstractmethod
     def loss(self, x: Float[Tensor, "batch d_in"], objective: Objective) -> Loss:
         """The terms that training minimises on a batch, differentiable."""
+
+    @property
+    def looks_across_rows(self) -> bool:
+        """Whether the loss of a row depends on the batch's other rows, so that processes that share one ask `peers`."""
+        return False
+
+    @property
+    def wants_dead(self) -> bool:
+        """Whether its own loss has a term over dead latents, so that `Objective.dead` has to name them."""
+        return False
+
+    def step_widths(self, seed: int, step: int) -> tuple[int, ...] | None:
+        """`Objective.widths` of a step, a function of (seed, step); None where nothing is drawn."""
+        return None
+
+    @staticmethod
+    def latent_dim(name: str, tensor: Tensor) -> int | None:
+        """The dimension of a parameter or buffer that counts latents; None for what all latents share."""
+        if name in ("b_dec", "W_skip") or tensor.ndim == 0:
+            return None
+        return 1 if name == "W_enc" else 0
+
+    def only(self, latents: slice) -> "SAE":
+        """The SAE of these latents alone, over the same memory; to encode with, where `latents_are_independent`."""
+        part = copy.copy(self)
+        part._parameters = {}
+        for name, parameter in self._parameters.items():
+            if parameter is not None:
+                dim = self.latent_dim(name, parameter)
+                own = parameter if dim is None else parameter[:, latents] if dim else parameter[latents]
+                part._parameters[name] = own  # type: ignore[assignment]
+        part.cfg = dataclasses.replace(self.cfg, d_sae=len(range(self.d_sae)[latents]))
+        return part
 
     def penalty_scale(self) -> Float[Tensor, " d_sae"] | None:
         """Norms of the decoder rows where they are free, None where they are all 1."""

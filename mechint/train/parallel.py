@@ -20,7 +20,6 @@ from mechint.data.ranks import Ranks
 from mechint.errors import MechintError
 from mechint.kernels import Kernel, Pass, StepResult, StepSettings
 from mechint.sae import SAE, Objective
-from mechint.sae.architectures.batchtopk import BatchSelecting
 from mechint.sae.peers import ALONE, Peers, Top
 from mechint.train.state import TrainState
 
@@ -108,7 +107,7 @@ class DataTeam(Team):
 
     def kernel(self, sae: SAE, name: str, make: Callable[[str], Kernel]) -> Kernel:
         kernel = make(name)
-        if looks_across_rows(sae) and kernel.name != "dense":
+        if sae.looks_across_rows and kernel.name != "dense":
             if name != "auto":
                 raise MechintError(
                     f"--kernel {name} cannot train {sae.architecture} in several processes: use --kernel auto"
@@ -188,11 +187,6 @@ class SharedKernel:
         if not torch.isfinite(result.terms["loss"]):
             return StepResult(*result, torch.full_like(result.terms["loss"], torch.nan))
         return StepResult(*result, self.update(settings.lr, settings.max_grad_norm))
-
-
-def looks_across_rows(sae: SAE) -> bool:
-    """Whether the loss of a row depends on the batch's other rows, so that a kernel has to ask `sae.peers`."""
-    return isinstance(sae, BatchSelecting) or getattr(sae, "penalty", None) == "quadratic"
 
 
 def top_of_all(ranks: Ranks, scores: Shaped[Tensor, "*rows n"], k: int, width: int) -> Top:

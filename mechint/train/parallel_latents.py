@@ -113,7 +113,7 @@ class LatentTeam(Team):
         return whole
 
     def check(self, state: TrainState) -> None:
-        same = {name: t for name, t in state.sae.state_dict().items() if _latent_dim(name, t) is None}
+        same = {name: t for name, t in state.sae.state_dict().items() if SAE.latent_dim(name, t) is None}
         check_same(self.ranks, state, same)
 
     def evaluates_on(self, device: str | None, whole: SAE) -> str | None:
@@ -140,14 +140,14 @@ class LatentTeam(Team):
 
     def _share(self, name: str, tensor: Tensor) -> Tensor:
         """This process's part of a tensor of the whole SAE."""
-        dim = _latent_dim(name, tensor)
+        dim = SAE.latent_dim(name, tensor)
         if dim is None:
             return tensor.clone()
         return tensor.narrow(dim, self._latents.span.start, self._latents.share).clone()
 
     def _gather(self, name: str, tensor: Tensor) -> Tensor | None:
         """A tensor of the whole SAE from the parts, in rank 0's main memory."""
-        dim, own = _latent_dim(name, tensor), tensor.detach().cpu()
+        dim, own = SAE.latent_dim(name, tensor), tensor.detach().cpu()
         if dim is None:
             return own.clone()
         parts = self.ranks.gather(own.t() if dim else own)
@@ -222,7 +222,7 @@ class LatentPeers(Peers):
         for name, parameter in module.named_parameters():
             if parameter.grad is not None:
                 square = torch.linalg.vector_norm(parameter.grad).square()
-                (common if _latent_dim(name, parameter) is None else own).append(square)
+                (common if SAE.latent_dim(name, parameter) is None else own).append(square)
         total = self.ranks.all_reduce(torch.stack(own).sum())
         return (total + sum(common)).sqrt()
 
@@ -250,13 +250,6 @@ class _Shared(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return ctx.ranks.all_reduce(grads[0].contiguous().clone()), None
-
-
-def _latent_dim(name: str, tensor: Tensor) -> int | None:
-    """The dimension of a parameter or buffer that counts latents; None for what all latents share."""
-    if name == "b_dec" or tensor.ndim == 0:
-        return None
-    return 1 if name == "W_enc" else 0
 
 
 def _moments(state: TrainState) -> dict[str, dict[str, Tensor]]:

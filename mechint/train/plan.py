@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mechint.config import SAETrainConfig
 from mechint.data.store import Activations
 from mechint.errors import MechintError
+from mechint.sae import build_sae
 from mechint.train.plan_available import available_memory, resident_memory
 from mechint.train.plan_memory import EXPECTED_DEAD, FLOAT, Memory, kernel_name, predict_memory
 from mechint.train.plan_time import Speed, fall_steps, measure_speed
@@ -253,10 +256,12 @@ def predict_disk(config: SAETrainConfig) -> Disk:
 
     The state of step 0 has no moments of Adam yet.
     """
-    vectors = {"gated": 3, "jumprelu": 2, "batchtopk": 2, "matryoshka_batchtopk": 2}.get(config.architecture, 1)
-    d_in, d_sae = config.activation_dim, config.num_features
-    weights = FLOAT * (2 * d_in * d_sae + vectors * d_sae + d_in)
-    state = 3 * weights + 8 * d_sae
+    with torch.device("meta"):
+        sae = build_sae(
+            config.architecture, config.activation_dim, config.num_features, options=config.architecture_options
+        )
+        weights = FLOAT * sae.saved_form().num_params
+    state = 3 * weights + 8 * config.num_features
     small = 40_000 + 300 * (config.steps // config.log_every if config.log_every else 10)
     states = [weights, *[state] * ((config.steps - 1) // config.save_every)] if config.save_every else []
     states.append(state)

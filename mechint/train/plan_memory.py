@@ -281,13 +281,13 @@ def density_bytes(config: SAETrainConfig, n_sample: int) -> int:
 
 def scaled_options(config: SAETrainConfig, shrink: float) -> dict[str, Any]:
     """The architecture's settings, numbers of latents made smaller with the dictionary."""
-    defaults = find_architecture(config.architecture).options
-    options = {name: defaults[name] for name in ("k",) if name in defaults} | config.architecture_options
-    for name in ("k", "target_l0"):
-        if options.get(name) is not None:
-            options[name] = float(max(1, round(float(options[name]) / shrink)))
-    if options.get("widths"):
-        options["widths"] = tuple(sorted({max(1, round(width / shrink)) for width in options["widths"]}))
+    cls, options = find_architecture(config.architecture), config.architecture_options
+    for name in cls.latent_counts:
+        value = options.get(name, cls.options[name])
+        if isinstance(value, tuple):
+            options[name] = tuple(sorted({max(1, round(width / shrink)) for width in value}))
+        elif value is not None:
+            options[name] = float(max(1, round(float(value) / shrink)))
     return options
 
 
@@ -296,7 +296,7 @@ def miniature_objective(config: SAETrainConfig, sae: SAE, expected_dead: float, 
     seen_enough = config.steps * config.batch_size >= config.dead_after
     dead = torch.arange(sae.d_sae) < expected_dead * sae.d_sae
     revives = config.revive == "auxk" and seen_enough
-    wants_dead = revives or bool(getattr(sae, "pre_act_coefficient", 0))
+    wants_dead = revives or sae.wants_dead
     k_aux = config.k_aux or max(1, config.activation_dim // 2)
     return Objective(
         sparsity=1.0,

@@ -27,6 +27,7 @@ from mechint.eval.reconstruction import MAX_BLOCK_ELEMENTS
 from mechint.eval.sums import ReconstructionSums
 from mechint.kernels import Kernel, StepSettings, make_kernel
 from mechint.sae import SAE, Objective, build_sae
+from mechint.sae.base import find_architecture
 from mechint.sae.init import set_density, tie_encoder
 from mechint.train.plan_memory import FLOAT, miniature_objective
 from mechint.train.training import SAMPLE_ROWS, initialise, make_optimizer
@@ -162,11 +163,12 @@ def _wanted_l0(config: SAETrainConfig, expected_l0: float | None) -> float:
 
 
 def _narrowed(small: SAETrainConfig, config: SAETrainConfig) -> dict[str, object]:
-    options = dict(small.architecture_options)
+    options = small.architecture_options
     if small.num_features != config.num_features:
-        options.pop("widths", None)
-        if options.get("k"):
-            options["k"] = min(float(options["k"]), small.num_features)
+        for name in find_architecture(small.architecture).latent_counts:
+            value = options.pop(name, None)
+            if value is not None and not isinstance(value, tuple):
+                options[name] = min(float(value), small.num_features)
     return options
 
 

@@ -23,7 +23,6 @@ from mechint.kernels import Kernel, StepResult, StepSettings, make_kernel
 from mechint.provenance import get_git_commit, set_global_seed, write_json
 from mechint.runs import write_manifest
 from mechint.sae import SAE, Objective, build_sae, save_checkpoint
-from mechint.sae.architectures.matryoshka_batchtopk import draw_widths
 from mechint.sae.init import centre, fit_encoder, input_scale, set_density, tie_encoder
 from mechint.train.dead import dead_latents, resample
 from mechint.train.layout import Layout
@@ -201,14 +200,13 @@ def make_objective(training: Training, lam: float) -> Objective:
     """What the current step minimises."""
     config, state = training.config, training.state
     sae, step = state.sae, state.step
-    wants_dead = config.revive == "auxk" or getattr(sae, "pre_act_coefficient", 0)
-    prefixes = getattr(sae, "prefixes", 0)
+    wants_dead = config.revive == "auxk" or sae.wants_dead
     return Objective(
         sparsity=penalty_weight(config, lam, has_l1=sae.has_l1),
         dead=_dead(training, step) if wants_dead else None,
         k_aux=config.k_aux or max(1, sae.d_in // 2),
         aux_coefficient=config.aux_coefficient if config.revive == "auxk" else 0.0,
-        widths=draw_widths(sae.d_sae, prefixes, config.seed, step) if prefixes else None,
+        widths=sae.step_widths(config.seed, step),
     )
 
 

@@ -44,8 +44,7 @@ def misfit(sae: SAE, optimizer: torch.optim.Optimizer) -> str | None:
         return "it needs torch's fused Adam"
     if sae.peers.several_shares:
         return "its latents are dealt out to several processes"
-    looks_further = isinstance(sae, BatchSelecting) or getattr(sae, "penalty", None) == "quadratic"
-    if sae.peers is not ALONE and looks_further:
+    if sae.peers is not ALONE and sae.looks_across_rows:
         return "several processes share a batch that has to be looked at as a whole"
     return None
 
@@ -140,7 +139,7 @@ class ManualKernel:
         return Inputs(
             x,
             torch.full((), objective.sparsity, device=self.device),
-            dead if isinstance(sae, JumpReLUSAE) and sae.pre_act_coefficient else None,
+            dead if sae.wants_dead else None,
             revive,
             objective.widths,
         )

@@ -27,6 +27,7 @@ class BatchSelecting(SAE):
     aux_relu = True
     has_penalty = False
     shardable = True
+    latent_counts = ("k",)
     cut_mean: Tensor
     cut_weight: Tensor
     k: int | float
@@ -43,6 +44,10 @@ class BatchSelecting(SAE):
             raise MechintError(
                 f"--k must be above 0 and at most d_sae = {self.d_sae} for {self.architecture}, got {self.k:g}"
             )
+
+    @property
+    def looks_across_rows(self) -> bool:
+        return True
 
     def select(self, pre: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
         """ReLU of the entries that stay; remembers their cut in `last_cut`."""

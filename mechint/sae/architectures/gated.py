@@ -31,6 +31,7 @@ class GatedSAE(SAE):
     b_gate: nn.Parameter
     b_mag: nn.Parameter
     r_mag: nn.Parameter
+    latents_are_independent = True
 
     def pre_activations(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
         """Those of the gate: what decides whether a latent is active."""

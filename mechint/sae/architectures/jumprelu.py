@@ -68,6 +68,8 @@ class JumpReLUSAE(SAE):
 
     architecture = "jumprelu"
     shardable = True
+    latents_are_independent = True
+    latent_counts = ("target_l0",)
     saved_tensors = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
     options = {
         "penalty": "step",
@@ -108,6 +110,14 @@ class JumpReLUSAE(SAE):
 
     def activate(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         return _Jump.apply(pre, self.threshold, self.bandwidth)  # type: ignore[return-value]
+
+    @property
+    def looks_across_rows(self) -> bool:
+        return self.penalty == "quadratic"
+
+    @property
+    def wants_dead(self) -> bool:
+        return self.pre_act_coefficient > 0
 
     def loss(self, x: Float[Tensor, "batch d_in"], objective: Objective) -> Loss:
         pre = self.pre_activations(x)

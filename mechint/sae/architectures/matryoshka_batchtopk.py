@@ -25,6 +25,7 @@ class MatryoshkaBatchTopKSAE(BatchSelecting):
 
     architecture = "matryoshka_batchtopk"
     options = {"k": 32, "widths": None, "prefixes": 0}
+    latent_counts = ("k", "widths")
 
     widths: tuple[int, ...]
     prefixes: int
@@ -34,6 +35,9 @@ class MatryoshkaBatchTopKSAE(BatchSelecting):
         self.widths = check_widths(self.widths or default_widths(self.d_sae), self.d_sae)
         if not 0 <= self.prefixes <= self.d_sae:
             raise MechintError(f"--prefixes must be from 0 to d_sae = {self.d_sae}, got {self.prefixes}")
+
+    def step_widths(self, seed: int, step: int) -> tuple[int, ...] | None:
+        return draw_widths(self.d_sae, self.prefixes, seed, step) if self.prefixes else None
 
     def loss(self, x: Float[Tensor, "batch d_in"], objective: Objective) -> Loss:
         feature_acts = self.select(self.pre_activations(x))

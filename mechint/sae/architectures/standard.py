@@ -32,6 +32,7 @@ class StandardSAE(SAE):
     has_l1 = True
     shardable = True
     saturation: float
+    latents_are_independent = True
 
     def check_options(self) -> None:
         if not 0 <= self.saturation < math.inf:

@@ -28,6 +28,7 @@ class TopKSAE(SAE):
 
     architecture = "topk"
     options = {"k": 32}
+    latent_counts = ("k",)
     saved_tensors = ("W_enc", "b_enc", "W_dec", "b_dec", "k")
     departures = {"relu": True}
     aux_relu = True
