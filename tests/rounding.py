@@ -56,34 +56,23 @@ class Rounding(TorchDispatchMode):
         kwargs = kwargs or {}
         packet = func.overloadpacket
         self._ask(packet, args)
-        tensors = [t for t in _flat(args) if t.dtype == torch.float64]
-        inplace = func._schema.is_mutable
-        result = None if inplace else func(*args, **kwargs)
+        result = func(*args, **kwargs)
         outcome = result[0] if packet is aten.topk else result
-        if packet in FRESH or not (tensors and (inplace or _is_float(outcome))):
-            result = func(*args, **kwargs) if inplace else result
-            if inplace and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
-                assert packet in FRESH, f"no rule for {func}"
-                self._errors[_place(args[0])] = torch.zeros(args[0].shape, dtype=torch.float64)
-        elif packet in SAME:  # moves entries: errors move alike
-            assert not inplace, func
-            self._keep(outcome, func(*_errors_for(self, args), **kwargs))
-        else:
-            assert packet in RULES, f"no rule for {func}"
-            errors = [self._errors.get(_place(a), 0.0) if isinstance(a, Tensor) else 0.0 for a in args]
-            if inplace:
-                result = outcome = func(*args, **kwargs)
-            assert not kwargs or packet in (aten.add, aten.sub, aten.topk), (func, kwargs)
-            self._keep(outcome, RULES[packet](result, args, errors, kwargs))
+        if _is_float(outcome) and packet not in FRESH and any(map(_is_float, _flat(args))):
+            if packet in SAME:
+                error = func(*_errors_for(self, args), **kwargs)
+            else:
+                assert packet in RULES, f"no rule for {func}"
+                assert not kwargs or packet in (aten.add, aten.sub, aten.topk), (func, kwargs)
+                errors = [self._errors.get(_place(a), 0.0) if isinstance(a, Tensor) else 0.0 for a in args]
+                error = RULES[packet](result, args, errors, kwargs)
+            self._errors[_place(outcome)] = torch.as_tensor(error, dtype=torch.float64).expand(outcome.shape)
         self._kept.append((args, result))
         return result
 
-    def _keep(self, result: Tensor, error: Any) -> None:
-        self._errors[_place(result)] = torch.as_tensor(error, dtype=torch.float64).expand(result.shape)
-
     def _ask(self, packet: Any, args: Any) -> None:
         """Mark the rows in which rounding could decide a comparison the other way."""
-        if packet in COMPARISONS or packet in (aten.relu, aten.clamp_min):
+        if packet in COMPARISONS or packet is aten.relu:
             a, b = args[0], (args[1] if len(args) > 1 else 0.0)
         elif packet is aten.threshold_backward:
             a, b = args[1], args[2]
@@ -217,16 +206,10 @@ def _topk(r: Any, a: Any, e: Any, kwargs: Any) -> Any:
     return e[0].gather(-1, r[1]) if isinstance(e[0], Tensor) else 0.0
 
 
-def _where(r: Tensor, a: Any, e: Any, kwargs: Any) -> Tensor:
-    return torch.where(a[0], e[1], e[2])
-
-
 Rule = Callable[[Any, Any, Any, Any], Any]
 RULES: dict[Any, Rule] = {
     aten.add: _add,
     aten.sub: _add,
-    aten.rsub: _add,
-    aten.add_: _add,  # which does not read what was there before
     aten.mul: _mul,
     aten.div: _div,
     aten.mm: _mm,
@@ -234,50 +217,36 @@ RULES: dict[Any, Rule] = {
     aten.mean: _mean,
     aten.pow: _pow,
     aten.relu: _relu,
-    aten.clamp_min: _relu,
     aten.threshold_backward: _threshold_backward,
     aten.exp: _exp,
     aten.tanh: _tanh,
     aten.tanh_backward: _tanh_backward,
     aten.topk: _topk,
-    aten.where: _where,
     aten.neg: lambda r, a, e, kwargs: e[0],
     aten.abs: lambda r, a, e, kwargs: e[0],
     aten.copy_: lambda r, a, e, kwargs: e[1],
-    aten.sgn: lambda r, a, e, kwargs: 0.0,
 }
-COMPARISONS = {aten.gt, aten.lt, aten.ge, aten.le, aten.ne, aten.count_nonzero}
+COMPARISONS = {aten.gt, aten.lt, aten.ne}
 # results without an error of their own
 FRESH = {
     aten.ones_like,
     aten.zeros_like,
-    aten.full_like,
     aten.new_zeros,
     aten.new_empty_strided,
-    aten.zeros,
-    aten.full,
 }
 # entries go elsewhere, or are added to zeros: so do errors
 SAME = {
     aten.t,
-    aten.transpose,
     aten.view,
-    aten._unsafe_view,
     aten.expand,
     aten.unsqueeze,
     aten.squeeze,
     aten.select,
     aten.slice,
     aten.detach,
-    aten.alias,
-    aten.clone,
-    aten.permute,
     aten.index,
     aten.gather,
-    aten.index_select,
     aten.stack,
-    aten.cat,
-    aten.select_backward,
     aten.slice_backward,
     aten.scatter,
     aten.scatter_add,

@@ -200,4 +200,5 @@ def assert_end_alike(ours: Sequence[Sequence[float]], reference: Sequence[Sequen
     # three seeds tell little of the spread: a floor of 1 % of loss and L0, and of two latents
     floor = b.mean(dim=0) * torch.tensor([0.01, 0.01, 0.0]) + torch.tensor([0.0, 0.0, 2.0])
     spread = b.std(dim=0).maximum(floor)
-    assert ((a.mean(dim=0) - b.mean(dim=0)).abs() < 2 * spread).all(), (a, b)
+    # means of three seeds, were they others, would differ by less than 2.4 deviations in 99.7 of 100 tests
+    assert ((a.mean(dim=0) - b.mean(dim=0)).abs() < 3 * spread).all(), (a, b)

@@ -165,6 +165,14 @@ def rows_of(metrics: Path) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
+def assert_end_alike(summaries: list[dict[str, Any]], last: list[dict[str, float]]) -> None:
+    """Of two trainings in float32 that ran by themselves: what four seeds of these runs spread by (standard deviations
+    of 4 to 8 % of val_mse, 2 to 3 % of L0, no latent dead in any)."""
+    assert summaries[1]["val_mse"] == pytest.approx(summaries[0]["val_mse"], rel=0.04)
+    assert summaries[1]["l0"] == pytest.approx(summaries[0]["l0"], rel=0.03)
+    assert abs(last[1]["dead"] - last[0]["dead"]) <= 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "how,name", [("rows", name) for name in CASES | ROWS_ONLY] + [("latents", name) for name in CASES]
@@ -173,21 +181,22 @@ def test_two_processes_train_what_one_does(trained: Path, how: str, name: str):
     one, two = Run(trained / "one" / name), Run(trained / how / name)
     alone, together = rows_of(one.path / "metrics.csv"), rows_of(two.path / "metrics.csv")
     assert len(alone) == len(together) > 20
-    # In float64 sums in another order stay within 1e-9 over 200 steps (see `in_float64`). Where a kernel knows float32
-    # alone, so do the first step's within what float32 sums of 24,576 terms may differ by, sqrt(24,576) 2^-24 = 1e-5;
-    # later steps run freely, and are held only to what seeds differ by.
-    tolerance = 5e-2 if name in ROWS_ONLY else 1e-9
-    for a, b in zip(alone, together, strict=True):
-        assert a.keys() == b.keys()
-        for key in a.keys() - {"vectors_per_second"}:
-            rel = 1e-5 if name in ROWS_ONLY and a["step"] == 0 else tolerance
-            assert b[key] == pytest.approx(a[key], rel=rel, abs=rel), (key, a["step"])
-    first, second = load_sae(one.path), load_sae(two.path)
-    if name not in ROWS_ONLY:
+    assert all(a.keys() == b.keys() for a, b in zip(alone, together, strict=True))
+    summaries = [json.loads((run.path / "summary.json").read_text()) for run in (one, two)]
+    if name in ROWS_ONLY:  # these kernels know float32 alone
+        for key in ("loss", "mse", "l1"):  # from the same weights: sums of 24,576 terms, sqrt(24,576) * 2^-24
+            assert together[0][key] == pytest.approx(alone[0][key], rel=1e-5, abs=1e-7), key
+        # and one entry that falls on the other side of its bound is one part of those
+        assert together[0]["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=1e-4)
+        assert_end_alike(summaries, [alone[-1], together[-1]])
+    else:  # in float64 sums in another order stay within 1e-9 over 200 steps: see `in_float64`
+        for a, b in zip(alone, together, strict=True):
+            for key in a.keys() - {"vectors_per_second"}:
+                assert b[key] == pytest.approx(a[key], rel=1e-9, abs=1e-9), (key, a["step"])
+        first, second = load_sae(one.path), load_sae(two.path)
         for key, value in first.named_parameters():  # saved in float32
             torch.testing.assert_close(second.get_parameter(key), value, rtol=2**-23, atol=1e-9, msg=key)
-    summaries = [json.loads((run.path / "summary.json").read_text()) for run in (one, two)]
-    assert summaries[1]["val_mse"] == pytest.approx(summaries[0]["val_mse"], rel=max(tolerance, 1e-6))
+        assert summaries[1]["val_mse"] == pytest.approx(summaries[0]["val_mse"], rel=1e-6)
     assert summaries[1]["num_params"] == summaries[0]["num_params"]
     manifest = json.loads((two.path / "manifest.json").read_text())
     assert (manifest["processes"], manifest["processes_share"]) == (2, how)
@@ -253,11 +262,11 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_resume_goes_on(activa
         finish_all(two)
     assert weights_hash(tmp_path / "stopped") == weights_hash(tmp_path / "whole")
     assert not (tmp_path / "stopped" / "state").exists()
-    # one process goes on with what two began; its sums have another order (see above for the bound)
+    # one process goes on with what two began; its sums have another order
     resume(tmp_path / "alone", progress=False)
-    alone, whole = load_sae(tmp_path / "alone"), load_sae(tmp_path / "whole")
-    for key, value in whole.named_parameters():
-        assert (alone.get_parameter(key) - value).abs().max() < 5e-3, key
+    ended = [tmp_path / name for name in ("whole", "alone")]
+    summaries = [json.loads((run / "summary.json").read_text()) for run in ended]
+    assert_end_alike(summaries, [rows_of(run / "metrics.csv")[-1] for run in ended])
 
 
 def ends_with_one_line(process: subprocess.Popen[str], within: float) -> str:
