@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechint.errors import MechintError
-from mechint.sae.base import SAE, Loss, Objective, add_auxk, mean_squared_error, weighted_acts
+from mechint.sae.base import ARCHITECTURES, SAE, Loss, Objective, add_auxk, mean_squared_error, weighted_acts
 
 # Weight of the newest batch in the running mean of the cut: a window of about 100 steps.
 CUT_RATE = 0.01
@@ -89,10 +89,14 @@ class BatchSelecting(SAE):
             "training_architecture": self.architecture,
             "training_options": {name: getattr(self, name) for name in self.options},
         }
-        weights = {name: value.clone() for name, value in self.weights().items()}
-        saved = SAE.from_tensors("jumprelu", {**weights, "threshold": threshold}, metadata=metadata)
+        with torch.device("meta"):  # shapes only: the values follow
+            saved = ARCHITECTURES["jumprelu"](self.d_in, self.d_sae, metadata=metadata)
+        if not self.W_enc.is_meta:
+            weights = {name: value.detach().clone() for name, value in self.named_parameters()}
+            saved.load_state_dict({**weights, "threshold": threshold.clone()}, assign=True)
+            saved.to(self.W_enc.device)
         saved.unit_decoder = self.unit_decoder
-        return saved.to(self.W_enc.device)
+        return saved
 
 
 @final
