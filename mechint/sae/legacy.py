@@ -71,7 +71,7 @@ class SparseAutoEncoder(StandardSAE):
     @classmethod
     def of(cls, sae: StandardSAE) -> "SparseAutoEncoder":
         """The same SAE, its parameters shared, with the old call and the old state dict."""
-        legacy = cls.__new__(cls)
+        legacy = object.__new__(cls)
         vars(legacy).update(vars(sae))
         return legacy
 

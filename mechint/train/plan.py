@@ -261,7 +261,7 @@ def predict_disk(config: SAETrainConfig) -> Disk:
             config.architecture, config.activation_dim, config.num_features, options=config.architecture_options
         )
         weights = FLOAT * sae.saved_form().num_params
-    state = 3 * weights + 8 * d_sae
+    state = 3 * weights + 8 * config.num_features
     small = 40_000 + 300 * (config.steps // config.log_every if config.log_every else 10)
     states = [weights, *[state] * ((config.steps - 1) // config.save_every)] if config.save_every else []
     states.append(state)
