@@ -24,6 +24,7 @@ from mechint.config import DEFAULT_HOOK, ReadsSAE, SAETrainConfig
 from mechint.config.base import Unsaid
 from mechint.data.store import Activations
 from mechint.errors import MechintError
+from mechint.formats import plain_form
 from mechint.formats.mechint import sniff
 from mechint.formats.saelens import CFG_FILE
 from mechint.models import BridgedModel, LanguageModel, load_model
@@ -194,12 +195,12 @@ def open_named(config: ReadsSAE, *, check: Callable[[SAE], object] | None = None
 
 
 def open_sae(path: Path, *, config: Path | None = None) -> SAE:
-    """`SAE.load` of what a command names; what was assumed is in `sae.notes` alone. `config` is for a checkpoint that
-    has no record; what says itself where it belongs needs none."""
+    """`SAE.load` of what a command names, in its plain form, which every fast path knows; what was assumed is in
+    `sae.notes` alone. `config` is for a checkpoint that has no record; what says itself where it belongs needs none."""
     needed = config if config is not None and sniff(path) else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return SAE.load(path if path.exists() else str(path), config=needed)
+        return plain_form(SAE.load(path if path.exists() else str(path), config=needed))
 
 
 def open_inside(

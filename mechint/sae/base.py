@@ -702,6 +702,13 @@ class SAE(Hooked, ABC):
         return self.cfg.d_out or self.cfg.d_in
 
     @property
+    def is_plain(self) -> bool:
+        """Whether nothing is done to inputs but that `b_dec` is subtracted, so that `W_enc` and the biases say all."""
+        cfg = self.cfg
+        as_given = cfg.normalize_activations == "none" and cfg.input_scale == 1.0
+        return as_given and cfg.apply_b_dec_to_input and not cfg.rescale_acts_by_decoder_norm
+
+    @property
     def is_transcoder(self) -> bool:
         """Whether it reads one hook and writes another."""
         return self.cfg.is_transcoder

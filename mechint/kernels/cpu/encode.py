@@ -30,6 +30,8 @@ def entry_finder(sae: SAE) -> "EntryFinder | None":
     plain = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in sae.parameters())
     if not plain or sae.d_sae < 16 or not sae.W_enc.t().is_contiguous() or not sae.W_dec.is_contiguous():
         return None
+    if not sae.is_plain or sae.departing():
+        return None
     if sae.architecture not in ("standard", "topk", "jumprelu", "gated") or sae.peers.several_shares:
         return None
     if sae.architecture == "topk" and not sae.unit_decoder:  # its choice weighs latents by their decoder rows
