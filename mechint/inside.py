@@ -25,6 +25,7 @@ from mechint.config.base import Unsaid
 from mechint.data.store import Activations
 from mechint.errors import MechintError
 from mechint.formats import plain_form
+from mechint.formats.convert import CERTIFICATE_FILE
 from mechint.formats.mechint import sniff
 from mechint.formats.saelens import CFG_FILE
 from mechint.models import BridgedModel, LanguageModel, load_model
@@ -164,16 +165,25 @@ def output_folder(config: ReadsSAE, flag: str) -> Path:
         MechintError: the SAE does not lie in a folder of ours.
     """
     path = place_of(config)
+    if config.sae is None:
+        return path if path.is_dir() else path.parent
+    if (folder := folder_of_ours(path)) is not None:
+        return folder
+    raise MechintError(f"{config.sae} is no folder that mechint wrote, so nothing is written into it: give {flag}")
+
+
+def folder_of_ours(path: Path) -> Path | None:
+    """The folder that an SAE lies in if a training or a conversion of ours wrote it; None for others' files."""
     folder = path if path.is_dir() else path.parent
     if (run := run_of(path)) is not None:
         return run.path
-    if config.sae is None or (path.suffix == ".pt" and path.is_file()):
+    if path.suffix == ".pt" and path.is_file():
         return folder
     if (folder / CFG_FILE).is_file():
         metadata = read_json(folder / CFG_FILE).get("metadata")
         if isinstance(metadata, dict) and "mechint_version" in metadata:
             return folder
-    raise MechintError(f"{config.sae} is no folder that mechint wrote, so nothing is written into it: give {flag}")
+    return folder if (folder / CERTIFICATE_FILE).is_file() else None
 
 
 def open_named(config: ReadsSAE, *, check: Callable[[SAE], object] | None = None, **more: Any) -> Inside:

@@ -288,22 +288,42 @@ def load_or_gather(
         MechintError: an unfinished run, activations that are missing or do not fit.
     """
     run = run if isinstance(run, Run) else Run(run)
-    settings = settings or GatherSettings()
     checkpoint = run.checkpoint_path
     if activations is None:
         activations = open_activations(run.activations_path())
-    key = {"checkpoint_sha256": sha256_file(checkpoint), "activations_sha256": activations.sha256}
+    return kept_or_gathered(
+        sae if sae is not None else load_sae(checkpoint),
+        activations,
+        run.path,
+        sha256_file(checkpoint),
+        settings=settings,
+        progress=progress,
+    )
+
+
+def kept_or_gathered(
+    sae: SAE,
+    activations: Activations,
+    folder: Path,
+    weights_sha256: str,
+    *,
+    settings: GatherSettings | None = None,
+    progress: bool = False,
+) -> Latents:
+    """`load_or_gather` of an SAE whose tables lie in `folder`."""
+    settings = settings or GatherSettings()
+    key = {"checkpoint_sha256": weights_sha256, "activations_sha256": activations.sha256}
     try:
-        latents, record = load_latents(run.path)
+        latents, record = load_latents(folder)
         if latents.settings == settings and all(record.get(name) == value for name, value in key.items()):
             return latents
     except MechintError:
         pass  # nothing there that could be used: it is made anew
-    latents = gather(sae if sae is not None else load_sae(checkpoint), activations, settings, progress=progress)
+    latents = gather(sae, activations, settings, progress=progress)
     try:
-        save_latents(latents, run.path, key)
+        save_latents(latents, folder, key)
     except MechintError as error:
         import warnings
 
-        warnings.warn(f"{run.path}: what was gathered could not be kept there ({one_line(error)})", stacklevel=2)
+        warnings.warn(f"{folder}: what was gathered could not be kept there ({one_line(error)})", stacklevel=2)
     return latents

@@ -15,13 +15,16 @@ class ReportConfig(Config):
     is, what each latent does. Opens in any browser, without a server and without the network."""
 
     runs: Positional[tuple[Path, ...]]
-    """Run directories. One: the report lies in it. Several: give --output."""
+    """Run directories, or other SAEs: anything that `mechint identify` knows. One of ours: the report lies in it.
+    Several, or one of others: give --output."""
     output: Annotated[Path | None, arg(aliases=["-o"])] = None
     """HTML file to write; report.html in the run if not given."""
     overwrite: bool = False
     """Replace the report and the figures if they exist."""
     figures: bool = True
     """Also write the run's figures/*.png and *.csv; never for several runs."""
+    activations_path: str | None = None
+    """Activations to look at the latents on; the run's own if not given. An SAE that is no run needs them."""
     model: str | None = None
     """Language model for promoted tokens and the spelling of tokens; the one that the run names if not given."""
     top_contexts: int = 8

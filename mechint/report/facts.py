@@ -3,14 +3,18 @@
 import csv
 import math
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from mechint.config import SAETrainConfig
 from mechint.errors import MechintError
 from mechint.eval import read_metrics_csv
+from mechint.formats.files import WEIGHTS
+from mechint.inside import folder_of_ours, run_of
 from mechint.provenance import read_json
 from mechint.runs import Run
+from mechint.sae import SAE
 
 # Fields of the settings that say where things are, not what was done.
 PLACES = frozenset({"activations_path", "runs_root", "run_name", "device", "track", "log_every", "save_every"})
@@ -41,6 +45,48 @@ def check_finished(path: str | Path) -> Run:
     return run
 
 
+@final
+@dataclass(frozen=True)
+class Reported:
+    """What a report is about: a finished run, or an SAE that was not trained here.
+
+    Attributes:
+        named: the SAE as it is typed.
+        path: the folder that holds what was measured of it.
+        run: None for an SAE that is no run of ours.
+    """
+
+    named: str
+    path: Path
+    run: Run | None = None
+
+
+def reported(named: str | Path, output: Path | None) -> Reported:
+    """What `named` is. Results on an SAE of others are looked for where `output`, the report's file, lies.
+
+    Raises:
+        MechintError: as `check_finished`; an SAE of others without `output`.
+    """
+    path = Path(named)
+    if path.is_dir():
+        weights = any((path / name).is_file() for name in WEIGHTS)
+        begun = (path / "config.json").is_file() or not any(path.iterdir())
+        if run_of(path) is not None or (begun and not weights):
+            run = check_finished(path)
+            return Reported(str(named), run.path, run)
+    folder = folder_of_ours(path) if path.exists() else None
+    folder = folder or (None if output is None else output.parent)
+    if folder is None:
+        if not path.exists():
+            raise MechintError(
+                f"run directory not found: {named}; `ls runs` shows yours, and an SAE of the Hub needs --output"
+            )
+        raise MechintError(
+            f"{named} is no folder that mechint wrote, so nothing is written into it: give --output for the report"
+        )
+    return Reported(str(named), folder)
+
+
 def _steps_so_far(run: Run) -> str:
     try:
         rows = read_metrics_csv(run.metrics_path)
@@ -56,12 +102,9 @@ def run_facts(run: Run) -> dict[str, Any]:
     quality, concepts, ranking, provenance, missing ({what, command} each).
     """
     config, manifest, summary = run.config, run.manifest, run.summary
-    missing: list[dict[str, str]] = []
     quality = {key: value for key, value in summary.items() if isinstance(value, (int, float))}
-    evaluated = _optional_json(
-        run, "eval.json", missing, "how well the model works with it", "eval --run-dir {run} --output {run}/eval.json"
-    )
-    quality |= evaluated or {}
+    measured = _measured(Reported(str(run.path), run.path, run), quality)
+    quality = measured["quality"]
     source = manifest.get("inputs", {}).get("activations", {})
     d_sae = int(quality.get("num_features") or config.num_features)
     facts = {
@@ -79,18 +122,58 @@ def run_facts(run: Run) -> dict[str, Any]:
         "settings": changed_settings(config),
         "all_settings": {name: _shown(value) for name, value in config.to_dict().items()},
         "curves": _curves(run, d_sae),
+        "provenance": _provenance(run, manifest, source),
+        "check": f"mechint verify {_quoted(run.path)}",
+        **measured,
+    }
+    return facts
+
+
+def sae_facts(place: Reported, sae: SAE) -> dict[str, Any]:
+    """`run_facts` of an SAE that was not trained here: what its files say, and what was measured of it."""
+    said = sae.metadata
+    cfg = {key: value for key, value in sae.cfg.to_dict().items() if key not in ("metadata", "device")}
+    lines = [(name.replace("_", " "), said.get(name)) for name in ("model_name", "hook_name", "hook_name_out")]
+    lines += [(name.replace("_", " "), said.get(name)) for name in ("processing", "prepend_bos", "dataset_path")]
+    return {
+        "name": Path(place.named).name,
+        "model": said.get("model_name") or "a model that is not recorded",
+        "hook": sae.hook_in or "a hook that is not recorded",
+        "dataset": said.get("dataset_path") or said.get("dataset_name") or "texts that are not recorded",
+        "n_rows": None,
+        "architecture": str(sae.cfg.architecture),
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "steps": None,
+        "batch_size": None,
+        "sparsity": f"k = {sae.cfg.k:g}" if sae.cfg.k is not None else "not recorded",
+        "settings": [],
+        "all_settings": {name: _shown(value) for name, value in cfg.items()},
+        "curves": {},
+        "provenance": [[label, str(value)] for label, value in (("SAE", place.named), *lines) if value is not None],
+        "check": f"mechint identify {shlex.quote(place.named)}",
+        **_measured(place, {"num_features": sae.d_sae}),
+    }
+
+
+def _measured(place: Reported, quality: dict[str, Any]) -> dict[str, Any]:
+    """`quality` (with what is known of it already), `evaluated`, `concepts`, `ranking`; what is not there is named in
+    `missing`."""
+    missing: list[dict[str, str]] = []
+    command = f"eval {shlex.quote(place.named)} --output {_quoted(place.path / 'eval.json')}"
+    evaluated = _optional_json(place, "eval.json", missing, "how well the model works with it", command)
+    quality = quality | (evaluated or {})
+    return {
         "quality": {
             key: value
             for key, value in quality.items()
             if isinstance(value, (int, float)) or key in SHOWN_OBJECTS or key == "rows"
         },
         "evaluated": evaluated is not None,
-        "concepts": _concepts(run, missing),
-        "ranking": _ranking(run, missing),
-        "provenance": _provenance(run, manifest, source),
+        "concepts": _concepts(place, missing),
+        "ranking": _ranking(place, missing),
         "missing": missing,
     }
-    return facts
 
 
 def sparsity_words(config: SAETrainConfig) -> str:
@@ -157,10 +240,10 @@ def _provenance(run: Run, manifest: dict[str, Any], source: dict[str, Any]) -> l
 
 
 def _optional_json(
-    run: Run, name: str, missing: list[dict[str, str]] | None, what: str, command: str
+    place: Reported, name: str, missing: list[dict[str, str]] | None, what: str, command: str
 ) -> dict[str, Any] | None:
     """A JSON object of the run; None where it is not there or cannot be read, which `missing` then says."""
-    path = run.path / name
+    path = place.path / name
     why = "has not been measured"
     if path.is_file():
         try:
@@ -168,13 +251,13 @@ def _optional_json(
         except MechintError as error:
             why = f"cannot be read: {error}"
     if missing is not None:
-        missing.append({"what": f"{what} ({name}) {why}", "command": "mechint " + command.format(run=_quoted(run))})
+        missing.append({"what": f"{what} ({name}) {why}", "command": f"mechint {command}"})
     return None
 
 
-def _quoted(run: Run) -> str:
-    """The run's folder as a word of a command line."""
-    return shlex.quote(str(run.path))
+def _quoted(path: Path) -> str:
+    """A path as a word of a command line."""
+    return shlex.quote(str(path))
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -200,25 +283,25 @@ def _value(cell: Any) -> Any:
         return cell
 
 
-def _concepts(run: Run, missing: list[dict[str, str]]) -> dict[str, Any] | None:
-    rows = _rows(run.path / "concepts.csv")
+def _concepts(place: Reported, missing: list[dict[str, str]]) -> dict[str, Any] | None:
+    rows = _rows(place.path / "concepts.csv")
     if not rows:
-        command = f"mechint concepts --run-dir {_quoted(run)}"
+        command = f"mechint concepts {shlex.quote(place.named)}"
         what = "which latents match known concepts (concepts.csv) has not been measured"
         missing.append({"what": what, "command": command})
         return None
     rows.sort(key=lambda row: -(number(row.get("f1")) or 0.0))
-    summary = _optional_json(run, "concepts.json", None, "", "") or {}
+    summary = _optional_json(place, "concepts.json", None, "", "") or {}
     return {"rows": rows, "summary": {k: v for k, v in summary.items() if isinstance(v, (int, float, dict))}}
 
 
-def _ranking(run: Run, missing: list[dict[str, str]]) -> dict[str, Any] | None:
+def _ranking(place: Reported, missing: list[dict[str, str]]) -> dict[str, Any] | None:
     """What ranking.json says, in words: `lead`, `reading`, `correlation_text`, `attribution_label`."""
-    if not (run.path / "ranking.csv").is_file():
+    if not (place.path / "ranking.csv").is_file():
         what = "the fast causal ranking of all latents (ranking.csv), with its check, has not been made"
-        missing.append({"what": what, "command": f"mechint rank --run-dir {_quoted(run)}"})
+        missing.append({"what": what, "command": f"mechint rank {shlex.quote(place.named)}"})
         return None
-    record = _optional_json(run, "ranking.json", None, "", "") or {}
+    record = _optional_json(place, "ranking.json", None, "", "") or {}
     found: dict[str, Any] = {"attribution_label": "estimated KL when removed, nats a token (log)"}
     if (record.get("settings") or {}).get("by") == "ce":
         found["attribution_label"] = "estimated change of the loss when removed, nats a token (log)"
@@ -259,7 +342,7 @@ def number(value: Any) -> float | None:
     return float(value) if usable else None
 
 
-def latent_effects(run: Run) -> dict[str, dict[int, float]]:
+def latent_effects(run: Run | Reported) -> dict[str, dict[int, float]]:
     """By name, latent -> value, of ranking.csv and ablation.csv.
 
     `attribution`: the fast estimate; `exact`: mean KL of the latents that were removed beside it, on the same texts;
@@ -285,7 +368,7 @@ def _latent(row: dict[str, Any], path: Path) -> int:
     return int(value)
 
 
-def latent_concepts(run: Run) -> dict[int, tuple[str, float]]:
+def latent_concepts(run: Run | Reported) -> dict[int, tuple[str, float]]:
     """Latent -> (its best concept, F1), of latent_concepts.csv; empty without it."""
     path = run.path / "latent_concepts.csv"
     found = {}

@@ -16,20 +16,19 @@ from mechint.analysis import Latents
 from mechint.eval import read_metrics_csv
 from mechint.provenance import make_dir, write_text
 from mechint.report import figures, panels
-from mechint.report.facts import number
+from mechint.report.facts import Reported, number
 from mechint.report.latents import Look
 from mechint.report.style import BLUE, ORANGE, RED, SKY, dress, legend, new_figure, save_figure
-from mechint.runs import Run
 from mechint.sae import SAE
 
 CONCEPT_BARS = 30
 
 
 def write_figures(
-    run: Run, facts: dict[str, Any], sae: SAE, gathered: Latents | None, shown: Look | None
+    place: Reported, facts: dict[str, Any], sae: SAE, gathered: Latents | None, shown: Look | None
 ) -> list[Path]:
-    """Write the figures and tables of a run into its folder `figures`; returns the paths."""
-    folder = run.path / "figures"
+    """Write the figures and tables into the folder `figures` of what the report is about; returns the paths."""
+    folder = place.path / "figures"
     make_dir(folder)
     written: list[Path] = []
 
@@ -38,7 +37,7 @@ def write_figures(
         write_table(folder / f"{name}.csv", header, rows)
         written.extend([folder / f"{name}.png", folder / f"{name}.csv"])
 
-    metrics = read_metrics_csv(run.metrics_path)
+    metrics = [] if place.run is None else read_metrics_csv(place.run.metrics_path)
     if metrics:
         names = list(metrics[0])
         rows = ([row.get(name) for name in names] for row in metrics)

@@ -1,31 +1,31 @@
 """`make_report`: from run directories to one HTML file, and to figures for papers."""
 
 import datetime
+import hashlib
 import shlex
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import numpy as np
 
-from mechint.analysis import Latents, load_or_gather
+from mechint.analysis import Latents
+from mechint.analysis.latents import kept_or_gathered
 from mechint.config import ReportConfig
 from mechint.data.store import Activations, open_activations
 from mechint.errors import MechintError, one_line
-from mechint.inside import open_inside
+from mechint.inside import check_same_setting, open_sae, put_inside
 from mechint.models import LanguageModel
-from mechint.provenance import check_output_path, get_git_commit, write_text
+from mechint.provenance import check_output_path, get_git_commit, sha256_file, write_text
 from mechint.report import facts as run_files
 from mechint.report.latents import Look, contexts_of, look, spelled, strata_names
 from mechint.report.pack import pack
 from mechint.report.page import page
 from mechint.report.side_by_side import compare_facts
 from mechint.report.story import story
-from mechint.runs import Run
-from mechint.sae import SAE, load_sae
+from mechint.sae import SAE
 
 # Shares of the contexts asked for that are tried until the file is small enough.
 SMALLER = (1.0, 0.6, 0.4, 0.25, 0.12, 0.0)
@@ -46,7 +46,7 @@ class Made(NamedTuple):
 
 @final
 class _Opened(NamedTuple):
-    run: Run
+    place: run_files.Reported
     facts: dict[str, Any]
     sae: SAE
     model: LanguageModel | None
@@ -63,21 +63,21 @@ def make_report(config: ReportConfig, *, progress: bool = False) -> Made:
         MechintError: a run that is empty, unfinished or none; outputs that exist; a --model that cannot be loaded.
     """
     started = time.perf_counter()
-    runs = [run_files.check_finished(path) for path in config.runs]
-    output = config.output or runs[0].path / "report.html"
+    places = [run_files.reported(path, config.output) for path in config.runs]
+    output = config.output or places[0].path / "report.html"
     if output.suffix.lower() not in (".html", ".htm"):
         raise MechintError(f"--output {output} should end in .html")
     check_output_path(output)
-    own_figures = config.figures and len(runs) == 1  # a page about several changes nothing in them
+    own_figures = config.figures and len(places) == 1  # a page about several changes nothing in them
     if not config.overwrite:
         if output.exists():
             raise MechintError(f"{output} exists: --overwrite replaces it, --output writes elsewhere")
-        folder = runs[0].path / FOLDER
+        folder = places[0].path / FOLDER
         if own_figures and folder.exists():
             raise MechintError(f"{folder} exists: --overwrite replaces its figures, --no-figures leaves them alone")
     opened, gather_seconds, notes = [], 0.0, []
-    for run in runs:
-        one, seconds = _open(run, config, notes, progress)
+    for place in places:
+        one, seconds = _open(place, config, notes, progress)
         opened.append(one)
         gather_seconds += seconds
     looks = [_look(one, notes) for one in opened]
@@ -100,7 +100,7 @@ def make_report(config: ReportConfig, *, progress: bool = False) -> Made:
     if own_figures:
         from mechint.report.files import write_figures
 
-        figures = write_figures(opened[0].run, opened[0].facts, opened[0].sae, opened[0].gathered, looks[0])
+        figures = write_figures(opened[0].place, opened[0].facts, opened[0].sae, opened[0].gathered, looks[0])
     for shown in looks:
         notes += [] if shown is None else [note for note in shown.notes if note not in notes]
     return Made(output, len(text.encode("utf-8")), figures, time.perf_counter() - started, gather_seconds, notes)
@@ -112,37 +112,54 @@ def _made() -> dict[str, str]:
     return {"version": __version__, "commit": get_git_commit(), "date": datetime.date.today().isoformat()}
 
 
-def _open(run: Run, config: ReportConfig, notes: list[str], progress: bool) -> tuple[_Opened, float]:
-    """The run with its weights; the model and the activations where they are to be had, else a line in `missing`."""
-    facts = run_files.run_facts(run)
-    facts["path"] = str(run.path)
-    missing = facts["missing"]
+def _open(place: run_files.Reported, config: ReportConfig, notes: list[str], progress: bool) -> tuple[_Opened, float]:
+    """The SAE with its facts; model and activations where they are to be had, else a line in `missing`."""
+    run = place.run
+    sae = open_sae(Path(place.named) if run is None else run.checkpoint_path)
+    facts = run_files.sae_facts(place, sae) if run is None else run_files.run_facts(run)
+    missing, again = facts["missing"], f"mechint report {shlex.quote(place.named)} --overwrite"
     model: LanguageModel | None = None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is assumed of an old checkpoint is told in the page's settings
-        try:
-            inside = open_inside(run.path, model=config.model, device=config.device)
-        except MechintError as error:
-            if config.model is not None:
-                raise
-            sae = load_sae(run.checkpoint_path)
-            why = f"tokens are shown as numbers, and output tokens not at all: {one_line(error)}"
-            missing.append(
-                {"what": why, "command": f"mechint report {shlex.quote(str(run.path))} --overwrite --model NAME"}
-            )
-        else:
-            sae, model = inside.sae, inside.model
-            notes += [f"{run.path}: {note}" for note in inside.notes]
+    try:
+        inside = put_inside(sae, Path(place.named), run=run, model=config.model, device=config.device, notes=sae.notes)
+    except MechintError as error:
+        if config.model is not None:
+            raise
+        why = f"tokens are shown as numbers, and output tokens not at all: {one_line(error)}"
+        missing.append({"what": why, "command": f"{again} --model NAME"})
+    else:
+        sae = inside.sae
+        model = inside.model if isinstance(inside.model, LanguageModel) else None
+        notes += [f"{place.named}: {note}" for note in inside.notes]
     activations, gathered, seconds = None, None, 0.0
     try:
-        activations = open_activations(run.activations_path())
+        if config.activations_path is not None:
+            activations = open_activations(config.activations_path)
+        elif run is not None:
+            activations = open_activations(run.activations_path())
+        else:
+            raise MechintError("give --activations-path, the activations to look at them on")
+        if run is None or config.activations_path is not None:  # a run's own are those that it was trained on
+            check_same_setting(sae, activations, Path(place.named))
         began = time.perf_counter()
-        gathered = load_or_gather(run, sae=sae, activations=activations, progress=progress)
+        weights = sha256_file(run.checkpoint_path) if run is not None else _weights_sha256(sae)
+        gathered = kept_or_gathered(sae, activations, place.path, weights, progress=progress)
         seconds = time.perf_counter() - began
     except MechintError as error:
-        missing.append({"what": f"latents are not shown: {one_line(error)}", "command": ""})
+        if config.activations_path is not None:
+            raise
+        command = "" if run is not None else f"{again} --activations-path ACTIVATIONS"
+        missing.append({"what": f"latents are not shown: {one_line(error)}", "command": command})
         activations = None
-    return _Opened(run, facts, sae, model, activations, gathered), seconds
+    return _Opened(place, facts, sae, model, activations, gathered), seconds
+
+
+def _weights_sha256(sae: SAE) -> str:
+    """Hex SHA-256 over names and bytes of the weights, of an SAE whose file may be of any format."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(sae.weights().items()):
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _look(one: _Opened, notes: list[str]) -> Look | None:
@@ -153,8 +170,8 @@ def _look(one: _Opened, notes: list[str]) -> Look | None:
         one.gathered,
         one.activations,
         one.model,
-        effects=run_files.latent_effects(one.run),
-        concepts=run_files.latent_concepts(one.run),
+        effects=run_files.latent_effects(one.place),
+        concepts=run_files.latent_concepts(one.place),
     )
 
 

@@ -58,7 +58,11 @@ def _sentences(facts: dict[str, Any], q: dict[str, Any]) -> list[str]:
         f" {facts['hook']} of {facts['model']} as a sum of a few of {facts['d_sae']:,} directions."
     ]
     n_train, n_val = number(q.get("n_train")), number(q.get("n_val"))
-    trained = f"It trained for {facts['steps']:,} steps of {facts['batch_size']:,} activations"
+    if facts["steps"] is None:
+        trained = f"It was not trained by this package; its texts: {facts['dataset']}"
+        n_train = n_val = None
+    else:
+        trained = f"It trained for {facts['steps']:,} steps of {facts['batch_size']:,} activations"
     if n_train:
         trained += f", drawn from {n_train:,.0f} of {facts['dataset']}"
     found.append(trained + (f"; {n_val:,.0f} were held out." if n_val else "."))

@@ -253,16 +253,17 @@ function pairOrStack(charts, rest) {
 
 function provenance(run) {
   const { facts } = run;
-  const settings = facts.settings.length
+  const changed = facts.settings.length
     ? table([{ name: "setting" }, { name: "here", num: true }, { name: "default", num: true }], facts.settings.map((s) => [el("code", {}, s.name), s.value, el("span", { class: "faint" }, s.default)]))
     : el("p", {}, "All settings are the defaults.");
-  return section("provenance", "What was trained on what", null,
+  const own = facts.steps !== null;  // else an SAE of another tool
+  return section("provenance", own ? "What was trained on what" : "What its files say", null,
     el("div", { class: "grid2 high" },
-      el("div", {}, el("h3", {}, "Settings that differ from the defaults"), settings,
-        el("details", {}, el("summary", {}, `all ${Object.keys(facts.all_settings).length} settings`),
+      el("div", {}, el("h3", {}, own ? "Settings that differ from the defaults" : "What it computes"), own ? changed : null,
+        el("details", own ? {} : { open: "" }, el("summary", {}, `all ${Object.keys(facts.all_settings).length} settings`),
           table([{ name: "setting" }, { name: "value", num: true }], Object.entries(facts.all_settings).map(([name, value]) => [el("code", {}, name), value])))),
-      el("div", {}, el("h3", {}, "The chain of hashes"), el("dl", { class: "chain" }, facts.provenance.map(([label, value]) => [el("dt", {}, label), el("dd", {}, value)])),
-        el("p", { class: "note" }, "Checked by ", command(`mechint verify ${facts.path}`)))));
+      el("div", {}, el("h3", {}, own ? "The chain of hashes" : "Where it belongs"), el("dl", { class: "chain" }, facts.provenance.map(([label, value]) => [el("dt", {}, label), el("dd", {}, value)])),
+        el("p", { class: "note" }, "Checked by ", command(facts.check)))));
 }
 
 function missing(run) {
