@@ -59,7 +59,7 @@ def _sentences(facts: dict[str, Any], q: dict[str, Any]) -> list[str]:
     ]
     n_train, n_val = number(q.get("n_train")), number(q.get("n_val"))
     if facts["steps"] is None:
-        trained = f"It was not trained by this package; its texts: {facts['dataset']}"
+        trained = f"Its files do not say how it was trained, only on what: {facts['dataset']}"
         n_train = n_val = None
     else:
         trained = f"It trained for {facts['steps']:,} steps of {facts['batch_size']:,} activations"
