@@ -19,6 +19,8 @@ from mechint.sae.checkpoint import holds_tensors, metadata_path, sae_from_state,
 CHECKPOINT = "checkpoint.pt"
 # How the original pipeline collected (compare TransformerLens's old default): residual minus its mean, BOS prepended.
 LEGACY_SETTING = {"processing": "centred", "prepend_bos": True, "legacy": True}
+# In every config.json that a training of ours wrote, and in none of the originals'.
+OUR_KEYS = {"split_by", "processing"}
 
 
 def sniff(path: Path) -> bool:
@@ -44,12 +46,16 @@ def read_with_config(path: Path, config: Path | None = None) -> SAE:
         raise MechintError(f"checkpoint not found: {file}; `ls runs/*/checkpoint.pt` shows those of your runs")
     state = read_pt(file)
     metadata, notes = _metadata_beside(file), ()
-    if metadata is None and "b_pre" in state:  # the originals' own files: no other tool calls it so
-        metadata = {**_said_by(config or file.parent / "config.json"), **LEGACY_SETTING}
-        notes = (
-            f"{file}: nothing says how its activations were processed; taken as the original pipeline's setting"
-            " (centred residual, BOS prepended)",
-        )
+    if metadata is None and "b_pre" in state:  # no other tool calls it so
+        said = read_json(place, "config file") if (place := config or file.parent / "config.json").is_file() else {}
+        names = ("hook_name", "model_name", "model_source", "processing", "prepend_bos")
+        metadata = {name: said[name] for name in names if said.get(name) is not None}
+        if not OUR_KEYS & said.keys():  # the originals' own: they recorded no more than that
+            metadata |= LEGACY_SETTING
+            notes = (
+                f"{file}: nothing says how its activations were processed; taken as the original pipeline's setting"
+                " (centred residual, BOS prepended)",
+            )
     sae = sae_from_state(state, file, metadata)
     sae.notes = notes
     return sae
@@ -62,14 +68,6 @@ def _metadata_beside(checkpoint: Path) -> dict[str, Any] | None:
     if (beside := metadata_path(checkpoint)).is_file():
         return saelens.own_metadata(read_json(beside).get("sae_metadata") or {}, ours=True)
     return None
-
-
-def _said_by(config: Path) -> dict[str, Any]:
-    """Hook and model as a config.json of the originals names them."""
-    if not config.is_file():
-        return {}
-    values = read_json(config, "config file")
-    return {key: values[key] for key in ("hook_name", "model_name", "model_source") if values.get(key) is not None}
 
 
 def holds(sae: SAE) -> str | None:
