@@ -21,6 +21,21 @@ HEAD = """# Formats
 """
 
 TAIL = """
+## One door
+
+`SAE.load(PATH)` opens all of them, and every command does through it: what `mechint identify` knows, `mechint eval`,
+`rank`, `ablate`, `concepts`, `steer`, `report` and `compare` take as it is; nothing has to be converted first. Beside
+paths it takes names: of a registry (`mechint list-saes`), of a release and its SAE (`release:sae_id`), and of the Hub
+(`user/repo`, `user/repo:folder@revision`).
+
+- A folder with several SAEs is an error that lists them; so is one that looks like several formats (`--from` chooses).
+- Keys that contradict each other (`"architecture": "batch_topk"` beside `"activation_fn_str": "topk"`, two values of
+  `k`, a hook at the top and another in `metadata`) are an error that names both. None of them is believed.
+- How activations were processed, where a file does not say it, is what its format's own tools did with the model: raw
+  for SAELens (centred where `model_from_pretrained_kwargs` has `center_writing_weights`), sparsify,
+  dictionary_learning, saev, OpenAI, miStudio and Gemma Scope; not known for the mech platform. Only checkpoints of the
+  original pipeline, which recorded nothing, are taken as it collected: centred, with BOS.
+
 ## What each can hold
 
 Yes: as it is. Folded: after an exact fold of the weights (below). No: refused. Each cell is the answer of the format

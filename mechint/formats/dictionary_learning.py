@@ -205,7 +205,7 @@ def holds(sae: SAE) -> str | None:
     if sae.architecture == "standard" and sae.cfg.apply_b_dec_to_input and not _unit_rows(sae.W_dec.detach()):
         return "an AutoEncoder whose decoder rows are not of unit norm (the library rescales it when it loads it)"
     if sae.architecture == "jumprelu" and sae.cfg.apply_b_dec_to_input:
-        threshold = sae.get_parameter("threshold")
+        threshold = sae.get_parameter("threshold").detach()
         if not bool((threshold == threshold[0]).all()) or float(threshold[0]) < 0 or _trained_k(sae) is None:
             return "a jumprelu that subtracts b_dec, unless as BatchTopK with one threshold and the k of its training"
     return None

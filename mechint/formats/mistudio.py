@@ -206,7 +206,7 @@ def _metadata(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     ours = settings.get("mechint")
     if isinstance(ours, dict):
         return dict(ours)
-    metadata: dict[str, Any] = {}
+    metadata: dict[str, Any] = {"processing": "raw"}  # it hooks Hugging Face's modules
     if isinstance(settings.get("model_name"), str):
         metadata["model_name"] = settings["model_name"]
     found = re.fullmatch(r"layer_(\d+)(?:_(\w+))?", file.absolute().parent.name)
