@@ -217,6 +217,7 @@ RULES: dict[Any, Rule] = {
     aten.mean: _mean,
     aten.pow: _pow,
     aten.relu: _relu,
+    aten.clamp_min: lambda r, a, e, kwargs: e[0],  # values are moved to the bound, never further apart
     aten.threshold_backward: _threshold_backward,
     aten.exp: _exp,
     aten.tanh: _tanh,

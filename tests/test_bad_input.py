@@ -307,18 +307,18 @@ def test_collect(place: Path, capsys: pytest.CaptureFixture[str], flags: str, me
 # --- eval, ablate, compare, verify -----------------------------------------------------------------------------------
 
 NOT_AN_SAE = [
-    ("none.pt", "checkpoint not found: none.pt"),
+    ("none.pt", "(checkpoint not found:|no SAE at) none.pt"),
     ("bad/dict.pt", "bad/dict.pt is not an SAE: expected W_enc, b_enc, W_dec and b_pre .* found a"),
     ("acts.pt", "acts.pt holds a Tensor, not the state dict of an SAE"),
     ("bad/noise.pt", r"bad/noise.pt is (truncated|not a plain tensor file)"),
-    ("bad/empty.pt", "bad/empty.pt is truncated or not a checkpoint"),
-    ("bad/cut_checkpoint.pt", "bad/cut_checkpoint.pt is truncated or not a checkpoint"),
+    ("bad/empty.pt", "bad/empty.pt is truncated or not a state dict: EOFError"),
+    ("bad/cut_checkpoint.pt", "bad/cut_checkpoint.pt is truncated or not a state dict"),
     ("bad/code.pt", "bad/code.pt is not a plain tensor file and was not executed"),
     ("bad/code_plain.pt", "bad/code_plain.pt is not a plain tensor file and was not executed"),
     ("bad/shapes.pt", r"bad/shapes.pt: b_enc has shape \[5\], expected \[64\]"),
     ("bad/nan_weights.pt", "bad/nan_weights.pt: b_enc holds values that are not finite"),
-    ("bad", "bad holds neither checkpoint.pt nor cfg.json"),
-    ("store", "store holds neither checkpoint.pt nor cfg.json"),
+    ("bad", "bad holds 4 SAEs; give one of them: nan_weights.pt"),
+    ("store", "store holds activations, not an SAE: --activations-path takes it"),
 ]
 
 

@@ -569,9 +569,8 @@ def test_the_runner_in_the_nested_form(
     by_path = {**given, "use_cached_activations": True, "cached_activations_path": str(stores[0])}
     again = SAETrainingRunner(LanguageModelSAERunnerConfig(sae=nested, **by_path)).run()
     assert torch.equal(again.W_enc, sae.W_enc)  # the same seed, the same activations
-    for wrong, words in (({"d_sae": 200}, "take 128 or 256"), ({"d_in": 64}, "is 128 wide")):
-        with pytest.raises(MechintError, match=words):
-            SAETrainingRunner(LanguageModelSAERunnerConfig(**wrong, **given), activations_root=tmp_path / "none").run()
+    with pytest.raises(MechintError, match="is 128 wide"):
+        SAETrainingRunner(LanguageModelSAERunnerConfig(d_in=64, **given), activations_root=tmp_path / "none").run()
     assert not (tmp_path / "none").exists()
 
 

@@ -145,6 +145,8 @@ def load(path: str | Path, *, from_format: str | None = None) -> tuple[Format, S
 def unknown_in_words(path: Path) -> str:
     """Why nothing opens `path`, and what would help."""
     folder = path if path.is_dir() else path.parent
+    if (path / "store.json").is_file():
+        return f"{path} holds activations, not an SAE: --activations-path takes it"
     weights = next((name for name in BARE_WEIGHTS if (folder / name).is_file()), None)
     if weights is not None and not (folder / "cfg.json").is_file():
         return (

@@ -101,7 +101,9 @@ def read_pt(path: Path, *, offset: int = 0) -> dict[str, Any]:
     except MechintError:
         raise
     except Exception as error:  # a broken pickle can fail in any way: IndexError, AttributeError, UnicodeError ...
-        raise MechintError(f"{path} is truncated or not a state dict: {one_line(error, 120)}") from error
+        raise MechintError(
+            f"{path} is truncated or not a state dict: {one_line(error, 120) or type(error).__name__}"
+        ) from error
     if not isinstance(loaded, Mapping):
         raise MechintError(f"{path} holds a {type(loaded).__name__}, not the state dict of an SAE")
     for name, value in loaded.items():

@@ -253,6 +253,8 @@ class SAE(Hooked, ABC):
             names = (*self.options, *sorted(SETTINGS))
             raise MechintError(f"{type(self).__name__} has no setting {name!r}; {nearest(name, names)}")
         rest = {name: value for name, value in settings.items() if name not in own}
+        if "metadata" in rest:
+            rest["metadata"] = SAEMetadata(rest["metadata"])
         k = own.pop("k", None)
         return SAEConfig(d_in, d_sae, self.architecture, k=k, options=own, **rest)
 

@@ -132,7 +132,7 @@ def standard(sae: SAE, inputs: Inputs, mm: Products) -> Outcome:
 def topk(sae: SAE, inputs: Inputs, mm: Products) -> Outcome:
     assert isinstance(sae, TopKSAE)
     dense = Dense(sae, inputs, mm)
-    acts = sae.select(dense.encode().add_(sae.b_enc))
+    acts = sae.activate(dense.encode().add_(sae.b_enc))
     return Outcome(_selected(dense, acts), None)
 
 

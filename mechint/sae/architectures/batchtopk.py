@@ -90,12 +90,12 @@ class BatchSelecting(SAE):
             "training_options": {name: getattr(self, name) for name in self.options},
         }
         with torch.device("meta"):  # shapes only: the values follow
-            saved = ARCHITECTURES["jumprelu"](self.d_in, self.d_sae, metadata=metadata)
+            saved = ARCHITECTURES["jumprelu"](self.d_in, self.d_sae)
         if not self.W_enc.is_meta:
             weights = {name: value.detach().clone() for name, value in self.named_parameters()}
             saved.load_state_dict({**weights, "threshold": threshold.clone()}, assign=True)
             saved.to(self.W_enc.device)
-        saved.unit_decoder = self.unit_decoder
+        saved.unit_decoder, saved.metadata = self.unit_decoder, metadata
         return saved
 
 

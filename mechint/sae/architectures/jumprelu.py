@@ -30,13 +30,13 @@ Penalty = Literal["step", "tanh", "quadratic"]
 
 
 class _Jump(torch.autograd.Function):
-    """ReLU(pre) * (pre > threshold); d/d threshold = -(threshold / bandwidth) * rectangle."""
+    """ReLU(pre) * (pre > threshold), in one product; d/d threshold = -(threshold / bandwidth) * rectangle."""
 
     @staticmethod
     def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
         ctx.save_for_backward(pre, threshold)
         ctx.bandwidth = bandwidth
-        return pre.relu() * (pre > threshold)  # thresholds of other tools may lie below 0
+        return pre * (pre > threshold.clamp_min(0.0))  # thresholds of other tools may lie below 0
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
