@@ -102,7 +102,7 @@ def _run(
     path.parent.mkdir(parents=True)
     write = FORMATS["saev"].write
     assert write is not None
-    write(loaded.variant(relu=not topk), path)
+    write(loaded.variant(relu=False) if topk else loaded, path)
     key = {"key": "top-k", "top_k": loaded.k} if topk else {"key": "relu", "sparsity": {"coeff": 4e-4}}
     config = {
         "objective": {"n_prefixes": n_prefixes} if n_prefixes else {},
