@@ -131,7 +131,7 @@ def test_tables_equal_a_dense_reference(seed: int, n: int, batch_size: int, k: i
     assert torch.allclose(latents.mean, feature_acts.sum(dim=0) / fired.sum(dim=0).clamp_min(1))
     assert torch.equal(latents.max, feature_acts.amax(dim=0))
     width = min(k, n)
-    values, top = reference.run(feature_acts, k)
+    values, top = reference(feature_acts, k)
     assert torch.equal(latents.top_values[:, :width], values) and torch.equal(latents.top_rows[:, :width], top)
     assert (latents.top_rows[:, width:] == -1).all() and torch.isneginf(latents.top_values[:, width:]).all()
     assert latents.l0 == pytest.approx(float(fired.sum()) / n) and torch.equal(

@@ -38,7 +38,13 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
         k=(2.0, 6.0),
         learning_rate=(3e-3,),
         epochs=40,
-        settings=("batch_size=256", "warmup_steps=5", "lambda_warmup_steps=10"),
+        settings=(
+            "batch_size=256",
+            "warmup_steps=5",
+            "lambda_warmup_steps=10",
+            "model_name=pythia-70m",
+            "hook_name=blocks.3.hook_resid_post",  # what rows in a bare .pt do not say
+        ),
         name="small",
         runs_root=str(root / "runs"),
         device="cpu",

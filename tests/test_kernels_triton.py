@@ -101,9 +101,9 @@ def test_zeros_are_skipped_where_that_is_less_work() -> None:
     standard, _ = make_case("standard")
     assert not skip_zeros.pays(standard, "float32", None)
     for sae, l0 in ((topk, None), (standard, 5.0)):
-        sae.d_sae = 4096
+        sae.cfg.d_sae = 4096
         assert skip_zeros.pays(sae, "float32", l0)
-        sae.d_sae = 1024
+        sae.cfg.d_sae = 1024
         assert not skip_zeros.pays(sae, "bf16", l0)
     assert not skip_zeros.pays(standard, "float32", 500.0)
 

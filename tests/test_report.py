@@ -293,7 +293,7 @@ def test_facts_name_what_is_missing_and_what_makes_it(tmp_path: Path):
     assert set(commands) == set(configs)
     for name, argv in commands.items():  # what the page tells to type can be typed
         config = parse(configs[name], argv, prog=name)
-        assert config.run_dir == run.path
+        assert Path(config.sae or "") == run.path
     changed = {row["name"]: (row["value"], row["default"]) for row in facts["settings"]}
     assert changed["l1_lambda"] == ("0.5", "3") and changed["warmup_steps"][0] == "7"
     assert "activations_path" not in changed and "seed" not in changed

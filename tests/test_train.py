@@ -184,7 +184,7 @@ def test_validation_metrics_are_of_the_held_out_rows(finished: Run, activations_
     assert finished.config.split_by == "row"
     held_out = rows[torch.randperm(N_ROWS, generator=torch.Generator().manual_seed(42))[: N_ROWS // 20]]
     with torch.no_grad():
-        x_hat, f = load_sae(finished.path)(held_out)
+        x_hat, f = load_sae(finished.path).run(held_out)
     assert finished.summary["n_val"] == 300
     assert finished.summary["val_mse"] == pytest.approx((x_hat - held_out).pow(2).mean().item(), rel=1e-5)
     assert finished.summary["val_l0"] == pytest.approx((f > 0).float().mean().item(), rel=1e-6)

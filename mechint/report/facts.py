@@ -70,8 +70,7 @@ def reported(named: str | Path, output: Path | None) -> Reported:
     path = Path(named)
     if path.is_dir():
         weights = any((path / name).is_file() for name in WEIGHTS)
-        begun = (path / "config.json").is_file() or not any(path.iterdir())
-        if run_of(path) is not None or (begun and not weights):
+        if run_of(path) is not None or (not weights and folder_of_ours(path) is None):
             run = check_finished(path)
             return Reported(str(named), run.path, run)
     folder = folder_of_ours(path) if path.exists() else None
