@@ -100,10 +100,10 @@ def test_four_repositories_go_up_and_load_back_in_a_new_process(world: World, hu
     assert len(hub.collections) == 2
 
     snippets = [next(b for b in python_blocks(hub.files(n)["README.md"].decode()) if "mechint" in b) for n in names]
-    code = "\n".join(f"{snippet}\nprint(type(sae).__name__, sae.cfg.d_in, sae.cfg.d_sae)" for snippet in snippets)
+    code = "\n".join(f"{snippet}\nprint("SAE", sae.cfg.d_in, sae.cfg.d_sae)" for snippet in snippets)
     loaded = run(["-c", code], hub.env(tmp_path / "stranger"), tmp_path)
     assert loaded.returncode == 0, loaded.stderr
-    assert loaded.stdout.split("\n")[:4] == [f"SAE {spec['d_model']} {D_SAE}" for spec in specs]
+    assert loaded.stdout.split("\n")[:4] == [f"True {spec['d_model']} {D_SAE}" for spec in specs]
     section = (ROOT / "docs" / "publish.md").read_text().split("## Multi-checkpoint repos")[1]
     example = "\n".join(python_blocks(section)[:3]).replace("<run-id>", run_id(2, 23, "6"))
     counted = example + "\nimport pathlib\nprint(best['run_id'], len(list(pathlib.Path(folder).rglob('sae.pt'))))"
