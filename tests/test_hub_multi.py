@@ -100,7 +100,7 @@ def test_four_repositories_go_up_and_load_back_in_a_new_process(world: World, hu
     assert len(hub.collections) == 2
 
     snippets = [next(b for b in python_blocks(hub.files(n)["README.md"].decode()) if "mechint" in b) for n in names]
-    code = "\n".join(f"{snippet}\nprint("SAE", sae.cfg.d_in, sae.cfg.d_sae)" for snippet in snippets)
+    code = "\n".join(f"{snippet}\nprint(isinstance(sae, SAE), sae.cfg.d_in, sae.cfg.d_sae)" for snippet in snippets)
     loaded = run(["-c", code], hub.env(tmp_path / "stranger"), tmp_path)
     assert loaded.returncode == 0, loaded.stderr
     assert loaded.stdout.split("\n")[:4] == [f"True {spec['d_model']} {D_SAE}" for spec in specs]
