@@ -32,7 +32,7 @@ def written(folder: Path, files: dict[str, bytes]) -> Path:
 
 def test_the_files_fill_in_what_is_known(tmp_path: Path):
     found = ingest.read(written(tmp_path / "a", sae_files(768, 32, model_name="gpt2-small")), "gpt2")
-    assert found["loaded"].d_sae == 32
+    assert found["sae"].d_sae == 32
     assert (found["d_model"], found["n_features"], found["architecture"]) == (768, 32, "standard")
     assert (found["layer"], found["hook_type"], found["model_name"]) == (6, "residual", "gpt2")
     assert found["format"] == "community_standard" and found["sae_metadata"]["original_format"] == "saelens"
@@ -49,7 +49,7 @@ def test_gemma_scope_converts_and_computes_the_same(tmp_path: Path):
     folder = written(tmp_path / "a", {"params.npz": file.getvalue()})
     found = ingest.read(folder, None)
     assert (found["format"], found["architecture"]) == ("gemma_scope", "jumprelu")
-    done = ingest.convert(found["loaded"], tmp_path / "out", "gemma_scope", {"repo_id": "x/y"})
+    done = ingest.convert(found["sae"], tmp_path / "out", "gemma_scope", {"repo_id": "x/y"})
     # Gemma Scope does not subtract b_dec, mechint does: it is folded, and the certificate holds
     assert done["format"] == "mechint" and done["folded"] == ["b_dec"] and done["decode_difference"] < 1e-5
     assert load(tmp_path / "out")[1].d_sae == 40
@@ -65,7 +65,7 @@ def test_what_mechint_cannot_hold_is_kept_in_saelens_layout(tmp_path: Path):
     (folder / "cfg.json").write_text(json.dumps(cfg | {"metadata": {"sae_lens_version": "6.1.0"}}))
     found = ingest.read(folder, None)
     assert found["architecture"] == "transcoder"
-    done = ingest.convert(found["loaded"], tmp_path / "out", "saelens", {})
+    done = ingest.convert(found["sae"], tmp_path / "out", "saelens", {})
     assert done["format"] == "saelens" and "transcoder" in done["note"] and done["weights_equal"]
 
 
