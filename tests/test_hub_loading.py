@@ -140,7 +140,7 @@ def test_revisions_are_pinned_and_mistakes_told(hub: LoopbackHub, tmp_path: Path
     from mechint.sae.load import load_pretrained_sae as sae
     from mechint.hub.steering_loading import load_steering_vector as vector
     def weights(*args, **kwargs):
-        found, config = sae.run(*args, **kwargs)
+        found, config = sae(*args, **kwargs)
         return [float(found.W_enc.sum()), config["revision"], config["license"], config["name"]]
     out["newest"], out["tag"] = weights("{RUN51}"), weights("{RUN51}", revision="v1")
     out["commit"], out["pinned"] = weights("{RUN51}", revision="{first}"), weights("pinned")

@@ -33,6 +33,8 @@ SPARSITY_FILE = "sparsity.safetensors"
 SAELENS_VERSION = "6.54.12"
 # What every cfg.json of ours says of itself, in its metadata. Not kept when it is read.
 OUR_MARKS = {"sae_lens_version": SAELENS_VERSION, "mechint_version": __version__}
+# Of the note on a file without a record of processing.
+ASSUMED = "does not say how the model's weights were processed"
 # SAELens's constant scale, which is a number that is not in the files.
 AVERAGE = "expected_average_only_in"
 TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
@@ -211,7 +213,7 @@ def as_6(cfg: dict[str, Any], source: Path) -> dict[str, Any]:
     hook = new["metadata"].get("hook_name")
     new.setdefault("reshape_activations", "hook_z" if "hook_z" in str(hook) else "none")
     if "processing" not in new["metadata"] and not new["metadata"].get("model_from_pretrained_kwargs"):
-        new["notes"] = [f"{CFG_FILE} does not say how the model's weights were processed: raw, as SAELens loads models"]
+        new["notes"] = [f"{CFG_FILE} {ASSUMED}: raw, as SAELens loads models"]
     return new
 
 

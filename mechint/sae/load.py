@@ -10,7 +10,7 @@ import torch
 from mechint.errors import MechintError, nearest
 from mechint.formats import convert, mech_platform, mechint, saelens
 from mechint.formats.files import BESIDE, WEIGHTS, peek_safetensors
-from mechint.formats.saelens import save_folder
+from mechint.formats.saelens import ASSUMED, save_folder
 from mechint.huggingface.fetch import (
     Fetched,
     Repo,
@@ -196,7 +196,7 @@ def open_pretrained_sae(
         assert where.repo_id is not None
         found = SAEDescriptor(name_or_repo, where.repo_id)
         return _from_hub(where.repo_id, where.folder.as_posix(), found, revision, cache_dir, where)
-    typed_as_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith(WEIGHT_SUFFIXES)
+    typed_as_path = name.startswith((".", "/", "~")) or "/" not in name
     if not (inside or stated) and (typed_as_path or Path(name).parent.is_dir()):
         names = sorted({*known, *release_names(), *_beside(place)})
         raise MechintError(
@@ -300,6 +300,9 @@ def _opened(
                 " weights of another SAE?"
             )
     # where the files do not say where it belongs, what is stated helps those that put it into a model
+    if said.get("processing") is not None and any(ASSUMED in note for note in sae.notes):
+        cfg.metadata["processing"] = said["processing"]
+        sae.notes = tuple(note for note in sae.notes if ASSUMED not in note)
     for key, ours in (("hook_site", "hook_name"), ("model_name", "model_name"), ("processing", "processing")):
         if cfg.metadata.get(ours) is None and said.get(key) is not None:
             cfg.metadata[ours] = said[key]
