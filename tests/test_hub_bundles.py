@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from mechint.errors import MechintError
 from mechint.formats.convert import load
+from mechint.formats.mechint import OUR_KEYS
 from mechint.hub.bundle import Bundle, StagedFile, staged
 from mechint.hub.investigation_bundle import (
     description_of,
@@ -298,6 +299,8 @@ def test_a_run_of_the_first_pipeline_has_its_layout_made(run: Path, tmp_path: Pa
     shutil.rmtree(run / "sae")
     manifest = json.loads((run / "manifest.json").read_text())
     write(run / "manifest.json", {key: manifest[key] for key in ("checkpoint_path", "config", "summary", "git_commit")})
+    config = json.loads((run / "config.json").read_text())
+    write(run / "config.json", {key: value for key, value in config.items() if key not in OUR_KEYS})
     with pytest.warns(UserWarning, match="taken as the original pipeline's setting"):
         bundle = sae_bundle(run)
     _, _, card = stage(bundle, "me/x", tmp_path / "out")
