@@ -200,8 +200,8 @@ def open_pretrained_sae(
     if not (inside or stated) and (typed_as_path or Path(name).parent.is_dir()):
         names = sorted({*known, *release_names(), *_beside(place)})
         raise MechintError(
-            f"unknown SAE {name_or_repo!r}: nothing on this machine, and no name of a registry (`mechint list-saes` lists"
-            f" them); {nearest(name_or_repo, names)}. A repository of the Hub is given as user/repo, or"
+            f"unknown SAE {name_or_repo!r}: nothing on this machine, and no name of a registry (`mechint list-saes`"
+            f" lists them); {nearest(name_or_repo, names)}. A repository of the Hub is given as user/repo, or"
             " user/repo:FOLDER@REVISION"
         )
     repo_id, path = split_id(
