@@ -308,7 +308,7 @@ def test_a_run_of_the_first_pipeline_has_its_layout_made(run: Path, tmp_path: Pa
     assert bundle.check is not None
     bundle.check(tmp_path / "out")
     theirs, ours = load(tmp_path / "out")[1], torch.load(run / "checkpoint.pt", weights_only=True)
-    assert torch.equal(theirs.tensors["W_dec"], ours["W_dec"])
+    assert torch.equal(theirs.weights()["W_dec"], ours["W_dec"])
 
 
 @pytest.mark.slow

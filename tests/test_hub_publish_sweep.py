@@ -43,6 +43,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "warmup_steps=5",
             "lambda_warmup_steps=10",
             "model_name=pythia-70m",
+            "model_source=EleutherAI/pythia-70m",
             "dataset_name=openwebtext",
             "hook_name=blocks.3.hook_resid_post",  # what rows in a bare .pt do not say
         ),
