@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 
 from mechint.cli import apply_steering, list_saes, list_steering
 from mechint.errors import MechintError
-from mechint.hub import registry as registries
 from mechint.hub.steering_loading import load_steering_vector
+from mechint.huggingface import registry as registries
 from mechint.huggingface.registry import (
     SAE_REGISTRY,
     STEERING_REGISTRY,
