@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, final
+from typing import Any, TypedDict, TypeVar, Unpack, final
 
 import torch
 from jaxtyping import Float
@@ -49,6 +49,30 @@ _RESIDUAL = re.compile(
 _OF_A_RUN = ("checkpoint.pt", "metrics.csv", "state")
 # Roles that SAELens calls special: what else a tokenizer adds, such as the marks of a chat, is text like any other.
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id")
+
+
+class Given(TypedDict, total=False):
+    """What a caller says of the place. What is left out, or None, is what the SAE was trained with; what is given must
+    not contradict it.
+
+    Attributes:
+        config: the config.json that belongs to the checkpoint, if it is neither in the checkpoint's folder nor needed.
+        model: a model's name or folder in place of the one that the SAE names.
+        hook, processing: for an SAE that does not say.
+        prepend_bos, context_size: of the texts that are tokenized.
+        dtype: precision of the model; that of the collection if not given.
+        backend: of the model; the quicker one that has the hooks if not given.
+    """
+
+    config: Path | None
+    model: str | None
+    hook: str | None
+    processing: str | None
+    prepend_bos: bool | None
+    context_size: int | None
+    dtype: str | None
+    backend: str
+    device: str | None
 
 
 class NotPlaced(MechintError):
@@ -186,19 +210,21 @@ def folder_of_ours(path: Path) -> Path | None:
     return folder if (folder / CERTIFICATE_FILE).is_file() else None
 
 
-def open_named(config: ReadsSAE, *, check: Callable[[SAE], object] | None = None, **more: Any) -> Inside:
+def given_by(config: ReadsSAE) -> Given:
+    """What the settings of a command say of the place."""
+    return {
+        "config": config.config,
+        "model": config.model,
+        "hook": config.hook,
+        "processing": config.processing,
+        "dtype": config.dtype,
+        "device": config.device,
+    }
+
+
+def open_named(config: ReadsSAE, *, check: Callable[[SAE], object] | None = None, **more: Unpack[Given]) -> Inside:
     """`open_inside` with the settings of a command, after `named_sae`."""
-    return open_inside(
-        place_of(config),
-        config=config.config,
-        model=config.model,
-        hook=config.hook,
-        processing=config.processing,
-        dtype=config.dtype,
-        device=config.device,
-        check=check,
-        **more,
-    )
+    return open_inside(place_of(config), check=check, **{**given_by(config), **more})
 
 
 # --- opening ----------------------------------------------------------------------------------------------------------
@@ -214,26 +240,11 @@ def open_sae(path: Path, *, config: Path | None = None) -> SAE:
 
 
 def open_inside(
-    checkpoint: str | Path,
-    *,
-    config: Path | None = None,
-    model: str | None = None,
-    hook: str | None = None,
-    processing: str | None = None,
-    prepend_bos: bool | None = None,
-    context_size: int | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-    check: Callable[[SAE], object] | None = None,
+    checkpoint: str | Path, *, check: Callable[[SAE], object] | None = None, **given: Unpack[Given]
 ) -> Inside:
     """Open anything that `SAE.load` opens, with its model. The SAE ends up on the model's device.
 
-    What is not given is what the SAE was trained with; what is given must not contradict it.
-
     Args:
-        config: the config.json that belongs to the checkpoint, if it is neither in the checkpoint's folder nor needed.
-        model: a model's name or folder in place of the one that the SAE names.
-        dtype: precision of the model; that of the collection if not given.
         check: called with the SAE before the model is loaded, which may take minutes; raises what is wrong.
 
     Raises:
@@ -244,23 +255,10 @@ def open_inside(
     run = run_of(path)
     if path.is_dir() and (path / "checkpoint.pt").is_file():
         path = path / "checkpoint.pt"
-    sae = open_sae(path, config=config)
+    sae = open_sae(path, config=given.get("config"))
     if check is not None:
         check(sae)
-    return put_inside(
-        sae,
-        path,
-        run=run,
-        config=config,
-        model=model,
-        hook=hook,
-        processing=processing,
-        prepend_bos=prepend_bos,
-        context_size=context_size,
-        dtype=dtype,
-        device=device,
-        notes=sae.notes,
-    )
+    return put_inside(sae, path, run=run, notes=sae.notes, **given)
 
 
 def put_inside(
@@ -268,17 +266,9 @@ def put_inside(
     checkpoint: Path,
     *,
     run: Run | None = None,
-    config: Path | None = None,
     known: Mapping[str, Any] | None = None,
-    model: str | None = None,
-    hook: str | None = None,
-    processing: str | None = None,
-    prepend_bos: bool | None = None,
-    context_size: int | None = None,
-    dtype: str | None = None,
-    backend: str = "auto",
-    device: str | None = None,
     notes: tuple[str, ...] = (),
+    **given: Unpack[Given],
 ) -> Inside:
     """`open_inside` of an SAE that is open already. `known` is what the activations record that it is used with, for
     what it does not record itself.
@@ -290,21 +280,19 @@ def put_inside(
     said = {key: value for key, value in (known or {}).items() if key != "legacy"}
     said |= {key: value for key, value in sae.metadata.items() if value is not None}
     told = list(notes)
-    hook_name = _hook_name(sae, checkpoint, config, hook, known or {}, told)
+    hook_name = _hook_name(sae, checkpoint, given.get("config"), given.get("hook"), known or {}, told)
     hook_out = written_hook(sae, hook_name)
+    model = given.get("model")
     name = model or _model_name(said, told)
-    used = _processing(said, processing, hook_name, name, told)
-    recorded_bos = bool(said.get("prepend_bos", True))
-    bos = recorded_bos if prepend_bos is None else prepend_bos
-    if bos != recorded_bos:
-        words = {True: "with BOS prepended", False: "without BOS"}
-        told.append(f"the SAE was trained on texts {words[recorded_bos]}, and is used here on texts {words[bos]}")
+    used = _processing(said, given.get("processing"), hook_name, name, told)
+    bos = _prepend_bos(said, given.get("prepend_bos"), told)
     recorded_dtype = str(said.get("dtype")).removeprefix("torch.")
+    backend = given.get("backend", "auto")
     try:
         loaded = load_model(
             name,
-            device=device,
-            dtype=dtype or (recorded_dtype if recorded_dtype in DTYPES else "float32"),
+            device=given.get("device"),
+            dtype=given.get("dtype") or (recorded_dtype if recorded_dtype in DTYPES else "float32"),
             processing=used,
             backend=backend_for(hook_name, hook_out) if backend == "auto" else backend,
             revision=None if model else said.get("model_revision"),
@@ -325,7 +313,7 @@ def put_inside(
         run,
         bos,
         bool(said.get("keep_bos", said.get("legacy", False))),
-        context_size or said.get("context_size"),
+        given.get("context_size") or said.get("context_size"),
         tuple(told),
     )
 
@@ -383,6 +371,20 @@ def _processing(said: Mapping[str, Any], given: str | None, hook_name: str, mode
     return recorded or "raw"
 
 
+def _prepend_bos(said: Mapping[str, Any], given: bool | None, notes: list[str]) -> bool:
+    """What is given, else what is recorded, else yes."""
+    recorded = said.get("prepend_bos")
+    if recorded is None and given is None and not said.get("legacy"):
+        notes.append("nothing says whether the SAE was trained on texts with BOS prepended: taken as with it")
+    if None not in (recorded, given) and recorded != given:
+        words = {True: "with BOS prepended", False: "without BOS"}
+        notes.append(
+            f"the SAE was trained on texts {words[bool(recorded)]}, and is used here on texts {words[bool(given)]}"
+        )
+    used = recorded if given is None else given
+    return True if used is None else bool(used)
+
+
 # --- what must fit ----------------------------------------------------------------------------------------------------
 
 
@@ -437,6 +439,11 @@ def check_fit(sae: SAE, model: Model, hook_name: str, said: Mapping[str, Any] | 
     the widths of the hooks that it reads and writes. `said` is its record, if that is more than its metadata."""
     said = sae.metadata if said is None else said
     model.check_hook(hook_name)
+    if (head := sae.metadata.get("hook_head_index")) is not None:
+        raise MechintError(
+            f"the SAE is of head {head} of {hook_name} alone; here SAEs are put into a model with all heads of a hook:"
+            " sae.encode takes the values of that head"
+        )
     if sae.hook_in is not None and sae.hook_in != hook_name:
         raise MechintError(f"the SAE was trained on {sae.hook_in}, but is to be used at {hook_name}")
     hook_out = written_hook(sae, hook_name)

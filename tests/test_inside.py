@@ -380,15 +380,25 @@ def test_what_nobody_says_is_an_error_or_told(folder: Path, tiny_neox_dir: Path,
     with pytest.raises(MechintError, match="which model .* give --model"):
         put_inside(sae, bare, hook=HOOK, device="cpu")
     inside = put_inside(sae, bare, hook=HOOK, model=str(tiny_neox_dir), device="cpu")
-    assert inside.model.processing == "raw" and "taken as raw" in " ".join(inside.notes)
-    told = put_inside(sae, bare, hook=HOOK, model=str(tiny_neox_dir), processing="centred", device="cpu")
-    assert told.model.processing == "centred" and told.notes == ()
+    assert inside.model.processing == "raw" and inside.prepend_bos
+    assert [("taken as raw" in note, "BOS prepended" in note) for note in inside.notes] == [
+        (True, False),
+        (False, True),
+    ]
+    said = {"model": str(tiny_neox_dir), "prepend_bos": False, "device": "cpu"}
+    told = put_inside(sae, bare, hook=HOOK, processing="centred", **said)
+    assert told.model.processing == "centred" and not told.prepend_bos and told.notes == ()
     # of a hook that centring does not change there is nothing to assume
-    mlp = put_inside(make_sae(64), bare, hook="blocks.2.mlp.hook_post", model=str(tiny_neox_dir), device="cpu")
-    assert mlp.notes == ()
+    assert put_inside(make_sae(64), bare, hook="blocks.2.mlp.hook_post", **said).notes == ()
     # SAELens's words count as a record
     theirs = make_sae(32, model_from_pretrained_kwargs={"center_writing_weights": True})
     assert put_inside(theirs, bare, hook=HOOK, model=str(tiny_neox_dir), device="cpu").model.processing == "centred"
+
+
+def test_an_sae_of_one_head_is_told_apart(tiny_neox_dir: Path):
+    one = make_sae(8, hook_head_index=2)
+    with pytest.raises(MechintError, match=r"head 2 of blocks\.2\.attn\.hook_z alone"):
+        put_inside(one, Path("x"), hook="blocks.2.attn.hook_z", model=str(tiny_neox_dir), device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -451,7 +451,7 @@ def test_every_name_of_its_class_is_here_or_says_what_does_the_same(tmp_path: Pa
     """Its caches too: the same names, the same numbers, from one file."""
     from sae_lens import SAE as Theirs  # pyright: ignore[reportMissingImports]
 
-    from mechint.sae.base import ELSEWHERE
+    from mechint.sae.elsewhere import ELSEWHERE
 
     ours = drawn("jumprelu")
     ours.save_model(tmp_path / "x")

@@ -10,7 +10,7 @@ from torch import Tensor
 from mechint import SAE, SAEConfig
 from mechint.errors import MechintError
 from mechint.sae import ARCHITECTURES, build_sae
-from mechint.sae.base import ELSEWHERE
+from mechint.sae.elsewhere import ELSEWHERE
 
 D_IN, D_SAE = 8, 24
 POINTS = ["hook_sae_input", "hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons", "hook_sae_error"]

@@ -21,6 +21,7 @@ from mechint.inside import (
     Inside,
     NotPlaced,
     check_same_setting,
+    given_by,
     named_sae,
     open_sae,
     place_of,
@@ -270,12 +271,8 @@ def prepare_language(
             sae,
             checkpoint,
             known=None if activations is None else activations.info,
-            model=config.model,
-            hook=config.hook,
-            processing=config.processing,
-            dtype=config.dtype,
+            **given_by(config),
             backend=config.backend,
-            device=detect_device(config.device),
         )
     except NotPlaced as error:
         if config.model is not None:

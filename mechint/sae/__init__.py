@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 import mechint.sae.architectures  # noqa: F401  (registers every architecture)
 from mechint.lazy import lazy_names
 from mechint.sae.architectures.standard import StandardSAE
-from mechint.sae.base import ARCHITECTURES, SAE, Loss, Objective, build_sae, find_architecture
+from mechint.sae.base import ARCHITECTURES, SAE, build_sae, find_architecture
 from mechint.sae.checkpoint import save_checkpoint
 from mechint.sae.config import SAEConfig
 from mechint.sae.legacy import SAEloss, SparseAutoEncoder
+from mechint.sae.objective import Loss, Objective
 
 if TYPE_CHECKING:
     from mechint.sae.load import load_sae, load_sae_checkpoint

@@ -15,7 +15,6 @@ import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,8 +25,11 @@ from torch import Tensor, nn
 from mechint.errors import MechintError, nearest
 from mechint.provenance import detect_device
 from mechint.sae.config import NORMALIZE, Architecture, SAEConfig, SAEMetadata, dtype_of, reshape_activations
+from mechint.sae.elsewhere import ELSEWHERE, ElsewhereError
 from mechint.sae.hooks import Hooked, HookPoint
+from mechint.sae.objective import Loss, Objective
 from mechint.sae.peers import ALONE, Peers
+from mechint.sae.tensors import fitting, widths_of
 
 # A row shorter than this is divided by this instead, so that an all-zero row stays finite.
 MIN_DECODER_NORM = 1e-12
@@ -37,80 +39,7 @@ LAYER_NORM_EPS = 1e-5
 SETTINGS = {"apply_b_dec_to_input", "normalize_activations", "input_scale", "rescale_acts_by_decoder_norm", "metadata"}
 # Activation functions of transcoders: SAELens has no top-k ones, EleutherAI's sparsify has.
 BASES = ("standard", "jumprelu", "topk")
-# In SAELens, and not here: what does the same.
-ELSEWHERE = {
-    "fold_activation_norm_scaling_factor": "a constant input scale is sae.cfg.input_scale; mechint.formats.fold_scale",
-    "fold_activation_whitening": "nothing: SAEs of whitened inputs do not open here",
-    "get_W_dec_norm": "sae.W_dec.norm(dim=-1)",
-    "fold_and_get_W_dec_norm": "sae.decoder_norms(), then sae.fold_W_dec_norm()",
-    "activation_dtype": "sae.dtype",
-    "d_head": "the last width of the values that are given one head at a time",
-    "mod_dict": "sae.hook_dict",
-    "context_level": "nothing: hooks of sae.hooks(...) end with its block",
-    "is_caching": "sae.run_with_cache(x)",
-    "add_caching_hooks": "sae.run_with_cache(x)",
-    "get_caching_hooks": "sae.run_with_cache(x)",
-    "cache_all": "sae.run_with_cache(x)",
-    "cache_some": "sae.run_with_cache(x, names_filter=...)",
-    "add_perma_hook": "sae.add_hook(name, fn, is_permanent=True)",
-    "check_and_add_hook": "sae.add_hook(name, fn)",
-    "check_hooks_to_add": "sae.add_hook(name, fn), which checks the name",
-    "list_hooks": "sae.hook_dict",
-    "remove_all_hook_fns": "sae.reset_hooks(including_permanent=True)",
-    "clear_contexts": "sae.reset_hooks()",
-    "setup": "nothing: hook points have their names from the start",
-    "get_sae_class_for_architecture": "mechint.sae.find_architecture",
-    "get_sae_config_class_for_architecture": "SAEConfig, which all architectures share",
-    "get_activation_fn": "sae.activate(pre_activations)",
-    "activation_fn": "sae.activate(pre_activations)",
-    "run_time_activation_norm_fn_in": "sae.process_sae_in, which normalises and subtracts b_dec",
-    "run_time_activation_norm_fn_out": "sae.decode, which undoes it",
-    "reshape_fn_in": "sae.hook_z_reshaping_mode; heads are laid side by side by encode",
-    "reshape_fn_out": "sae.hook_z_reshaping_mode; the call gives heads back one by one",
-    "process_state_dict_for_saving": "sae.tensors()",
-    "process_state_dict_for_loading": "SAE.from_tensors(...)",
-    "initialize_weights": "SAE(SAEConfig(...)), which draws them",
-    "training_forward_pass": "sae.loss(x, objective)",
-    "calculate_aux_loss": "sae.loss(x, objective)",
-    "encode_with_hidden_pre": "sae.pre_activations(x), then sae.activate(...)",
-    "upload_to_hub": "upload_saes_to_huggingface, or `mechint publish-sae`",
-}
-
 ARCHITECTURES: dict[str, type["SAE"]] = {}
-
-
-class ElsewhereError(MechintError, AttributeError):
-    """A name of SAELens's class that this one does not have."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What one step minimises beside the squared error: the weights in force at this step, and what is dead."""
-
-    sparsity: float = 0.0  # weight of the architecture's own penalty, warm-up included
-    dead: Bool[Tensor, " d_sae"] | None = None  # latents to revive; None where nothing is to be revived
-    k_aux: int = 0  # dead latents a vector that AuxK reconstructs the residual with
-    aux_coefficient: float = 0.0
-    widths: tuple[int, ...] | None = None  # nested prefixes of this step (matryoshka); None: the SAE's own
-
-
-@dataclass(frozen=True)
-class Loss:
-    """Named terms and their weights; the loss is the weighted sum. `mse` is always there."""
-
-    terms: dict[str, Float[Tensor, ""]]
-    weights: dict[str, float]
-    feature_acts: Float[Tensor, "batch d_sae"]
-
-    @property
-    def total(self) -> Float[Tensor, ""]:
-        return weighted_sum(self.terms, self.weights)
-
-
-def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Float[Tensor, ""]:
-    """The loss from its terms, summed in the order in which the terms are named."""
-    parts = [weights[name] * term for name, term in terms.items()]
-    return torch.stack(parts).sum() if len(parts) > 2 else sum(parts[1:], start=parts[0])
 
 
 class SAE(Hooked, ABC):
@@ -412,7 +341,7 @@ class SAE(Hooked, ABC):
         kind = find_architecture(architecture)
         if not kind.saved_tensors:
             raise MechintError(f"{source}: {architecture} is a form for training; what is saved of it is another one")
-        d_in, d_sae, d_out = _widths(tensors, source)
+        d_in, d_sae, d_out = widths_of(tensors, source)
         skip = transcoder and "W_skip" in tensors
         metadata = SAEMetadata(metadata or {})
         given = {name: value for name, value in settings.items() if name in (*kind.options, *kind.departures)}
@@ -437,7 +366,7 @@ class SAE(Hooked, ABC):
                 sae = kind(cfg)
         except MechintError as error:
             raise MechintError(f"{source}: {error}") from None
-        sae.load_state_dict(_fitting(sae, tensors, source), assign=True)
+        sae.load_state_dict(fitting(sae, str(sae.cfg.architecture), tensors, source), assign=True)
         sae.cfg.device, sae.notes = "cpu", notes
         sae.sparsity = sparsity
         return sae.requires_grad_(True)
@@ -783,44 +712,6 @@ class SAE(Hooked, ABC):
         return f"{self.cfg.architecture}, d_in={self.d_in}, d_sae={self.d_sae}{own}{where}"
 
 
-def _widths(tensors: Mapping[str, Any], source: str | Path) -> tuple[int, int, int]:
-    """`(d_in, d_sae, d_out)` of the weights."""
-    for name, value in tensors.items():
-        if not isinstance(value, Tensor):
-            raise MechintError(f"{source}: {name} is no tensor")
-    for name in ("W_enc", "W_dec"):
-        if name not in tensors or tensors[name].ndim != 2:
-            found = ", ".join(f"{key} {list(value.shape)}" for key, value in list(tensors.items())[:8])
-            raise MechintError(f"{source} is not an SAE: {name} should be a matrix; found {found or 'nothing'}")
-    (d_in, d_sae), d_out = tensors["W_enc"].shape, tensors["W_dec"].shape[1]
-    if min(d_in, d_sae, d_out) < 1:
-        raise MechintError(f"{source}: an SAE needs d_in and d_sae of at least 1, found {d_in} and {d_sae}")
-    return d_in, d_sae, d_out
-
-
-def _fitting(sae: SAE, tensors: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
-    """The tensors as the parameters of `sae`: contiguous float32, `W_enc` column by column."""
-    expected = {name: tuple(parameter.shape) for name, parameter in sae.named_parameters()}
-    missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
-    if missing or extra:
-        parts = [f"lacks {', '.join(sorted(missing))}"] if missing else []
-        parts += [f"has {', '.join(sorted(extra)[:8])} too"] if extra else []
-        raise MechintError(
-            f"{source}: {sae.cfg.architecture} holds {', '.join(expected)}; this one {' and '.join(parts)}"
-        )
-    fitting = {}
-    for name, shape in expected.items():
-        tensor = tensors[name]
-        if tuple(tensor.shape) != shape:
-            raise MechintError(f"{source}: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-            raise MechintError(f"{source}: {name} holds values that are not finite floating-point numbers")
-        tensor = tensor.detach().to("cpu", torch.float32)
-        # laid out as a new SAE's: products round by layout, and it should compute the same bits before and after saving
-        fitting[name] = tensor.t().contiguous().t() if name == "W_enc" else tensor.contiguous()
-    return fitting
-
-
 def _folded(sae: SAE, fold: bool) -> SAE:
     if fold:
         sae.fold_W_dec_norm()
@@ -848,72 +739,6 @@ def usable(device: str | torch.device | None) -> str:
         return detect_device(str(device or "cpu"))
     except MechintError as error:
         raise MechintError(str(error).replace("--device cpu", 'device="cpu"')) from None
-
-
-# --- terms that architectures share -----------------------------------------------------------------------------------
-
-
-def mean_squared_error(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
-    """Mean over batch and d_in."""
-    return (x_hat - x).pow(2).mean()
-
-
-def weighted_acts(sae: SAE, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
-    """`feature_acts` in units of what they add to the reconstruction: times the norm of their decoder row."""
-    scale = sae.penalty_scale()
-    return feature_acts if scale is None else feature_acts * scale
-
-
-def add_auxk(
-    loss: Loss, sae: SAE, x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"], objective: Objective
-) -> Loss:
-    """The loss with the AuxK term, where there are dead latents to revive.
-
-    Gao et al. 2024, "Scaling and evaluating sparse autoencoders", A.2: the `k_aux` largest pre-activations of dead
-    latents reconstruct what the live ones left, e = x - x_hat (taken as a constant):
-    auxk = mean((e - acts @ W_dec[dead])^2). Where a bias keeps latents off (ReLU, JumpReLU, gated) all pre-activations
-    of a dead latent are negative, and ReLU would leave it without a gradient: there they are taken as they are.
-    """
-    if objective.dead is None or not objective.aux_coefficient or not objective.k_aux:
-        return loss
-    n_dead = int(objective.dead.sum())
-    if n_dead == 0:
-        return loss
-    dead = sae.peers.mine(objective.dead).nonzero().squeeze(1)
-    bias = sae.get_parameter(sae.latent_offsets()[0])
-    term = auxk(
-        x,
-        x_hat.detach(),
-        sae.b_dec,
-        sae.W_enc[:, dead],
-        bias[dead],
-        sae.W_dec[dead],
-        min(objective.k_aux, n_dead),
-        sae.aux_relu,
-        sae.peers,
-    )
-    terms, weights = {**loss.terms, "auxk": term}, {**loss.weights, "auxk": objective.aux_coefficient}
-    return Loss(terms, weights, loss.feature_acts)
-
-
-def auxk(
-    x: Float[Tensor, "batch d_in"],
-    x_hat: Float[Tensor, "batch d_in"],
-    b_dec: Float[Tensor, " d_in"],
-    W_enc: Float[Tensor, "d_in dead"],
-    b_enc: Float[Tensor, " dead"],
-    W_dec: Float[Tensor, "dead d_in"],
-    k_aux: int,
-    relu: bool,
-    peers: Peers = ALONE,
-) -> Float[Tensor, ""]:
-    """The AuxK term from the weights of the dead latents alone."""
-    pre = (x - peers.shared(b_dec)) @ W_enc + b_enc
-    if peers.several_shares or k_aux < pre.shape[1]:
-        pre = peers.top(pre.detach(), k_aux).place(pre)
-    if relu:
-        pre = pre.relu()
-    return ((x - x_hat) - peers.sum_latents(pre @ W_dec)).pow(2).mean()
 
 
 def build_sae(

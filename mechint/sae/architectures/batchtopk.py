@@ -15,7 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechint.errors import MechintError
-from mechint.sae.base import ARCHITECTURES, SAE, Loss, Objective, add_auxk, mean_squared_error, weighted_acts
+from mechint.sae.base import ARCHITECTURES, SAE
+from mechint.sae.losses import add_auxk, mean_squared_error, weighted_acts
+from mechint.sae.objective import Loss, Objective
 
 # Weight of the newest batch in the running mean of the cut: a window of about 100 steps.
 CUT_RATE = 0.01

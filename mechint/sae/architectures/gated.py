@@ -16,7 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mechint.sae.base import SAE, Loss, Objective, add_auxk, mean_squared_error, weighted_acts
+from mechint.sae.base import SAE
+from mechint.sae.losses import add_auxk, mean_squared_error, weighted_acts
+from mechint.sae.objective import Loss, Objective
 
 
 @final
@@ -40,10 +42,10 @@ class GatedSAE(SAE):
     def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
         """`hook_sae_acts_pre` holds the magnitudes before their ReLU, as in SAELens."""
         gate, magnitude = self._gate_and_magnitude(x)
-        return self.hook_sae_acts_post((gate > 0) * torch.relu(self.hook_sae_acts_pre(magnitude)))
+        return self.hook_sae_acts_post(gated(gate, self.hook_sae_acts_pre(magnitude)))
 
     def activate(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
-        return (pre > 0) * torch.relu(self._magnitude(pre - self.b_gate))
+        return gated(pre, self._magnitude(pre - self.b_gate))
 
     def _gate_and_magnitude(self, x: Float[Tensor, "... d_in"]) -> tuple[Tensor, Tensor]:
         u = self.process_sae_in(x) @ self.W_enc
@@ -55,7 +57,7 @@ class GatedSAE(SAE):
     def loss(self, x: Float[Tensor, "batch d_in"], objective: Objective) -> Loss:
         gate, magnitude = self._gate_and_magnitude(x)
         gate = torch.relu(gate)
-        feature_acts = (gate > 0) * torch.relu(magnitude)
+        feature_acts = gated(gate, magnitude)
         x_hat = self.decode(feature_acts)
         by_gate = self.peers.sum_latents(gate @ self.W_dec.detach()) + self.b_dec.detach()
         terms = {
@@ -69,3 +71,10 @@ class GatedSAE(SAE):
     @classmethod
     def latent_offsets(cls) -> tuple[str, ...]:
         return ("b_gate", "b_mag")
+
+
+def gated(
+    gate: Float[Tensor, "*batch d_sae"], magnitude: Float[Tensor, "*batch d_sae"]
+) -> Float[Tensor, "*batch d_sae"]:
+    """`feature_acts`: the positive magnitudes of the latents whose gate is open."""
+    return (gate > 0) * torch.relu(magnitude)

@@ -23,7 +23,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechint.errors import MechintError, nearest
-from mechint.sae.base import SAE, Loss, Objective, add_auxk, mean_squared_error, weighted_acts
+from mechint.sae.base import SAE
+from mechint.sae.losses import add_auxk, mean_squared_error, weighted_acts
+from mechint.sae.objective import Loss, Objective
 
 PENALTIES = ("step", "tanh", "quadratic")
 Penalty = Literal["step", "tanh", "quadratic"]

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mechint.errors import MechintError
 from mechint.sae.architectures.batchtopk import BatchSelecting
-from mechint.sae.base import Loss, Objective, add_auxk, mean_squared_error
+from mechint.sae.losses import add_auxk, mean_squared_error
+from mechint.sae.objective import Loss, Objective
 
 
 @final

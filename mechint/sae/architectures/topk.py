@@ -15,7 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechint.errors import MechintError
-from mechint.sae.base import SAE, Loss, Objective, add_auxk, mean_squared_error
+from mechint.sae.base import SAE
+from mechint.sae.losses import add_auxk, mean_squared_error
+from mechint.sae.objective import Loss, Objective
 
 
 @final
