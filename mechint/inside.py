@@ -222,7 +222,7 @@ def given_by(config: ReadsSAE) -> Given:
     }
 
 
-def open_named(config: ReadsSAE, *, check: Callable[[SAE], object] | None = None, **more: Unpack[Given]) -> Inside:
+def open_named(config: ReadsSAE, /, *, check: Callable[[SAE], object] | None = None, **more: Unpack[Given]) -> Inside:
     """`open_inside` with the settings of a command, after `named_sae`."""
     return open_inside(place_of(config), check=check, **{**given_by(config), **more})
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -385,7 +386,7 @@ def test_what_nobody_says_is_an_error_or_told(folder: Path, tiny_neox_dir: Path,
         (True, False),
         (False, True),
     ]
-    said = {"model": str(tiny_neox_dir), "prepend_bos": False, "device": "cpu"}
+    said: dict[str, Any] = {"model": str(tiny_neox_dir), "prepend_bos": False, "device": "cpu"}
     told = put_inside(sae, bare, hook=HOOK, processing="centred", **said)
     assert told.model.processing == "centred" and not told.prepend_bos and told.notes == ()
     # of a hook that centring does not change there is nothing to assume
@@ -408,7 +409,7 @@ def test_an_sae_of_one_head_is_told_apart(tiny_neox_dir: Path):
         ({"processing": "centred"}, "trained on raw .* processing centred"),
     ],
 )
-def test_what_contradicts_the_record_is_refused(folder: Path, given: dict[str, str], message: str):
+def test_what_contradicts_the_record_is_refused(folder: Path, given: dict[str, Any], message: str):
     with pytest.raises(MechintError, match=message):
         open_inside(folder, device="cpu", **given)
 

@@ -266,14 +266,10 @@ def prepare_language(
             f"cross-entropy left out: {where} was stored without its tokens; give texts, one a line, with"
             " --eval-texts-path"
         ]
+    given = given_by(config)
+    given["backend"] = config.backend
     try:
-        inside = put_inside(
-            sae,
-            checkpoint,
-            known=None if activations is None else activations.info,
-            **given_by(config),
-            backend=config.backend,
-        )
+        inside = put_inside(sae, checkpoint, known=None if activations is None else activations.info, **given)
     except NotPlaced as error:
         if config.model is not None:
             raise
