@@ -10,7 +10,7 @@ from mechint.ablation.causal import RANKING_COLUMNS, Partial, rank_latents
 from mechint.ablation.command import fingerprint_of
 from mechint.ablation.rank import feature_indices
 from mechint.config import RankConfig
-from mechint.data import iter_texts_from_path, open_activations, split_indices
+from mechint.data import iter_texts_from_path, open_activations, split_as
 from mechint.errors import MechintError
 from mechint.eval import Text, texts_from_rows, texts_from_tokens
 from mechint.inside import Inside, check_same_setting, named_sae, open_named, output_folder
@@ -156,7 +156,7 @@ def _texts(config: RankConfig, inside: Inside, given: list[str] | None) -> tuple
         if settings is None or settings.val_fraction == 0:
             notes.append(f"no texts are known to be held out: those of all rows of {path} are used, training's too")
         else:
-            _, held_out = split_indices(activations, settings.val_fraction, settings.seed, by=settings.split_by)
+            _, held_out = split_as(settings, activations)
         found = texts_from_rows(activations, held_out)
         _check_count(config, len(found), f"the held-out part of {path}" if held_out is not None else str(path))
         found = found[: config.num_texts]

@@ -49,6 +49,8 @@ def main(argv: Sequence[str]) -> int:
     if flags.resume is None:
         for note in notes(read_json(layout.config)):
             print(f"note: {note}", file=sys.stderr)
+    if (left_out := summary.get("left_out")) and left_out["n_rows"]:
+        print(f"note: {outliers_in_words(left_out)}", file=sys.stderr)
     if layout.manifest is not None:  # files hold paths relative to the run; a person wants them from here
         paths = {"run_dir": layout.root, "checkpoint_path": layout.checkpoint, "config_path": layout.config}
         summary |= {name: str(path) for name, path in paths.items()}
@@ -75,6 +77,17 @@ def notes(config: dict[str, Any]) -> list[str]:
             f" {', '.join(unknown.values())} can say it here, or to the commands that read the SAE"
         )
     return found
+
+
+def outliers_in_words(left_out: dict[str, Any]) -> str:
+    """What was left out of training for its norm."""
+    tokens = ", ".join(f"{token} ({count:,})" for token, count in left_out["tokens"].items())
+    limit = f"{left_out['multiple']:g} times the median norm ({left_out['norm_limit']:.4g})"
+    return (
+        f"{left_out['n_rows']:,} rows above {limit} were left out of training"
+        + (f"; their tokens, with how many rows each: {tokens}" if tokens else "")
+        + "; --max-norm-multiple 0 keeps them"
+    )
 
 
 def check_same_settings(run_dir: Path, argv: Sequence[str]) -> None:

@@ -26,6 +26,7 @@ _MECHINT: dict[str, Any] = {
     "revive": "auxk",
     "aux_coefficient": 1.0,
     "dead_after": 0.02,
+    "max_norm_multiple": 10.0,
 }
 
 # What `mechint` changes for an architecture (docs/log.md). At a constant 7e-3 latents of the topk family die late, and

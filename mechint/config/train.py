@@ -103,6 +103,9 @@ class SAETrainConfig(Config):
     normalize_inputs: Literal["none", "mean-norm", "centred-norm"] = "none"
     """Train on activations times one number that makes their mean norm sqrt(d_in), or that of their distance from
     their mean; it is divided out again when the SAE is saved."""
+    max_norm_multiple: float = 0.0
+    """Leave rows whose norm is above this many times the median norm out of training, as in most language models a few
+    such rows would dominate the squared error; 0 keeps all."""
     revive: Literal["none", "auxk", "resample"] = "none"
     """What becomes of dead latents: auxk gives them a loss of their own, resample sets them anew."""
     dead_after: int | float = 1_000_000
@@ -214,6 +217,8 @@ class SAETrainConfig(Config):
         architecture = values.get("architecture")
         architecture = architecture if isinstance(architecture, str) else None
         own, others = preset_values(preset, architecture), of_others(preset, architecture)
+        if values.keys() >= ORIGINAL_KEYS:  # a whole config.json, maybe of a version that left no rows out
+            own.pop("max_norm_multiple", None)
         values = {key: value for key, value in values.items() if key not in others or value != others[key]}
         return super().from_dict({**own, "preset": preset, **values}, source=source)
 
@@ -234,7 +239,7 @@ class SAETrainConfig(Config):
             value = getattr(self, name)
             require(value is None or value > 0, f"--{name.replace('_', '-')} must be at least 1, got {value}")
         self.check_width()
-        for name in ("l1_lambda", "aux_coefficient", "save_every", "log_every"):
+        for name in ("l1_lambda", "aux_coefficient", "save_every", "log_every", "max_norm_multiple"):
             value = getattr(self, name)
             require(value >= 0, f"--{name.replace('_', '-')} must not be negative, got {value}")
         for name in ("warmup_steps", "lambda_warmup_steps", "resample_every", "dead_after"):
@@ -244,7 +249,7 @@ class SAETrainConfig(Config):
             require(
                 not share or value <= 1, f"{flag} with a decimal point is a share of the steps, 0 to 1, got {value}"
             )
-        for name in ("l1_lambda", "learning_rate", "aux_coefficient"):
+        for name in ("l1_lambda", "learning_rate", "aux_coefficient", "max_norm_multiple"):
             require(math.isfinite(getattr(self, name)), f"--{name.replace('_', '-')} must be a finite number")
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)

@@ -10,6 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechint.config import SAETrainConfig
+from mechint.data.norms import outliers
+from mechint.data.store import Activations
 from mechint.errors import MechintError
 
 
@@ -60,6 +63,19 @@ def split_indices(
             f"a validation share of {val_fraction:g} leaves nothing to train on ({activations.n_rows} rows): lower"
             " --val-fraction or collect more texts"
         )
+    return train, val
+
+
+def split_as(config: SAETrainConfig, activations: Activations) -> tuple[Int[Tensor, " n_train"], Int[Tensor, " n_val"]]:
+    """`split_indices` with the settings of a training. Rows above `max_norm_multiple` times the median norm, if one is
+    set, are in neither training nor what counts as trained on; held out rows stay as they are.
+
+    Raises:
+        MechintError: as `split_indices`.
+    """
+    train, val = split_indices(activations, config.val_fraction, config.seed, config.split_by)
+    if config.max_norm_multiple:
+        train = train[~outliers(activations.norms, config.max_norm_multiple).is_outlier[train]]
     return train, val
 
 

@@ -4,7 +4,7 @@ In many models the first position of a text holds a vector tens of times longer 
 and a few such rows dominate a mean squared error. So position 0 is counted apart.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -110,8 +110,21 @@ def report_norms(norms: dict[str, Any], n_rows: int) -> str:
     if norms["n_outliers_position_0"] * 2 > norms["n_outliers"]:
         hint = "leave position 0 out of the store with --prepend-bos --no-keep-bos"
     else:
-        hint = "they are not first positions; look at their tokens (docs/store.md) before training on them"
+        hint = "they are not first positions; train with --max-norm-multiple 10, which leaves them out"
     return f"{line}\nwarning: such rows dominate a mean squared error; {hint}"
+
+
+class Outliers(NamedTuple):
+    """Rows of some activations whose norm is far above that of the others."""
+
+    limit: float  # the norm that they are above
+    is_outlier: Bool[Tensor, " n_rows"]
+
+
+def outliers(norms: Float[Tensor, " n_rows"], multiple: float = OUTLIER_MULTIPLE) -> Outliers:
+    """The rows above `multiple` times the (lower) median norm of all of them."""
+    limit = multiple * float(norms.median())
+    return Outliers(limit, norms > limit)
 
 
 def row_norms(rows: Float[Tensor, "n d_in"]) -> Float[Tensor, " n"]:

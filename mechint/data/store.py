@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mechint.config import layer_of_hook
+from mechint.data.norms import row_norms
 from mechint.data.store_write import FORMAT_VERSION, STORE_JSON, asked_path
 from mechint.errors import MechintError, one_line
 from mechint.provenance import read_json, sha256_file, sha256_json
@@ -63,6 +64,11 @@ class Activations:
     def positions(self) -> Int[Tensor, " n_rows"] | None:
         """Position of each row in what the model read, a prepended BOS being 0; None for a bare .pt."""
         return self._columns.get("positions")
+
+    @functools.cached_property
+    def norms(self) -> Float[Tensor, " n_rows"]:
+        """Euclidean norm of each row, float32; computed from the rows when it is first asked for."""
+        return torch.cat([row_norms(part) for part in self._parts])
 
     @functools.cached_property
     def _columns(self) -> dict[str, Tensor]:

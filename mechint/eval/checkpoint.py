@@ -7,14 +7,15 @@ from typing import Any
 from torch import Tensor
 
 from mechint.config import EvalConfig, SAETrainConfig
-from mechint.data.batches import split_indices
+from mechint.data.batches import split_as
+from mechint.data.norms import OUTLIER_MULTIPLE
 from mechint.data.store import Activations, open_activations
 from mechint.data.text import iter_texts_from_path
 from mechint.errors import MechintError
 from mechint.eval.bootstrap import group_of_texts, reconstruction_intervals
 from mechint.eval.from_texts import evaluate_texts
 from mechint.eval.histograms import DENSE, activity_metrics, density_histogram, l0_histogram
-from mechint.eval.reconstruction import measure_activity, measure_rows
+from mechint.eval.reconstruction import measure_activity, measure_rows, without_outliers
 from mechint.eval.texts import Text, texts_from_rows, texts_from_tokens
 from mechint.inside import (
     SETTING,
@@ -149,6 +150,19 @@ def _of_rows(
         "ci95": {},
         "mean": activity.mean.float(),
     }
+    typical = without_outliers(
+        sae,
+        activations,
+        val_indices,
+        multiple=target.config.max_norm_multiple or OUTLIER_MULTIPLE,
+        batch_size=target.config.eval_batch_size,
+    )
+    if typical is not None:
+        result["without_outliers"] = typical
+        notes.append(
+            f"{typical['n_outliers']:,} of {rows.n:,} rows have a norm above {typical['norm_limit']:.4g}, many times"
+            f" the median: fvu is {result['fvu']:.4g} with them and {typical['fvu']:.4g} without (without_outliers)"
+        )
     if groups is None:
         notes.append(f"intervals left out: {activations.path} does not say which text a row is from")
     else:
@@ -238,7 +252,7 @@ def _split(activations: Activations, settings: SAETrainConfig, rows: str) -> tup
             f"{activations.path} does not say which text a row is from, so the run's split by text cannot be repeated:"
             " give the run's own activations, or --rows all"
         )
-    train, val = split_indices(activations, settings.val_fraction, settings.seed, by=settings.split_by)
+    train, val = split_as(settings, activations)
     if len(val) == 0:
         raise MechintError(
             f"a share of {settings.val_fraction:g} of {activations.n_rows} rows rounds to none: give --rows all"

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechint.data.batches import iter_activation_batches
+from mechint.data.norms import OUTLIER_MULTIPLE, outliers
 from mechint.data.store import Activations
 from mechint.errors import MechintError
 from mechint.eval.histograms import activity_metrics
@@ -217,6 +218,26 @@ def measure_rows(
             x_hat, feature_acts = sae.run(x)
             sums.add(x, x_hat, feature_acts, of_row)
     return sums
+
+
+def without_outliers(
+    sae: SAE,
+    activations: Activations,
+    indices: Int[Tensor, " rows"] | None = None,
+    *,
+    multiple: float = OUTLIER_MULTIPLE,
+    batch_size: int = 8192,
+    device: str | torch.device | None = None,
+) -> dict[str, Any] | None:
+    """The metrics of `measure_rows` on those rows whose norm is at most `multiple` times the median of all rows of
+    `activations`, with `n_outliers` left out above `norm_limit`. None where no row is above, or none is left."""
+    limit, is_outlier = outliers(activations.norms, multiple)
+    indices = torch.arange(activations.n_rows) if indices is None else indices
+    kept = indices[~is_outlier[indices]]
+    if len(kept) in (0, len(indices)):
+        return None
+    sums = measure_rows(sae, activations, kept, batch_size=batch_size, device=device)
+    return {"n_outliers": len(indices) - len(kept), "norm_limit": limit, **sums.metrics()}
 
 
 def _prepared(

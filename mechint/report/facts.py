@@ -23,7 +23,7 @@ MAX_CURVE_POINTS = 400
 # Columns that are text even where it looks like a number: a concept may be called "nan".
 TEXT = frozenset({"concept", "parent", "sample"})
 # Objects of eval.json that the page shows.
-SHOWN_OBJECTS = frozenset({"ci95", "without_special", "l0_histogram", "density_histogram"})
+SHOWN_OBJECTS = frozenset({"ci95", "without_special", "without_outliers", "l0_histogram", "density_histogram"})
 
 
 def check_finished(path: str | Path) -> Run:

@@ -13,7 +13,7 @@ import torch
 
 from mechint.config import CollectConfig
 from mechint.data import open_activations
-from mechint.data.batches import split_indices
+from mechint.data.batches import split_as
 from mechint.data.collect import collect_activations
 from mechint.data.text import open_texts
 from mechint.errors import MechintError
@@ -126,7 +126,7 @@ class SAETrainingRunner:
 
     def _ce_loss_score(self, run: Run) -> float:
         activations = open_activations(run.activations_path())
-        _, held_out = split_indices(activations, run.config.val_fraction, run.config.seed, run.config.split_by)
+        _, held_out = split_as(run.config, activations)
         texts = texts_from_rows(
             activations, held_out, max_texts=self.cfg.n_eval_batches * self.cfg.store_batch_size_prompts
         )

@@ -3,7 +3,7 @@
 from typing import Any
 
 from mechint.config import SAETrainConfig, layer_of_hook, said
-from mechint.data.batches import split_indices
+from mechint.data.batches import split_as
 from mechint.data.store import Activations
 from mechint.errors import MechintError
 from mechint.provenance import detect_device
@@ -63,7 +63,7 @@ def _check_same(config: SAETrainConfig, key: str, recorded: Any, activations: Ac
 
 def split(config: SAETrainConfig, activations: Activations) -> tuple[Any, Any]:
     """`(train, held-out)` row indices. Raises `MechintError` if a batch is larger than what there is to train on."""
-    splits = split_indices(activations, config.val_fraction, config.seed, config.split_by)
+    splits = split_as(config, activations)
     if config.batch_size > len(splits[0]):
         raise MechintError(
             f"--batch-size {config.batch_size} is more than the {len(splits[0])} rows there are to train on: lower it,"

@@ -29,7 +29,7 @@ LABELS = {
 # The two ways to say the width.
 WIDTHS = ("expansion", "d_sae")
 # Where the activations, the split and so the held-out rows of two members are the same.
-SPLIT_FIELDS = ("seed", "val_fraction", "split_by")
+SPLIT_FIELDS = ("seed", "val_fraction", "split_by", "max_norm_multiple")
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from mechint.config import SAETrainConfig
 from mechint.data.batches import CounterBatches, TorchBatches, make_batches
+from mechint.data.norms import outliers
 from mechint.data.store import Activations
 from mechint.errors import MechintError
-from mechint.eval.reconstruction import Activity, evaluate_rows
+from mechint.eval.reconstruction import Activity, evaluate_rows, without_outliers
 from mechint.formats.saelens import save_folder
 from mechint.kernels import Kernel, StepResult, StepSettings, make_kernel
 from mechint.provenance import get_git_commit, set_global_seed, write_json
@@ -37,6 +38,8 @@ SAMPLE_ROWS = 65_536
 # Steps whose losses are looked at together, by device: reading one makes this process wait for the GPU. A loss that is
 # not finite moves no weight, so what is found some steps late has done no harm.
 READ_EVERY = {"cuda": 50}
+# Tokens that a summary names of the rows that were left out.
+TOKENS_NAMED = 10
 # Metrics of an evaluation that need each latent's number of firings.
 OF_FREQUENCY = ("dense_features", "dense_fraction", "features_over_1_percent")
 # What the SAE's own record says of the activations it was trained on, as it is only valid on such: what the config has,
@@ -309,11 +312,35 @@ def _summary(training: Training, sae: SAE) -> dict[str, Any]:
             device=training.team.evaluates_on(config.device, sae),
             activity=seen,
         )
+        if config.max_norm_multiple:
+            typical = without_outliers(
+                sae,
+                training.activations,
+                training.val_indices,
+                multiple=config.max_norm_multiple,
+                batch_size=config.eval_batch_size,
+            )
+            summary |= {} if typical is None else {"without_outliers": typical}
         # how often each fires is not counted in training; `mechint eval` does
         summary = {key: value for key, value in summary.items() if key not in OF_FREQUENCY}
+    if config.max_norm_multiple:
+        summary["left_out"] = _left_out(training)
     summary |= {"dead_features": n_dead, "dead_fraction": n_dead / sae.d_sae}
     summary["total_seconds"] = training.seconds_before + time.perf_counter() - training.started
     return summary
+
+
+def _left_out(training: Training) -> dict[str, Any]:
+    """How many training rows were left out for their norm, above which, and what tokens they are most often."""
+    activations, multiple = training.activations, training.config.max_norm_multiple
+    limit, is_outlier = outliers(activations.norms, multiple)
+    is_outlier[training.val_indices] = False
+    tokens: dict[str, int] = {}
+    if activations.tokens is not None:
+        found, counts = activations.tokens[is_outlier].unique(return_counts=True)
+        for place in counts.argsort(descending=True, stable=True)[:TOKENS_NAMED].tolist():
+            tokens[str(int(found[place]))] = int(counts[place])
+    return {"n_rows": int(is_outlier.sum()), "multiple": multiple, "norm_limit": limit, "tokens": tokens}
 
 
 def _describe(activations: Activations, layout: Layout) -> dict[str, Any]:

@@ -72,15 +72,19 @@ function quality(run) {
   const rows = QUALITY.filter(([key]) => known(q[key])).map(([key, name, write, zero, mean, meaning]) => {
     const base = (side) => (typeof side === "number" ? write(side) : side && known(q[side]) ? write(q[side]) : "");
     const [low, high] = ci[key] || [];
-    const without = q.without_special?.[key];
-    return [name, write(q[key]), known(low) ? `${write(low)} to ${write(high)}` : "", known(without) && write(without) !== write(q[key]) ? write(without) : "", base(zero), base(mean), meaning];
+    const without = (kind) => {
+      const value = q[kind]?.[key];
+      return known(value) && write(value) !== write(q[key]) ? write(value) : "";
+    };
+    return [name, write(q[key]), known(low) ? `${write(low)} to ${write(high)}` : "", without("without_special"), without("without_outliers"), base(zero), base(mean), meaning];
   });
   const columns = [{ name: "metric" }, { name: "this SAE", num: true }, { name: "95 % interval", num: true }, { name: "no special tokens", num: true, title: "the same without the rows and predictions of BOS, EOS and padding" },
+    { name: "no outliers", num: true, title: "the same without rows whose norm is many times the median" },
     { name: "zero ablation", num: true }, { name: "mean ablation", num: true }, { name: "what it says" }];
   const used = columns.map((column, i) => i === 0 || rows.some((row) => row[i] !== ""));
   const keep = (row) => row.filter((_, i) => used[i]);
   const n = [known(q.n_val) && `${whole(q.n_val)} held-out activations`, known(q.n_texts_ce) && `${whole(q.n_texts_ce)} held-out texts (${whole(q.n_predicted)} predictions)`].filter(Boolean);
-  return section("quality", "How good it is, against doing nothing clever",
+  return section("quality", "Reconstruction, and what it costs the model",
     `Measured on ${n.join(" and ") || "held-out activations"}. Zero and mean ablation replace the activation by 0, or by its mean over the training set: what an SAE must beat.`,
     table(keep(columns), rows.map(keep)),
     !evaluated && el("p", { class: "note" }, "Only what training itself measured is here."));
