@@ -8,7 +8,7 @@ bound are exchanged for others, and the bounds are derived as the reference runs
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -46,6 +46,18 @@ def compare_pass(
         bound = ROOM * rounding.error(q.grad) * (larger or {}).get(name, 1.0)
         _close(p.grad, q.grad, bound, f"gradient of {name}")
     return got
+
+
+def compare_along(
+    reference: DenseKernel, pool_at: Callable[[int], Tensor], rows: int, settings: StepSettings, *kernels: Any
+) -> Iterator[int]:
+    """200 steps of the reference, `compare_step` at the first eight and then at every tenth; yields those."""
+    for step in range(200):
+        if step < 8 or step % 10 == 0:
+            compare_step(reference, pool_at(step), rows, settings, *kernels)
+            yield step
+        else:
+            reference.step(pool_at(step)[:rows].cpu().double(), settings)
 
 
 def compare_step(reference: DenseKernel, pool: Tensor, rows: int, settings: StepSettings, *kernels: Any) -> None:
@@ -90,7 +102,7 @@ def take_over(reference: DenseKernel, kernel: Any) -> None:
         _copy_both(q, p)
         for name, value in reference.optimizer.state[q].items():
             if name == "step":
-                assert kernel.optimizer.state[p][name] == value
+                kernel.optimizer.state[p][name].fill_(value)
             else:
                 _copy_both(value, kernel.optimizer.state[p][name])
 

@@ -25,7 +25,7 @@ from manual_cases import (
     needs_triton,
     pool_of,
 )
-from step_by_step import assert_end_alike, compare_step, reference_for
+from step_by_step import assert_end_alike, compare_along, compare_step, reference_for
 
 from mechint.config import SAETrainConfig
 from mechint.errors import MechintError
@@ -48,12 +48,11 @@ def test_steps_follow_the_reference(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_hundred_steps(name: str) -> None:
-    """Each from the state that the reference has by then."""
+    """From the states that the reference goes through."""
     kernel = kernel_for(name)
-    reference = reference_for(kernel)
     _, objective = make_case(name)
-    for step in range(200):
-        compare_step(reference, pool_of(step), BATCH, StepSettings(3e-3, 1.0, objective), kernel)
+    settings = StepSettings(3e-3, 1.0, objective)
+    assert len(list(compare_along(reference_for(kernel), pool_of, BATCH, settings, kernel))) == 27
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from step_by_step import assert_end_alike, compare_pass, compare_step, reference_for
+from step_by_step import assert_end_alike, compare_along, compare_pass, compare_step, reference_for
 
 from mechint.kernels import DenseKernel, StepSettings, cpu, make_kernel
 from mechint.kernels.cpu import SparseKernel
@@ -346,12 +346,10 @@ def test_kernels_of_one_shape_share_their_buffers():
 @pytest.mark.slow
 @CASE
 def test_200_steps(case):
-    """Each from the state that the reference has by then."""
+    """From the states that the reference goes through."""
     kernels = [kernel_for(make(case), narrow=narrow) for narrow in (True, False)]
-    reference = reference_for(kernels[0])
-    for step in range(200):
-        settings = StepSettings(1e-3, 1.0, Objective(sparsity=0.3))
-        compare_step(reference, batch(step, rows=400), 300, settings, *kernels)
+    settings = StepSettings(1e-3, 1.0, Objective(sparsity=0.3))
+    for _ in compare_along(reference_for(kernels[0]), lambda step: batch(step, rows=400), 300, settings, *kernels):
         assert all(kernel.route == "sparse" for kernel in kernels)
 
 
