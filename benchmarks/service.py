@@ -56,7 +56,7 @@ SERVE = "import sys; from mechint.cli.serve import main; sys.exit(main(sys.argv[
 def fill(data_dir: Path, n_saes: int) -> None:
     """A library of `n_saes` rows without files."""
     from mechint.server.db import open_database
-    from mechint.server.models import SAE
+    from mechint.server.models import SharedSAE
     from mechint.server.settings import Settings
 
     database = open_database(Settings(data_dir=data_dir))
@@ -64,8 +64,8 @@ def fill(data_dir: Path, n_saes: int) -> None:
     with database.write() as session:
         for i in range(n_saes):
             session.add(
-                SAE(
-                    name=f"GPT2 layer {i % 12} SAE {i}",
+                SharedSAE(
+                    name=f"GPT2 layer {i % 12} SharedSAE {i}",
                     description="A sparse autoencoder on the residual stream of layer " + str(i % 12),
                     source=("huggingface", "local", "trained")[i % 3],
                     status=("ready", "ready", "error", "pending")[i % 4],
@@ -227,7 +227,7 @@ async def watch(port: int, sae_id: str, n_clients: int) -> list[tuple[float, dic
 
 @contextmanager
 def loopback_hub(folder: Path) -> Iterator[dict[str, str]]:
-    """A Hub with the SAE `layer_6` of `lab/saes`. Yields the environment of its clients."""
+    """A Hub with the SharedSAE `layer_6` of `lab/saes`. Yields the environment of its clients."""
     process = subprocess.Popen(
         [sys.executable, "-c", HUB, str(folder)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), str(ROOT)))},

@@ -10,7 +10,8 @@ from mechint.ablation.causal import RANKING_COLUMNS, Partial, rank_latents
 from mechint.ablation.command import fingerprint_of
 from mechint.ablation.rank import feature_indices
 from mechint.config import RankConfig
-from mechint.data import iter_texts_from_path, open_activations, split_as
+from mechint.data import iter_texts_from_path, open_activations
+from mechint.data.batches import split_as
 from mechint.errors import MechintError
 from mechint.eval import Text, texts_from_rows, texts_from_tokens
 from mechint.inside import Inside, check_same_setting, named_sae, open_named, output_folder
