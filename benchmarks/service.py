@@ -65,7 +65,7 @@ def fill(data_dir: Path, n_saes: int) -> None:
         for i in range(n_saes):
             session.add(
                 SharedSAE(
-                    name=f"GPT2 layer {i % 12} SharedSAE {i}",
+                    name=f"GPT2 layer {i % 12} SAE {i}",
                     description="A sparse autoencoder on the residual stream of layer " + str(i % 12),
                     source=("huggingface", "local", "trained")[i % 3],
                     status=("ready", "ready", "error", "pending")[i % 4],
@@ -227,7 +227,7 @@ async def watch(port: int, sae_id: str, n_clients: int) -> list[tuple[float, dic
 
 @contextmanager
 def loopback_hub(folder: Path) -> Iterator[dict[str, str]]:
-    """A Hub with the SharedSAE `layer_6` of `lab/saes`. Yields the environment of its clients."""
+    """A Hub with the SAE `layer_6` of `lab/saes`. Yields the environment of its clients."""
     process = subprocess.Popen(
         [sys.executable, "-c", HUB, str(folder)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), str(ROOT)))},
