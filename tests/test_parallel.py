@@ -375,7 +375,7 @@ def test_torchrun(activations: Path, tmp_path: Path):
     )
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert said == ["error: --batch-size 255 cannot be dealt out to 2 processes in equal shares: use 254 or 256"], (
+    assert said == ["error: --batch-size 255 cannot be split over 2 processes in equal shares: use 254 or 256"], (
         done.stderr
     )
     assert not (tmp_path / "a-1").exists()
@@ -389,11 +389,11 @@ def test_what_cannot_be_dealt_out():
         return SAETrainConfig(**{"activation_dim": 24, "expansion": 4, "batch_size": 256, "device": "cpu", **changes})
 
     three = Ranks(0, 3)
-    with pytest.raises(MechintError, match="--batch-size 256 cannot be dealt out to 3 processes.*use 255 or 258"):
+    with pytest.raises(MechintError, match="--batch-size 256 cannot be split over 3 processes.*use 255 or 258"):
         DataTeam(three, config())
-    with pytest.raises(MechintError, match="--batch-size 2 cannot be dealt out to 3 processes in equal shares: use 3"):
+    with pytest.raises(MechintError, match="--batch-size 2 cannot be split over 3 processes in equal shares: use 3"):
         DataTeam(three, config(batch_size=2))
-    with pytest.raises(MechintError, match="100 latents cannot be dealt out to 3 processes"):
+    with pytest.raises(MechintError, match="100 latents cannot be split over 3 processes"):
         LatentTeam(three, config(activation_dim=25))
     with pytest.raises(MechintError, match="--kernel dense, not sparse"):
         LatentTeam(three, config(kernel="sparse"))

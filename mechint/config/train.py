@@ -145,7 +145,7 @@ class SAETrainConfig(Config):
     """Of matrix products; weights and Adam are float32 in all. float32: exact. tf32, bf16: lossy, factors are rounded
     to 10 or 7 bits of mantissa, for speed; tf32 needs CUDA."""
     shard_latents: bool = False
-    """Under torchrun: deal out the latents to the processes, not the rows: a dictionary too large for one device."""
+    """Under torchrun: split the latents, not the rows, over the processes: a dictionary too large for one device."""
     track: Literal["none", "trackio", "tensorboard", "wandb"] = "none"
     """Also send the rows of metrics.csv there (needs the package of that name)."""
     val_fraction: float = 0.05

@@ -1,6 +1,6 @@
 """What the loss of an SAE asks of the processes that share its training step.
 
-Alone, which is the default, every question answers itself. `mechint.train.parallel` deals out the rows of a batch
+Alone, which is the default, every question answers itself. `mechint.train.parallel` splits the rows of a batch
 (each process then sees other rows) or the latents (each sees the same rows, and other latents). An architecture that
 asks here whenever it looks beyond one row or sums over latents trains the same way in all three cases:
 

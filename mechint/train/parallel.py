@@ -2,7 +2,7 @@
 
 The batch of a step is the one that a single process would take. Each process computes terms and gradients on an equal
 share of its rows; these are averaged, and every process makes the same update of the same weights, to the bit. So the
-result is that of one process, but for the order in which sums are rounded. `--shard-latents` deals out the latents
+result is that of one process, but for the order in which sums are rounded. `--shard-latents` splits the latents
 instead: see `mechint.train.parallel_latents`. `Team` is what the training asks, alone or not.
 """
 
@@ -93,7 +93,7 @@ class DataTeam(Team):
         if extra := config.batch_size % ranks.world_size:
             fewer, more = config.batch_size - extra, config.batch_size - extra + ranks.world_size
             raise MechintError(
-                f"--batch-size {config.batch_size} cannot be dealt out to {ranks.world_size} processes in equal shares:"
+                f"--batch-size {config.batch_size} cannot be split over {ranks.world_size} processes in equal shares:"
                 f" use {f'{fewer} or ' if fewer else ''}{more}"
             )
 

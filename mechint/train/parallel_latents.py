@@ -1,9 +1,9 @@
-"""`--shard-latents`: a dictionary too large for one device, its latents dealt out to the processes.
+"""`--shard-latents`: a dictionary too large for one device, its latents split over the processes.
 
 Process r of N has the latents from r d_sae / N to (r + 1) d_sae / N: encoder columns, decoder rows, biases and Adam
 moments. All see the same batch. What crosses is the sum of the partial reconstructions `[batch, d_in]`, the candidates
 of a TopK (`k` a row from each process), b_dec's gradient and some numbers; gradients of the latents stay at home.
-Dealing out rows and latents at once is not supported.
+Splitting rows and latents at once is not supported.
 
 These are plain collectives rather than DTensor: what a TopK needs is a choice among the processes' k best, for which
 DTensor would bring the whole `[batch, d_sae]` to each.
@@ -39,13 +39,13 @@ class LatentTeam(Team):
     def __init__(self, ranks: Ranks, config: SAETrainConfig):
         if config.num_features % ranks.world_size:
             raise MechintError(
-                f"--shard-latents: {config.num_features} latents cannot be dealt out to {ranks.world_size} processes in"
+                f"--shard-latents: {config.num_features} latents cannot be split over {ranks.world_size} processes in"
                 " equal shares: change --d-sae or --expansion, or --nproc-per-node to a number that divides them"
             )
         if not find_architecture(config.architecture).shardable:
             raise MechintError(
-                f"--shard-latents: architecture {config.architecture!r} does not say that its latents can be dealt out"
-                " (`shardable` in docs/extend.md): leave the flag out, and torchrun deals out the rows"
+                f"--shard-latents: architecture {config.architecture!r} does not say that its latents can be split"
+                " (`shardable` in docs/extend.md): leave the flag out, and torchrun splits the rows"
             )
         if config.kernel not in ("auto", "dense"):
             raise MechintError(f"--shard-latents: steps are computed by --kernel dense, not {config.kernel}")

@@ -37,12 +37,12 @@ def make_team(ranks: Ranks, config: SAETrainConfig, *, resumed: bool = False) ->
     """How the processes share the work of this config; what several began, one may go on with.
 
     Raises:
-        MechintError: it cannot be dealt out to that many processes, or the device is not one that they can share.
+        MechintError: it cannot be split over that many processes, or the device is not one that they can share.
     """
     if ranks.world_size == 1:
         if config.shard_latents and not resumed:
             raise MechintError(
-                "--shard-latents deals the latents out to several processes, and there is one: start with torchrun"
+                "--shard-latents splits the latents over several processes, and there is one: start with torchrun"
                 " --nproc-per-node N scripts/train_sae.py ..., or leave the flag out"
             )
         return Team()

@@ -50,7 +50,7 @@ def misfit(sae: SAE, optimizer: torch.optim.Optimizer) -> str | None:
     if sae.d_sae < 16:
         return "it has fewer than 16 latents"
     if sae.peers.several_shares:
-        return "its latents are dealt out to several processes"
+        return "its latents are split over several processes"
     if not sae.unit_decoder:
         return "its decoder rows are free"
     if not is_plain_adam(optimizer):

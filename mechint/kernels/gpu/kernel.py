@@ -43,7 +43,7 @@ def misfit(sae: SAE, optimizer: torch.optim.Optimizer) -> str | None:
     if not (isinstance(optimizer, torch.optim.Adam) and all(group["fused"] for group in optimizer.param_groups)):
         return "it needs torch's fused Adam"
     if sae.peers.several_shares:
-        return "its latents are dealt out to several processes"
+        return "its latents are split over several processes"
     if sae.peers is not ALONE and sae.looks_across_rows:
         return "several processes share a batch that has to be looked at as a whole"
     return None
