@@ -314,6 +314,7 @@ def shards_for(output: Path, sizes=(5, 1, 7), dtype: torch.dtype = torch.float32
             tokens=torch.arange(n, dtype=torch.int32),
             text_ids=torch.full((n,), number, dtype=torch.int32),
             positions=torch.arange(n, dtype=torch.int32),
+            norms=rows[start : start + n].float().norm(dim=1),
             record={"n_texts": 1, "texts_sha256": "", "state": None, "norms": NORMS},
         )
         start += n

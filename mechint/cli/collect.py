@@ -28,6 +28,7 @@ def main(argv: Sequence[str]) -> int:
         signal.signal(signal.SIGTERM, before)
     if done.rank == 0:
         print(summary(done))
-        print(f"activation_path: {done.path}")
-        print(f"metadata_path: {done.metadata_path}")
+        for path, metadata_path, _ in done.stores.values():
+            print(f"activation_path: {path}")
+            print(f"metadata_path: {metadata_path}")
     return 0

@@ -11,8 +11,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechint.concepts.spans import Span, SpanFile, SpanTokens, TokenMap, columns_of, label_tokens
+from mechint.data.contexts import Context
 from mechint.data.store import Activations
-from mechint.data.windows import window_rows
+from mechint.data.windows import plan_block, run_block
 from mechint.errors import MechintError
 from mechint.inside import Inside
 
@@ -154,18 +155,18 @@ def label_texts(
     """
     texts = [str(text) for text in file.texts]
     token_lists = inside.tokenize(texts)
-    found = window_rows(
-        inside.model,
-        inside.hook_name,
-        token_lists,
-        range(len(texts)),
-        drop_first=inside.first_seen() == 1,
-        batch_size=batch_size,
-        on_batch=_bar(len(texts), progress),
-    )
-    columns = {"tokens": found.tokens, "positions": found.positions, "prepend_bos": inside.prepend_bos}
-    by_text = _group(found.text_ids.numpy(), found.positions.numpy(), None)
-    builder = _Builder(found.activations, by_text, file.parents, span_tokens, str(file.path), columns)
+    first = inside.first_seen()
+    contexts = [
+        Context(tokens, [number] * len(tokens), [position >= first for position in range(len(tokens))])
+        for number, tokens in enumerate(token_lists)
+    ]
+    block = plan_block(contexts, batch_size=batch_size, device=inside.model.device)
+    found = run_block(inside.model, [inside.hook_name], block, on_batch=_bar(len(texts), progress))
+    found.checked(inside.hook_name)
+    columns = {"tokens": block.tokens, "positions": block.positions, "prepend_bos": inside.prepend_bos}
+    by_text = _group(block.text_ids.numpy(), block.positions.numpy(), None)
+    rows = found.activations[inside.hook_name]
+    builder = _Builder(rows, by_text, file.parents, span_tokens, str(file.path), columns)
     encoded = _tokenized(inside.model.tokenizer, texts)
     late: list[Span] = []
     for number, (text, offsets) in enumerate(zip(texts, encoded.offset_mapping, strict=True)):

@@ -1,12 +1,13 @@
 """Settings of `collect_activations.py`."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from mechint.config.base import DEFAULT_HOOK, Backend, Config, Dtype, Processing, require
+from mechint.config.base import DEFAULT_HOOK, Backend, Config, Dtype, Processing, Unsaid, layer_of_hook, require
 from mechint.errors import MechintError, nearest
 
 COLLECT_PRESETS: dict[str, dict[str, Any]] = {
@@ -18,14 +19,18 @@ COLLECT_PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class CollectConfig(Config):
-    """Collect the activations at one hook of a language model over a text source."""
+    """Collect the activations at one hook of a language model, or at several in one pass, over a text source."""
 
     model: Annotated[str, arg(aliases=["--model-name"])] = "pythia-70m"
     """Hub id, alias such as pythia-70m, local folder, or builtin/pythia-tiny."""
-    hook: Annotated[str, arg(aliases=["--hook-name"])] = DEFAULT_HOOK
-    """Where to read, in TransformerLens's naming; the layer follows from it."""
+    hook: Annotated[str | tuple[str, ...], arg(aliases=["--hook-name"], metavar="HOOK [HOOK ...]")] = Unsaid(
+        DEFAULT_HOOK
+    )
+    """Where to read, in TransformerLens's naming. Several are read in one pass, each into a store of its own."""
     layer: int | None = None
-    """Only checked against the hook: a layer that contradicts it is an error."""
+    """Read that layer's hook_resid_post. Beside --hook it is only checked: a contradiction is an error."""
+    layers: str | None = None
+    """Read hook_resid_post of several layers in one pass, such as 0-5 or 0,2,4."""
     dataset: Annotated[str, arg(aliases=["--dataset-name"])] = "openwebtext"
     """Hub data set, a .txt, .jsonl or .parquet file, a folder or glob of them, or builtin/tales."""
     split: str = "train"
@@ -43,7 +48,8 @@ class CollectConfig(Config):
     context_size: int | None = None
     """Most tokens a text, BOS included; longer texts are cut. The model's own limit if not given."""
     output: Path = Path("activations/activations_50000.pt")
-    """A path ending in .pt gives one float32 tensor with its .json sidecar; any other path a sharded store."""
+    """A path ending in .pt gives one float32 tensor with its .json sidecar; any other path a sharded store, or for
+    several hooks a folder with one store a hook."""
     processing: Processing = "raw"
     """raw: the residual stream as the model computes it. centred: minus its mean over d_model (mech-int's setting)."""
     prepend_bos: bool = True
@@ -52,8 +58,8 @@ class CollectConfig(Config):
     """Keep the BOS rows in the store; they have a huge norm in real models and are left out by default."""
     preset: Literal["none", "mech-int"] = "none"
     """mech-int: centred, BOS prepended and kept, as the original pipeline collected."""
-    batch_size: int = 32
-    """Texts through the model at once; like lengths are batched together."""
+    batch_size: int | None = None
+    """Texts through the model at once, like lengths together; if not given, as many as fill the device."""
     checkpoint_every: int = 512
     """Texts a shard: each finished shard is where a killed collection goes on from. 0 means 512."""
     dtype: Dtype = "float32"
@@ -76,10 +82,52 @@ class CollectConfig(Config):
     def __post_init__(self) -> None:
         require(self.num_texts > 0, f"--num-texts must be at least 1, got {self.num_texts}")
         require(self.max_chars > 0, f"--max-chars must be at least 1, got {self.max_chars}")
-        require(self.batch_size > 0, f"--batch-size must be at least 1, got {self.batch_size}")
+        require(
+            self.batch_size is None or self.batch_size > 0, f"--batch-size must be at least 1, got {self.batch_size}"
+        )
         require(self.checkpoint_every >= 0, f"--checkpoint-every must not be negative, got {self.checkpoint_every}")
         require(self.context_size is None or self.context_size > 1, "--context-size must be at least 2")
+        self._check_hooks()
+
+    def _check_hooks(self) -> None:
+        said = not isinstance(self.hook, Unsaid)
+        if self.layers is not None and (said or self.layer is not None):
+            other = "--hook" if said else "--layer"
+            raise MechintError(f"--layers {self.layers} and {other} both say where to read: give one of them")
+        hooks = self.hooks
+        require(bool(hooks) and all(hooks), "--hook needs at least one name, such as blocks.3.hook_resid_post")
+        require(len(set(hooks)) == len(hooks), f"a hook is asked for twice in {', '.join(hooks)}: name each one once")
+        for hook in hooks:
+            layer = layer_of_hook(hook)
+            if self.layer not in (None, layer):
+                where = f"which is in layer {layer}" if layer is not None else "which is in no layer"
+                raise MechintError(f"--layer {self.layer} contradicts --hook {hook}, {where}: give only --hook")
+        if len(hooks) > 1 and self.output.suffix == ".pt":
+            raise MechintError(
+                f"--output {self.output}: a .pt holds the vectors of one hook, and {len(hooks)} are asked for; give a"
+                f" folder, as in --output {self.output.with_suffix('')}"
+            )
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """The hooks to read, from --hook, --layer and --layers."""
+        if self.layers is not None:
+            return tuple(f"blocks.{layer}.hook_resid_post" for layer in layer_numbers(self.layers))
+        if self.layer is not None and isinstance(self.hook, Unsaid):
+            return (f"blocks.{self.layer}.hook_resid_post",)
+        return (self.hook,) if isinstance(self.hook, str) else self.hook
 
     @property
     def texts_per_shard(self) -> int:
         return self.checkpoint_every or 512
+
+
+def layer_numbers(text: str) -> list[int]:
+    """`0-2,5` as [0, 1, 2, 5]. Raises `MechintError` for anything else."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", part)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise MechintError(f"--layers {text!r}: expected numbers and ranges such as 0-5 or 0,2,4")
+        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return numbers

@@ -4,6 +4,9 @@ A shard holds a window of consecutive texts, so what is in it follows from its n
 with the shards that are missing, and several processes (`torchrun`) take every n-th. Either way the files are the same.
 """
 
+import contextlib
+import functools
+import os
 import shlex
 import shutil
 import sys
@@ -15,6 +18,8 @@ from typing import Any
 
 from mechint.config import CollectConfig, SAETrainConfig, layer_of_hook
 from mechint.data import store_write
+from mechint.data.ahead import Behind, ahead
+from mechint.data.contexts import contexts_of
 from mechint.data.local_text import local_files
 from mechint.data.norms import report_norms
 from mechint.data.pt_file import assemble_pt
@@ -22,9 +27,9 @@ from mechint.data.ranks import Ranks, launcher, process_group
 from mechint.data.store import shards_folder, sidecar_path
 from mechint.data.text import BUILTIN, TextSource, no_texts, open_texts
 from mechint.data.watch import RankLost
-from mechint.data.windows import window_rows
+from mechint.data.windows import Block, WindowRows, plan_block, run_block
 from mechint.errors import MechintError
-from mechint.models.language_model import LanguageModel, load_model
+from mechint.models.language_model import LanguageModel, backend_for, load_model
 from mechint.models.resolve import BUILTIN_MODELS, resolve_model
 from mechint.provenance import check_output_path, get_git_commit, package_versions, read_json, remove_abandoned
 
@@ -40,15 +45,49 @@ ORIGINAL_CHECKPOINT_EVERY = 5000  # texts
 
 @dataclass(frozen=True)
 class Collected:
-    """What a collection left, and how fast this process was. `already`: it was there before, nothing was done."""
+    """What a collection left, and how fast this process was. `already`: it was there before, nothing was done.
 
-    path: Path
-    metadata_path: Path
-    info: dict[str, Any]
+    `stores` has the path, the metadata path and the fields of the result at each hook; `path`, `metadata_path` and
+    `info` are those of the first.
+    """
+
+    stores: dict[str, tuple[Path, Path, dict[str, Any]]]
     n_tokens: int = 0
     seconds: float = 0.0
     rank: int = 0
     already: bool = False
+
+    @property
+    def path(self) -> Path:
+        return next(iter(self.stores.values()))[0]
+
+    @property
+    def metadata_path(self) -> Path:
+        return next(iter(self.stores.values()))[1]
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return next(iter(self.stores.values()))[2]
+
+
+@dataclass(frozen=True)
+class _Target:
+    """One hook and where its vectors go.
+
+    `info` is there if the result is already whole. Else `asked` is what an earlier try recorded, and `finished` the
+    records of the shards that it left, by number.
+    """
+
+    hook: str
+    output: Path
+    settings: dict[str, Any]
+    info: dict[str, Any] | None
+    asked: dict[str, Any] | None
+    finished: dict[int, dict[str, Any]]
+
+    @property
+    def folder(self) -> Path:
+        return shards_folder(self.output)
 
 
 def collect_activations(
@@ -108,29 +147,45 @@ def collect(config: CollectConfig, *, progress: bool = True) -> Collected:
         if ranks.watch is not None:
             ranks.watch.advice = advice
         try:
-            settings = _settings(config, ranks)
-            done = _already_collected(config, settings, ranks)
-            if done is None:
-                done = _collect(config, settings, ranks, progress)
+            targets = _targets(config, ranks)
+            already = all(target.info is not None for target in targets)
+            n_tokens, seconds = (0, 0.0) if already else _collect(config, targets, ranks, progress)
             ranks.barrier()
+            # the other processes may not see the first one's files yet, where they share a disk over a network
+            infos = [_finished_info(target) if ranks.rank == 0 else target.info or {} for target in targets]
+            if ranks.rank == 0:
+                _check_aligned(targets, infos)
         except RankLost as lost:
             raise RankLost(f"{lost}; {advice}") from lost
-        return done
+        stores = {
+            target.hook: (target.output, sidecar_path(target.output), info)
+            for target, info in zip(targets, infos, strict=True)
+        }
+        return Collected(stores, n_tokens, seconds, ranks.rank, already)
 
 
-def _settings(config: CollectConfig, ranks: Ranks) -> dict[str, Any]:
-    """The settings that decide the content of the result, in one spelling. Checks those that need nothing loaded."""
-    layer = layer_of_hook(config.hook)
-    if config.layer is not None and config.layer != layer:
-        raise MechintError(
-            f"--layer {config.layer} contradicts --hook {config.hook}"
-            + (f", which is in layer {layer}" if layer is not None else ", which is in no layer")
-            + ": give only --hook"
-        )
-    if not shards_folder(config.output).exists():
-        check_output_path(shards_folder(config.output))
-    settings = config.to_dict()
-    for name in ("output", "layer", "preset", "checkpoint_every"):
+def _targets(config: CollectConfig, ranks: Ranks) -> list[_Target]:
+    """What is to be collected, checked against what is there; nothing is loaded or written for it."""
+    hooks = config.hooks
+    if len(hooks) > 1:
+        _check_shared_folder(config, ranks)
+    targets = []
+    for hook in hooks:
+        output = config.output / hook if len(hooks) > 1 else config.output
+        if not shards_folder(output).exists():
+            check_output_path(shards_folder(output))
+        settings = _settings(config, hook, ranks)
+        info = _already_collected(output, settings, ranks)
+        asked = None if info else _read_asked(shards_folder(output))
+        finished = store_write.finished_shards(shards_folder(output)) if asked else {}
+        targets.append(_Target(hook, output, settings, info, asked, finished))
+    return targets
+
+
+def _settings(config: CollectConfig, hook: str, ranks: Ranks) -> dict[str, Any]:
+    """The settings that decide the content of the result at one hook, in one spelling."""
+    settings = config.to_dict() | {"hook": hook}
+    for name in ("output", "layer", "layers", "preset", "checkpoint_every"):
         del settings[name]
     location = resolve_model(config.model)
     # a built-in name rather than where the package happens to be installed
@@ -141,9 +196,32 @@ def _settings(config: CollectConfig, ranks: Ranks) -> dict[str, Any]:
     return settings
 
 
-def _already_collected(config: CollectConfig, settings: dict[str, Any], ranks: Ranks) -> Collected | None:
-    """The finished result, if it is there and is what is asked for. Raises if it is something else."""
-    output, metadata = config.output, sidecar_path(config.output)
+def _check_shared_folder(config: CollectConfig, ranks: Ranks) -> None:
+    """Raise `MechintError` unless the folder for several hooks is free, or holds stores of the same collection only."""
+    folder = config.output
+    if not folder.exists():
+        check_output_path(folder)
+        return
+    if not folder.is_dir():
+        raise MechintError(f"{folder} exists and is not a folder: give another --output")
+    if store_write.settings_in(folder) is not None:
+        raise MechintError(
+            f"{folder} is the store of one hook, and several hooks need a folder with one store each: give another"
+            " --output"
+        )
+    for path in sorted(folder.iterdir()):
+        if path.name in config.hooks:  # looked at on its own
+            continue
+        before = store_write.settings_in(path) if path.is_dir() else None
+        if before is None:
+            raise MechintError(f"{folder} holds other files ({path.name}): give another --output")
+        # the stores in one folder have the same rows
+        store_write.check_same(before, _settings(config, before.get("hook", path.name), ranks), str(path))
+
+
+def _already_collected(output: Path, settings: dict[str, Any], ranks: Ranks) -> dict[str, Any] | None:
+    """The finished result's fields, if it is there and is what is asked for. Raises if it is something else."""
+    metadata = sidecar_path(output)
     if output.suffix == ".pt":
         if output.exists():
             info = read_json(metadata, "sidecar").get("store", {}) if metadata.exists() else {}
@@ -164,14 +242,39 @@ def _already_collected(config: CollectConfig, settings: dict[str, Any], ranks: R
         shutil.rmtree(leftover, ignore_errors=True)
         if output.is_dir():
             remove_abandoned(output)
-    return Collected(output, metadata, info, rank=ranks.rank, already=True)
+    return info
 
 
-def _collect(config: CollectConfig, settings: dict[str, Any], ranks: Ranks, progress: bool) -> Collected:
-    folder = shards_folder(config.output)
-    asked = _read_asked(folder)
-    finished = store_write.finished_shards(folder) if asked else {}
-    source = _open_source(config, asked, finished, ranks)
+def _finished_info(target: _Target) -> dict[str, Any]:
+    if target.info is not None:
+        return target.info
+    found = read_json(sidecar_path(target.output), "activation store")
+    return found["store"] if target.output.suffix == ".pt" else found
+
+
+def _check_aligned(targets: list[_Target], infos: list[dict[str, Any]]) -> None:
+    """Raise `MechintError` if the stores of several hooks are of other texts or weights, collected at another time."""
+    for target, info in zip(targets, infos, strict=True):
+        for key in ("texts_sha256", "model_sha256", "n_rows"):
+            if info.get(key) != infos[0].get(key):
+                raise _not_aligned(target, targets[0], key)
+
+
+def _not_aligned(one: _Target, other: _Target, key: str) -> MechintError:
+    return MechintError(
+        f"{one.output} and {other.output} differ in {key}: texts or weights have changed since one of them was"
+        " collected, so their rows are not of the same tokens; remove one and run the same command again"
+    )
+
+
+def _collect(config: CollectConfig, targets: list[_Target], ranks: Ranks, progress: bool) -> tuple[int, float]:
+    """Make the shards that are missing, and of them the results. Returns the tokens that went through the model, and
+    the seconds it took."""
+    whole = [target for target in targets if target.info is not None]
+    targets = [target for target in targets if target.info is None]
+    begun = next((target.asked for target in targets if target.asked), None)
+    finished = _finished_at_all(targets)
+    source = _open_source(config, begun, finished, ranks)
     try:
         shards = _Shards(config, source, finished, ranks)
         model = load_model(
@@ -179,32 +282,51 @@ def _collect(config: CollectConfig, settings: dict[str, Any], ranks: Ranks, prog
             device=ranks.device(config.device),
             dtype=config.dtype,
             processing=config.processing,
-            backend=config.backend,
-            hook_name=config.hook,
+            backend=backend_for(*config.hooks) if config.backend == "auto" else config.backend,
+            hook_name=targets[0].hook,
             # the commit that it was begun with, if the newest one is another by now
-            revision=asked["info"]["model_revision"] if asked else config.model_revision,
+            revision=begun["info"]["model_revision"] if begun else config.model_revision,
         )
-        settled = _settled(config, settings, source, model)
-        fixed = {"model_sha256": settled["model_sha256"], "texts": source.fingerprint()}
-        if asked:
-            store_write.check_same(asked["fixed"], fixed, str(folder))
-            settled = asked["info"]
-        if ranks.rank == 0:
-            with store_write.only_writer(folder):
-                asked = {"settings": settings, "fixed": fixed, "info": settled, "command": collect_command(config)}
-                store_write.begin_store(folder, asked)
-                ranks.barrier()
-                n_tokens, seconds = _write_shards(config, model, shards, folder, ranks, progress)
-                ranks.barrier()
-                info = _finish(config, model, settled, folder)
-        else:
+        fixed = {"model_sha256": model.weights_sha256(), "texts": source.fingerprint()}
+        for target in whole:
+            if (target.info or {}).get("model_sha256") != fixed["model_sha256"]:
+                raise _not_aligned(target, targets[0], "model_sha256")
+        records = [_asked(config, target, source, model, fixed) for target in targets]
+        with contextlib.ExitStack() as held:
+            if ranks.rank == 0:
+                if len(config.hooks) > 1:
+                    held.enter_context(store_write.only_writer(config.output))
+                for target, record in zip(targets, records, strict=True):
+                    held.enter_context(store_write.only_writer(target.folder))
+                    store_write.begin_store(target.folder, record)
             ranks.barrier()
-            n_tokens, seconds = _write_shards(config, model, shards, folder, ranks, progress)
+            n_tokens, seconds = _write_shards(config, model, shards, targets, ranks, progress)
             ranks.barrier()
-            info = settled
-        return Collected(config.output, sidecar_path(config.output), info, n_tokens, seconds, ranks.rank)
+            if ranks.rank == 0:
+                for target, record in zip(targets, records, strict=True):
+                    _finish(config, target, model, record["info"])
+        return n_tokens, seconds
     finally:
         source.close()
+
+
+def _finished_at_all(targets: list[_Target]) -> dict[int, dict[str, Any]]:
+    """The records of the shards that every hook has."""
+    first, *others = targets
+    return {n: record for n, record in first.finished.items() if all(n in other.finished for other in others)}
+
+
+def _asked(
+    config: CollectConfig, target: _Target, source: TextSource, model: LanguageModel, fixed: dict[str, Any]
+) -> dict[str, Any]:
+    """What is recorded before the first shard. Raises `MechintError` if it was begun with other texts or weights."""
+    if target.asked:
+        store_write.check_same(target.asked["fixed"], fixed, str(target.folder))
+        info = target.asked["info"]
+    else:
+        model.check_hook(target.hook)
+        info = _settled(config, target, source, model)
+    return {"settings": target.settings, "fixed": fixed, "info": info, "command": collect_command(config)}
 
 
 def _read_asked(folder: Path) -> dict[str, Any] | None:
@@ -283,17 +405,15 @@ class _Shards:
                 return
 
 
-def _settled(
-    config: CollectConfig, settings: dict[str, Any], source: TextSource, model: LanguageModel
-) -> dict[str, Any]:
+def _settled(config: CollectConfig, target: _Target, source: TextSource, model: LanguageModel) -> dict[str, Any]:
     """The fields of `store.json` that are known before the first shard."""
     return {
         **source.describe(),
-        "settings": settings,
-        "d_in": model.hook_width(config.hook),
+        "settings": target.settings,
+        "d_in": model.hook_width(target.hook),
         "dtype": config.dtype,
-        "hook_name": config.hook,
-        "layer": layer_of_hook(config.hook),
+        "hook_name": target.hook,
+        "layer": layer_of_hook(target.hook),
         "model_name": config.model,
         "model_source": model.source,
         "model_revision": model.revision,
@@ -304,7 +424,7 @@ def _settled(
         "prepend_bos": config.prepend_bos,
         "keep_bos": config.keep_bos,
         "bos_token_id": model.bos_token_id if config.prepend_bos else None,
-        "context_size": min(config.context_size or model.n_ctx, model.n_ctx),
+        "context_size": _context_size(config, model),
         "max_chars": config.max_chars,
         "seed": config.seed,
         "device": model.device,
@@ -315,13 +435,69 @@ def _settled(
     }
 
 
+def _context_size(config: CollectConfig, model: LanguageModel) -> int:
+    return min(config.context_size or model.n_ctx, model.n_ctx)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """The texts of a shard, ready for the model."""
+
+    number: int
+    block: Block
+    record: dict[str, Any]
+
+
+def _read_shards(config: CollectConfig, model: LanguageModel, shards: _Shards) -> Iterator[_Shard]:
+    """Texts to tokens to batches; runs on a thread of its own."""
+    for number, texts, state in shards:
+        first_id = number * config.texts_per_shard
+        contexts = contexts_of(
+            model.tokenize(texts, prepend_bos=False),
+            range(first_id, first_id + len(texts)),
+            context_size=_context_size(config, model),
+            bos=model.bos_token_id if config.prepend_bos else None,
+            keep_bos=config.keep_bos,
+        )
+        block = plan_block(contexts, batch_size=config.batch_size, device=model.device)
+        record = {
+            "n_texts": len(texts),
+            "n_tokens": block.n_tokens,
+            "texts_sha256": store_write.texts_sha256(texts),
+            "state": state,
+        }
+        yield _Shard(number, block, record)
+
+
+def _write_shard(shard: _Shard, rows: WindowRows, target: _Target) -> None:
+    """The rows at one hook to the disk; runs on a thread of its own."""
+    norms = rows.checked(target.hook)
+    store_write.write_shard(
+        target.folder,
+        shard.number,
+        activations=rows.activations[target.hook],
+        tokens=shard.block.tokens,
+        text_ids=shard.block.text_ids,
+        positions=shard.block.positions,
+        norms=norms.rows,
+        record=shard.record | {"norms": norms.histograms},
+    )
+
+
 def _write_shards(
-    config: CollectConfig, model: LanguageModel, shards: _Shards, folder: Path, ranks: Ranks, progress: bool
+    config: CollectConfig,
+    model: LanguageModel,
+    shards: _Shards,
+    targets: list[_Target],
+    ranks: Ranks,
+    progress: bool,
 ) -> tuple[int, float]:
-    """Make this process's missing shards. Returns the tokens that went through the model, and the seconds it took."""
+    """Make this process's missing shards. Returns the tokens that went through the model, and the seconds it took.
+
+    Reading and tokenising, the model, and checking, hashing and writing each have threads of their own.
+    """
     from tqdm import tqdm
 
-    drop_first = config.prepend_bos and not config.keep_bos
     n_tokens, started = 0, time.perf_counter()
     bar = tqdm(
         total=shards.n_texts,
@@ -338,48 +514,37 @@ def _write_shards(
         bar.set_postfix_str(f"{n_tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
         bar.update(texts)
 
-    with bar:
-        for number, texts, state in shards:
-            first_id = number * config.texts_per_shard
-            rows = window_rows(
-                model,
-                config.hook,
-                model.tokenize(texts, prepend_bos=config.prepend_bos, context_size=config.context_size),
-                range(first_id, first_id + len(texts)),
-                drop_first=drop_first,
-                batch_size=config.batch_size,
-                on_batch=on_batch,
-            )
-            store_write.write_shard(
-                folder,
-                number,
-                activations=rows.activations,
-                tokens=rows.tokens,
-                text_ids=rows.text_ids,
-                positions=rows.positions,
-                record={
-                    "n_texts": len(texts),
-                    "n_tokens": rows.n_tokens,
-                    "texts_sha256": store_write.texts_sha256(texts),
-                    "state": state,
-                    "norms": rows.norms,
-                },
-            )
+    limit = _shards_behind(model.device)
+    with (
+        bar,
+        contextlib.closing(ahead(_read_shards(config, model, shards))) as ready,
+        Behind(limit, threads=max(limit, min(len(targets), 4))) as writing,
+    ):
+        for shard in ready:
+            missing = [target for target in targets if shard.number not in target.finished]
+            rows = run_block(model, [target.hook for target in missing], shard.block, on_batch=on_batch)
+            writing.submit([functools.partial(_write_shard, shard, rows, target) for target in missing])
+            del rows  # its memory is free as soon as it is written
     return n_tokens, time.perf_counter() - started
 
 
-def _finish(config: CollectConfig, model: LanguageModel, settled: dict[str, Any], folder: Path) -> dict[str, Any]:
-    records = list(store_write.finished_shards(folder).values())
+def _shards_behind(device: str) -> int:
+    """How many shards may be on their way to the disk while the next is computed. A GPU outruns one thread that hashes
+    and writes."""
+    return min(4, max(1, (os.cpu_count() or 1) // 2)) if device.startswith("cuda") else 1
+
+
+def _finish(config: CollectConfig, target: _Target, model: LanguageModel, settled: dict[str, Any]) -> None:
+    records = list(store_write.finished_shards(target.folder).values())
     info = store_write.store_info(settled, records, position_0_kept=config.keep_bos or not config.prepend_bos)
     if not info["n_rows"]:
         raise MechintError(
             f"{config.dataset} gave no token at all: its texts are too short; use --keep-bos or other texts"
         )
-    if config.output.suffix == ".pt":
-        assemble_pt(config.output, _sidecar(config, model, info), info)
+    if target.output.suffix == ".pt":
+        assemble_pt(target.output, _sidecar(config, model, info), info)
     else:
-        store_write.close_store(folder, info)
-    return info
+        store_write.close_store(target.folder, info)
 
 
 def _sidecar(config: CollectConfig, model: LanguageModel, info: dict[str, Any]) -> dict[str, Any]:
@@ -389,7 +554,7 @@ def _sidecar(config: CollectConfig, model: LanguageModel, info: dict[str, Any]) 
         activations_path=str(config.output),
         model_name=config.model,
         model_source=info["model_source"],
-        hook_name=config.hook,
+        hook_name=info["hook_name"],
         dataset_name=config.dataset,
         dataset_split=config.split,
         num_texts=info["n_texts"],
@@ -410,25 +575,32 @@ def collect_command(config: CollectConfig) -> str:
     """The command line that collects this."""
     words = launcher("scripts/collect_activations.py").split()
     default = CollectConfig().to_dict()
-    for name, value in config.to_dict().items():
+    values = config.to_dict() | {"hook": list(config.hooks), "layer": None, "layers": None}
+    for name, value in values.items():
         flag = name.replace("_", "-")
         if value == default[name] and name not in ("model", "hook", "dataset", "output"):
             continue
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            words += [f"--{flag}", str(value)]
+            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
 
 
 def summary(done: Collected) -> str:
     """What the command prints for a person."""
     info = done.info
-    lines = [f"{info['n_texts']:,} texts, {info['n_rows']:,} vectors of width {info['d_in']} at {info['hook_name']}"]
+    lines = [
+        f"{each['n_texts']:,} texts, {each['n_rows']:,} vectors of width {each['d_in']} at {hook}"
+        for hook, (_, _, each) in done.stores.items()
+    ]
     if done.already:
         lines.append("already collected; nothing was done")
     elif done.n_tokens:
         lines.append(f"{done.n_tokens:,} tokens in {done.seconds:.1f} s: {done.n_tokens / done.seconds:,.0f} tokens/s")
     if info["n_texts"] < info["settings"]["num_texts"]:
         lines.append(f"the source ended after {info['n_texts']:,} of {info['settings']['num_texts']:,} texts")
-    return "\n".join([*lines, report_norms(info["norms"], info["n_rows"])])
+    for hook, (_, _, each) in done.stores.items():
+        of_hook = f"{hook}: " if len(done.stores) > 1 else ""
+        lines.append(of_hook + report_norms(each["norms"], each["n_rows"]))
+    return "\n".join(lines)

@@ -15,6 +15,7 @@ BINS_PER_OCTAVE = 64
 _LOWEST, _HIGHEST = -40 * BINS_PER_OCTAVE, 60 * BINS_PER_OCTAVE
 # dictionary_learning's `max_activation_norm_multiple` suggests the same multiple.
 OUTLIER_MULTIPLE = 10.0
+LARGEST_NORM = torch.finfo(torch.float32).max
 
 Histogram = dict[str, int]
 """Number of rows by bin; the keys are bin numbers as JSON has them."""
@@ -28,7 +29,7 @@ def norm_histograms(norms: Float[Tensor, " n"], at_start: Bool[Tensor, " n"]) ->
 def _histogram(norms: Float[Tensor, " n"]) -> dict[str, Any]:
     if not norms.numel():
         return {"bins": {}, "max": 0.0}
-    norms = norms.clamp_max(torch.finfo(torch.float32).max)  # of a finite row, the sum of squares can overflow
+    norms = norms.clamp_max(LARGEST_NORM)  # of a finite row, the sum of squares can overflow
     bins = (norms.double().clamp_min(1e-300).log2() * BINS_PER_OCTAVE).floor().clamp(_LOWEST, _HIGHEST).long()
     numbers, counts = bins.unique(return_counts=True)
     return {
@@ -132,6 +133,11 @@ def row_norms(rows: Float[Tensor, "n d_in"]) -> Float[Tensor, " n"]:
     if not len(rows):
         return torch.empty(0)
     return torch.cat([block.float().norm(dim=-1) for block in rows.split(8192)])
+
+
+def finite_norms(rows: Float[Tensor, "n d_in"]) -> Float[Tensor, " n"]:
+    """As `row_norms`, of finite rows: where the sum of squares overflows, the largest float32."""
+    return row_norms(rows).clamp_max(LARGEST_NORM)
 
 
 def first_not_finite(rows: Float[Tensor, "n d_in"], norms: Float[Tensor, " n"]) -> int | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from mechint.data.norms import finite_norms
 from mechint.data.store import COLUMNS, shards_folder, sidecar_path, tokens_path
 from mechint.data.store_write import ASSEMBLED, disk_errors, finished_shards, shard_name, write_record
 from mechint.provenance import atomic_path, fsync_dir, sha256_file, write_json
@@ -63,9 +64,11 @@ def assemble_pt(output: Path, sidecar: dict[str, Any], info: dict[str, Any]) -> 
 
 
 def _write_tokens(folder: Path, records: list[dict[str, Any]], path: Path) -> None:
-    columns: dict[str, list[torch.Tensor]] = {name: [] for name in COLUMNS}
+    columns: dict[str, list[torch.Tensor]] = {name: [] for name in (*COLUMNS, "norms")}
     for record in records:
         shard = load_file(folder / shard_name(record["number"]))
+        if "norms" not in shard:  # of a collection that an earlier version began
+            shard["norms"] = finite_norms(shard["activations"])
         for name, parts in columns.items():
             parts.append(shard[name].clone())
     with atomic_path(path) as temporary:

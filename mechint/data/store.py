@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mechint.config import layer_of_hook
-from mechint.data.norms import row_norms
+from mechint.data.norms import finite_norms
 from mechint.data.store_write import FORMAT_VERSION, STORE_JSON, asked_path
 from mechint.errors import MechintError, one_line
 from mechint.provenance import read_json, sha256_file, sha256_json
@@ -66,11 +66,6 @@ class Activations:
         return self._columns.get("positions")
 
     @functools.cached_property
-    def norms(self) -> Float[Tensor, " n_rows"]:
-        """Euclidean norm of each row, float32; computed from the rows when it is first asked for."""
-        return torch.cat([row_norms(part) for part in self._parts])
-
-    @functools.cached_property
     def _columns(self) -> dict[str, Tensor]:
         if not self._column_files:
             return {}
@@ -83,6 +78,20 @@ class Activations:
                     " together; collect again"
                 )
         return columns
+
+    @functools.cached_property
+    def norms(self) -> Float[Tensor, " n_rows"]:
+        """Euclidean norm of each row, in float32. Computed, which reads everything once, where they are not stored."""
+        files = self._column_files or [None] * len(self._parts)
+        found = []
+        for part, file in zip(self._parts, files, strict=True):
+            if file is not None and "norms" in _names_in(file):
+                found.append(_read_tensor(file, "norms").clone())
+            else:
+                found.append(finite_norms(part))
+            if len(found[-1]) != len(part):
+                raise MechintError(f"{file} holds {len(found[-1])} norms of {len(part)} rows: collect again")
+        return torch.cat(found)
 
     def rows(self, indices: Int[Tensor, " n"]) -> Float[Tensor, "n d_in"]:
         """The rows with these numbers, in this order, as float32 in memory of their own.
@@ -212,6 +221,9 @@ def _open_store(path: Path) -> Activations:
     if not (path / STORE_JSON).is_file():
         if asked_path(path).exists():
             raise _unfinished(path, path)
+        inside = sorted(store.parent for store in path.glob(f"*/{STORE_JSON}"))
+        if inside:
+            raise MechintError(f"{path} holds one store for each hook: give one of {', '.join(map(str, inside))}")
         raise MechintError(f"{path} is not an activation store: it has no {STORE_JSON}")
     info = read_json(path / STORE_JSON, "activation store")
     _check_version(info, path)
@@ -257,6 +269,11 @@ def _read_tensor(file: Path, name: str) -> Tensor:
         raise MechintError(f"{file} is missing, the rest of its store is useless without it: collect again") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise MechintError(f"{file} is damaged or no safetensors file with {name!r}: {one_line(error)}") from error
+
+
+def _names_in(file: Path) -> set[str]:
+    with safe_open(file, framework="pt") as tensors:
+        return set(tensors.keys())
 
 
 def _check_length(file: Path) -> None:

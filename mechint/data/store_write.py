@@ -56,6 +56,15 @@ def asked_path(folder: Path) -> Path:
     return folder / PROGRESS / "asked.json"
 
 
+def settings_in(folder: Path) -> dict[str, Any] | None:
+    """The settings of the store in `folder`, finished or not; None if there is none."""
+    if (folder / STORE_JSON).exists():
+        return read_json(folder / STORE_JSON, "activation store").get("settings", {})
+    if asked_path(folder).exists():
+        return read_json(asked_path(folder), "record of an unfinished collection").get("settings", {})
+    return None
+
+
 def check_place(folder: Path, settings: dict[str, Any]) -> None:
     """Raise `MechintError`, and touch nothing, unless `folder` is free or was begun with the same settings."""
     if not folder.exists():
@@ -124,11 +133,18 @@ def write_shard(
     tokens: Int[Tensor, " n"],
     text_ids: Int[Tensor, " n"],
     positions: Int[Tensor, " n"],
+    norms: Float[Tensor, " n"],
     record: dict[str, Any],
 ) -> None:
     """Write one shard and then its record. Raises `MechintError` when the disk is full; finished shards are kept."""
     path = folder / shard_name(number)
-    tensors = {"activations": activations, "tokens": tokens, "text_ids": text_ids, "positions": positions}
+    tensors = {
+        "activations": activations,
+        "tokens": tokens,
+        "text_ids": text_ids,
+        "positions": positions,
+        "norms": norms,
+    }
     with atomic_path(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
         digest = sha256_file(temporary)

@@ -38,27 +38,28 @@ def is_bridge(model: Any) -> bool:
     return any(cls.__name__ == "TransformerBridge" for cls in type(model).__mro__)
 
 
-def read_hook(
-    bridge: Any, tokens: Int[Tensor, "batch pos"], hook_name: str, stop_at_layer: int | None = None
-) -> Tensor:
-    """What a hook holds, in its own shape; the model runs no further than `stop_at_layer`.
+def read_hooks(
+    bridge: Any, tokens: Int[Tensor, "batch pos"], hook_names: Sequence[str], stop_at_layer: int | None = None
+) -> dict[str, Tensor]:
+    """What the hooks hold, each in its own shape; the model runs once, no further than `stop_at_layer`.
 
     Raises:
-        MechintError: no pass through the model comes by this hook.
+        MechintError: no pass through the model comes by one of them.
     """
     _, cache = bridge.run_with_cache(
         tokens,
-        # a callable, because a string would also return the hook's alias
-        names_filter=lambda name: name == hook_name,
+        # a callable, because strings would also return the hooks' aliases
+        names_filter=lambda name: name in hook_names,
         stop_at_layer=stop_at_layer,
         return_type=None,
     )
-    if hook_name not in cache:
-        raise MechintError(
-            f"hook {hook_name!r}: no pass through the model comes by it (TransformerLens switches some hooks on by"
-            " settings): take another hook, such as blocks.3.hook_resid_post"
-        )
-    return cache[hook_name]
+    for hook_name in hook_names:
+        if hook_name not in cache:
+            raise MechintError(
+                f"hook {hook_name!r}: no pass through the model comes by it (TransformerLens switches some hooks on by"
+                " settings): take another hook, such as blocks.3.hook_resid_post"
+            )
+    return {hook_name: cache[hook_name] for hook_name in hook_names}
 
 
 def editing(
@@ -98,7 +99,7 @@ def shape_at(model: Any, hook_name: str) -> tuple[int, ...]:
         tokens = (torch.arange(2 * n_pos).view(2, n_pos) % model.d_vocab).to(model.device)
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of hooks that are switched off; the error says it
-            value = read_hook(model.bridge, tokens, hook_name)
+            value = read_hooks(model.bridge, tokens, [hook_name])[hook_name]
         if value.ndim not in (3, 4) or value.shape[:2] != (2, n_pos) or not value.is_floating_point():
             raise MechintError(
                 f"hook {hook_name!r} holds {list(value.shape)} for 2 texts of {n_pos} tokens, not one vector a token:"
@@ -161,7 +162,13 @@ class BridgedModel:
         return self.bridge(tokens.to(self.device), return_type="logits")
 
     def activations(self, tokens: Int[Tensor, "batch pos"], hook_name: str) -> Float[Tensor, "batch pos d_in"]:
-        return read_hook(self.bridge, tokens.to(self.device), hook_name).flatten(2)
+        return self.activations_at(tokens, [hook_name])[hook_name]
+
+    def activations_at(
+        self, tokens: Int[Tensor, "batch pos"], hook_names: Sequence[str]
+    ) -> dict[str, Float[Tensor, "batch pos d_in"]]:
+        found = read_hooks(self.bridge, tokens.to(self.device), hook_names)
+        return {hook_name: value.flatten(2) for hook_name, value in found.items()}
 
     def logits_with(
         self, tokens: Int[Tensor, "batch pos"], hook_name: str, edit: Callable[..., Tensor], *, reads: str | None = None

@@ -9,6 +9,7 @@ residual stream begins with a LayerNorm, so centring changes no log-probability.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from mechint.config import layer_of_hook
 from mechint.errors import MechintError, nearest
-from mechint.models.bridge import editing, read_hook, shape_at, wrong_order
+from mechint.models.bridge import editing, read_hooks, shape_at, wrong_order
 from mechint.models.resolve import BUILTIN_MODELS, load_pretrained, resolve_model
 from mechint.provenance import detect_device
 
@@ -154,12 +155,20 @@ class LanguageModel:
     def activations(self, tokens: Int[Tensor, "batch pos"], hook_name: str) -> Float[Tensor, "batch pos d_in"]:
         """What the hook holds, heads side by side where it is one on single heads. The model runs no further than it
         must."""
+        return self.activations_at(tokens, [hook_name])[hook_name]
+
+    def activations_at(
+        self, tokens: Int[Tensor, "batch pos"], hook_names: Sequence[str]
+    ) -> dict[str, Float[Tensor, "batch pos d_in"]]:
+        """`activations` of several hooks from one pass, which ends behind the last of them; in the order asked for."""
         with torch.inference_mode():
-            tokens = tokens.to(self.device)
+            tokens = tokens.to(self.device, non_blocking=True)
             if self.backend == "transformers":
-                return self._from_blocks(tokens, hook_name)
-            layer = layer_of_hook(hook_name)
-            return read_hook(self.bridge, tokens, hook_name, None if layer is None else layer + 1).flatten(2)
+                return self._from_blocks(tokens, hook_names)
+            layers = [layer_of_hook(hook_name) for hook_name in hook_names]
+            stop = None if None in layers else max(layer for layer in layers if layer is not None) + 1
+            found = read_hooks(self.bridge, tokens, hook_names, stop)
+            return {hook_name: value.flatten(2) for hook_name, value in found.items()}
 
     def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
         """The model's own predictions."""
@@ -269,16 +278,20 @@ class LanguageModel:
     def _processed(self, residual: Tensor) -> Tensor:
         return residual - residual.mean(-1, keepdim=True) if self.processing == "centred" else residual
 
-    def _from_blocks(self, tokens: Tensor, hook_name: str) -> Tensor:
-        found: list[Tensor] = []
+    def _from_blocks(self, tokens: Tensor, hook_names: Sequence[str]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
 
-        def reached(value: Tensor) -> None:
-            found.append(value)
-            raise _Reached
+        def reached(hook_name: str, value: Tensor) -> None:
+            found[hook_name] = value
+            if len(found) == len(hook_names):
+                raise _Reached
 
-        with self._at(hook_name, reached), contextlib.suppress(_Reached):
-            self.hf_model.base_model(input_ids=tokens, use_cache=False)
-        return self._processed(found[0])
+        with contextlib.ExitStack() as handles:
+            for hook_name in hook_names:
+                handles.enter_context(self._at(hook_name, functools.partial(reached, hook_name)))
+            with contextlib.suppress(_Reached):
+                self.hf_model.base_model(input_ids=tokens, use_cache=False)
+        return {hook_name: self._processed(found[hook_name]) for hook_name in hook_names}
 
 
 def _hidden_argument(args: tuple, kwargs: dict) -> tuple[Tensor, Callable[[Tensor], tuple[tuple, dict]]]:
