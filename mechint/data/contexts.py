@@ -5,6 +5,7 @@ several texts one after another. Either way a new context begins in a store wher
 of the row before it, and nothing of a text is cut.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -27,6 +28,12 @@ class Context:
         self.tokens.extend(tokens)
         self.text_ids.extend([text_id] * len(tokens))
         self.kept.extend([kept] * len(tokens))
+
+    def give_last(self, after: "Context") -> None:
+        """Move the last token to the beginning of the context that follows."""
+        after.tokens.insert(0, self.tokens.pop())
+        after.text_ids.insert(0, self.text_ids.pop())
+        after.kept.insert(0, self.kept.pop())
 
 
 def contexts_of(
@@ -83,21 +90,20 @@ def contexts_of(
             at += len(taken)
         if not contexts[-1].tokens:  # a text without tokens and without BOS
             contexts.pop()
-    _lengthen_lone_tokens(contexts)
+    _lengthen_lone_tokens(contexts, context_size)
     return contexts
 
 
-def _lengthen_lone_tokens(contexts: list[Context]) -> None:
-    """Give a window of one token the last token of the window before.
+def _lengthen_lone_tokens(contexts: list[Context], context_size: int) -> None:
+    """Give a window of one token the last token of the window before (with the text's opener, if only that would stay).
 
     Its row would stand at position 0, and the next context may begin with a BOS that is not kept, so with a row at
     position 1: the two would look like one context.
     """
-    for before, lone in zip(contexts, contexts[1:], strict=False):
-        if len(lone.tokens) == 1 and lone.kept[0] and before.text_ids[-1] == lone.text_ids[0] and before.kept[-1]:
-            for mine, theirs in (
-                (lone.tokens, before.tokens),
-                (lone.text_ids, before.text_ids),
-                (lone.kept, before.kept),
-            ):
-                mine.insert(0, theirs.pop())
+    for before, lone in reversed(list(itertools.pairwise(contexts))):  # giving may leave the one before alone
+        if len(lone.tokens) > 1 or before.text_ids[-1] != lone.text_ids[0]:
+            continue
+        before.give_last(lone)
+        alone = before.text_ids[-1:] == lone.text_ids[:1] and before.text_ids[-2:-1] != lone.text_ids[:1]
+        if alone and len(lone.tokens) < context_size:
+            before.give_last(lone)
