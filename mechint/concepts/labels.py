@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechint.concepts.spans import Span, SpanFile, SpanTokens, TokenMap, columns_of, label_tokens
+from mechint.data.contexts import Context
 from mechint.data.store import Activations
 from mechint.data.windows import window_rows
 from mechint.errors import MechintError
@@ -154,12 +155,15 @@ def label_texts(
     """
     texts = [str(text) for text in file.texts]
     token_lists = inside.tokenize(texts)
+    seen_from = inside.first_seen()
+    contexts = [
+        Context(tokens, [number] * len(tokens), [position >= seen_from for position in range(len(tokens))])
+        for number, tokens in enumerate(token_lists)
+    ]
     found = window_rows(
         inside.model,
         inside.hook_name,
-        token_lists,
-        range(len(texts)),
-        drop_first=inside.first_seen() == 1,
+        contexts,
         batch_size=batch_size,
         on_batch=_bar(len(texts), progress),
     )

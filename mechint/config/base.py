@@ -23,10 +23,12 @@ from mechint.provenance import read_json, write_json
 # `openwebtext` alone is a data set with a loading script, which datasets >= 4 refuses; this one is plain parquet.
 DATASET_ALIASES = {"openwebtext": "Skylion007/openwebtext"}
 DEFAULT_HOOK = "blocks.3.hook_resid_post"
+TEXT_FIELD = "text"
 
 Processing = Literal["raw", "centred"]
 Backend = Literal["auto", "transformers", "bridge"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Unit = Literal["line", "file", "record"]  # what one text is, in a file of texts
 
 
 class Unsaid(str):

@@ -8,23 +8,27 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mechint.config import CollectConfig, SAETrainConfig, layer_of_hook
 from mechint.data import store_write
-from mechint.data.local_text import local_files
+from mechint.data.contexts import Context, contexts_of
+from mechint.data.documents import Document
+from mechint.data.forecast import forecast, plural, treatment
+from mechint.data.local_text import is_local
 from mechint.data.norms import report_norms
 from mechint.data.pt_file import assemble_pt
 from mechint.data.ranks import Ranks, launcher, process_group
 from mechint.data.store import shards_folder, sidecar_path
 from mechint.data.text import BUILTIN, TextSource, no_texts, open_texts
+from mechint.data.tokens import TextsRead, read_texts
 from mechint.data.watch import RankLost
 from mechint.data.windows import window_rows
 from mechint.errors import MechintError
-from mechint.models.language_model import LanguageModel, load_model
+from mechint.models.language_model import DTYPES, LanguageModel, load_model
 from mechint.models.resolve import BUILTIN_MODELS, resolve_model
 from mechint.provenance import check_output_path, get_git_commit, package_versions, read_json, remove_abandoned
 
@@ -101,8 +105,11 @@ def _as_the_original(config: SAETrainConfig, output: str | Path, checkpoint_ever
     )
 
 
-def collect(config: CollectConfig, *, progress: bool = True) -> Collected:
-    """As `collect_activations`, with what the command reports."""
+def collect(
+    config: CollectConfig, *, progress: bool = True, on_note: Callable[[str], None] = lambda note: None
+) -> Collected:
+    """As `collect_activations`, with what the command reports. `on_note` is given, before the work begins, what is
+    read, what will be left out of it, and how much the result will be."""
     with process_group() as ranks:
         advice = f"finished shards are kept; go on with: {collect_command(config)}"
         if ranks.watch is not None:
@@ -111,7 +118,7 @@ def collect(config: CollectConfig, *, progress: bool = True) -> Collected:
             settings = _settings(config, ranks)
             done = _already_collected(config, settings, ranks)
             if done is None:
-                done = _collect(config, settings, ranks, progress)
+                done = _collect(config, settings, ranks, progress, on_note)
             ranks.barrier()
         except RankLost as lost:
             raise RankLost(f"{lost}; {advice}") from lost
@@ -136,7 +143,7 @@ def _settings(config: CollectConfig, ranks: Ranks) -> dict[str, Any]:
     # a built-in name rather than where the package happens to be installed
     settings["model"] = config.model if config.model in BUILTIN_MODELS else location
     settings["texts_per_shard"] = config.texts_per_shard
-    if config.dataset not in BUILTIN and local_files(config.dataset) is None:
+    if config.dataset not in BUILTIN and not is_local(config.dataset):
         settings["world_size"] = ranks.world_size  # a data set on the Hub is dealt out to the processes
     return settings
 
@@ -167,7 +174,13 @@ def _already_collected(config: CollectConfig, settings: dict[str, Any], ranks: R
     return Collected(output, metadata, info, rank=ranks.rank, already=True)
 
 
-def _collect(config: CollectConfig, settings: dict[str, Any], ranks: Ranks, progress: bool) -> Collected:
+def _collect(
+    config: CollectConfig,
+    settings: dict[str, Any],
+    ranks: Ranks,
+    progress: bool,
+    on_note: Callable[[str], None],
+) -> Collected:
     folder = shards_folder(config.output)
     asked = _read_asked(folder)
     finished = store_write.finished_shards(folder) if asked else {}
@@ -187,8 +200,12 @@ def _collect(config: CollectConfig, settings: dict[str, Any], ranks: Ranks, prog
         settled = _settled(config, settings, source, model)
         fixed = {"model_sha256": settled["model_sha256"], "texts": source.fingerprint()}
         if asked:
+            _check_texts(config, asked["fixed"], fixed)
             store_write.check_same(asked["fixed"], fixed, str(folder))
             settled = asked["info"]
+        if ranks.rank == 0:
+            for note in _forecast(config, model, shards, settled):
+                on_note(note)
         if ranks.rank == 0:
             with store_write.only_writer(folder):
                 asked = {"settings": settings, "fixed": fixed, "info": settled, "command": collect_command(config)}
@@ -228,6 +245,7 @@ def _open_source(
         config.split,
         revision=revision,
         text_field=config.text_field,
+        unit=config.unit,
         max_chars=config.max_chars,
         seed=config.seed,
         rank=ranks.rank,
@@ -262,21 +280,30 @@ class _Shards:
         self.n_texts = sum(map(self._length, mine))
         self.n_texts_left = sum(map(self._length, self.numbers))
         self.finished = finished
-        self._first = self._read(self.numbers[0]) if self.numbers else ([], None)
-        if self.numbers and self.numbers[0] == 0 and not self._first[0]:
+        self.first = self._read(self.numbers[0]) if self.numbers else ([], None)
+        if self.numbers and self.numbers[0] == 0 and not self.first[0]:
             raise no_texts(config.dataset)
 
     def _length(self, number: int) -> int:
         return min(self.size, self.num_texts - number * self.size)
 
-    def _read(self, number: int) -> tuple[list[str], dict[str, Any] | None]:
+    def about(self) -> tuple[int, bool]:
+        """About how many texts all processes together still have to collect, and whether that is exact."""
+        known = self.source.about()
+        begun = 0 if not self.numbers else self.numbers[0] // self.step * self.size + len(self.first[0])
+        ended = bool(self.numbers) and len(self.first[0]) < self._length(self.numbers[0])
+        total = begun if ended else self.num_texts if known is None else min(max(known, begun), self.num_texts)
+        done = sum(record["n_texts"] for record in self.finished.values())
+        return max(total - done, 0), ended or known is not None and known >= self.num_texts
+
+    def _read(self, number: int) -> tuple[list[Document], dict[str, Any] | None]:
         texts = self.source.read(number // self.step * self.size, self._length(number))
         return texts, self.source.state()
 
-    def __iter__(self) -> Iterator[tuple[int, list[str], dict[str, Any] | None]]:
+    def __iter__(self) -> Iterator[tuple[int, list[Document], dict[str, Any] | None]]:
         """(number of the shard, its texts, the source's state after them), until the source ends."""
         for number in self.numbers:
-            texts, state = self._first if number == self.numbers[0] else self._read(number)
+            texts, state = self.first if number == self.numbers[0] else self._read(number)
             if texts:
                 yield number, texts, state
             if len(texts) < self._length(number):
@@ -304,7 +331,10 @@ def _settled(
         "prepend_bos": config.prepend_bos,
         "keep_bos": config.keep_bos,
         "bos_token_id": model.bos_token_id if config.prepend_bos else None,
-        "context_size": min(config.context_size or model.n_ctx, model.n_ctx),
+        "context_size": context_size(config, model),
+        "bos_every_window": config.bos_every_window,
+        "pack": config.pack,
+        "separator_token_id": model.bos_token_id if config.pack else None,
         "max_chars": config.max_chars,
         "seed": config.seed,
         "device": model.device,
@@ -315,13 +345,44 @@ def _settled(
     }
 
 
+def _check_texts(config: CollectConfig, before: dict[str, Any], now: dict[str, Any]) -> None:
+    if before["texts"] != now["texts"]:
+        raise MechintError(
+            f"the texts of {config.dataset} have changed since {config.output} was begun (names, sizes or times of"
+            " files): bring them back to go on, or give another --output, or remove what was begun"
+        )
+
+
+def _forecast(config: CollectConfig, model: LanguageModel, shards: _Shards, settled: dict[str, Any]) -> list[str]:
+    """What is about to be collected, judged by the first shard that is left. Raises `MechintError` if the disk is too
+    small for it."""
+    documents, _ = shards.first
+    lines = [f"texts: {shards.source.said}"]
+    if not documents:
+        return lines
+    read = read_texts(model, documents, max_chars=config.max_chars, prepend_bos=config.prepend_bos)
+    contexts, counts = lay_out(config, model, read, first_id=0)
+    n_texts, exact = shards.about()
+    itemsize = 4 if config.output.suffix == ".pt" else DTYPES[config.dtype].itemsize
+    size, problem = forecast(
+        n_texts,
+        exact=exact,
+        rows_per_text=sum(sum(context.kept) for context in contexts) / len(documents),
+        bytes_per_row=settled["d_in"] * itemsize + 3 * 4,
+        output=config.output,
+    )
+    if problem is not None:
+        raise problem
+    first = "" if n_texts <= len(documents) else "the first "
+    return [*lines, size, *treatment(counts, settled, first + plural(len(documents), "text"))]
+
+
 def _write_shards(
     config: CollectConfig, model: LanguageModel, shards: _Shards, folder: Path, ranks: Ranks, progress: bool
 ) -> tuple[int, float]:
     """Make this process's missing shards. Returns the tokens that went through the model, and the seconds it took."""
     from tqdm import tqdm
 
-    drop_first = config.prepend_bos and not config.keep_bos
     n_tokens, started = 0, time.perf_counter()
     bar = tqdm(
         total=shards.n_texts,
@@ -332,24 +393,17 @@ def _write_shards(
         mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file needs no line every half second
     )
 
-    def on_batch(texts: int, tokens: int) -> None:
+    def on_batch(contexts: int, tokens: int) -> None:
         nonlocal n_tokens
         n_tokens += tokens
         bar.set_postfix_str(f"{n_tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
-        bar.update(texts)
+        bar.update(0)
 
     with bar:
-        for number, texts, state in shards:
-            first_id = number * config.texts_per_shard
-            rows = window_rows(
-                model,
-                config.hook,
-                model.tokenize(texts, prepend_bos=config.prepend_bos, context_size=config.context_size),
-                range(first_id, first_id + len(texts)),
-                drop_first=drop_first,
-                batch_size=config.batch_size,
-                on_batch=on_batch,
-            )
+        for number, documents, state in shards:
+            read = read_texts(model, documents, max_chars=config.max_chars, prepend_bos=config.prepend_bos)
+            contexts, counts = lay_out(config, model, read, first_id=number * config.texts_per_shard)
+            rows = window_rows(model, config.hook, contexts, batch_size=config.batch_size, on_batch=on_batch)
             store_write.write_shard(
                 folder,
                 number,
@@ -358,14 +412,41 @@ def _write_shards(
                 text_ids=rows.text_ids,
                 positions=rows.positions,
                 record={
-                    "n_texts": len(texts),
+                    "n_texts": len(documents),
                     "n_tokens": rows.n_tokens,
-                    "texts_sha256": store_write.texts_sha256(texts),
+                    "texts_sha256": store_write.texts_sha256(read.texts),
+                    "texts": counts,
                     "state": state,
                     "norms": rows.norms,
                 },
             )
+            bar.update(len(documents))
     return n_tokens, time.perf_counter() - started
+
+
+def context_size(config: CollectConfig, model: LanguageModel) -> int:
+    """Most tokens that the model reads at once here, BOS included."""
+    return min(config.context_size or model.n_ctx, model.n_ctx)
+
+
+def lay_out(
+    config: CollectConfig, model: LanguageModel, read: TextsRead, *, first_id: int
+) -> tuple[list[Context], dict[str, int]]:
+    """The contexts of a shard's texts, of which the first has the number `first_id`; and the counts of the texts, with
+    `n_contexts` and the `n_split` texts that did not fit one."""
+    contexts = contexts_of(
+        read.token_lists,
+        range(first_id, first_id + len(read.token_lists)),
+        context_size=context_size(config, model),
+        bos=model.bos_token_id if config.prepend_bos else None,
+        every_window=config.bos_every_window,
+        pack=config.pack,
+        keep_bos=config.keep_bos,
+        separator=model.bos_token_id if config.pack else None,
+    )
+    room = context_size(config, model) - (config.prepend_bos or config.pack)
+    n_split = sum(len(tokens) > room for tokens in read.token_lists)
+    return contexts, {**read.counts, "n_contexts": len(contexts), "n_split": n_split}
 
 
 def _finish(config: CollectConfig, model: LanguageModel, settled: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -424,7 +505,9 @@ def collect_command(config: CollectConfig) -> str:
 def summary(done: Collected) -> str:
     """What the command prints for a person."""
     info = done.info
-    lines = [f"{info['n_texts']:,} texts, {info['n_rows']:,} vectors of width {info['d_in']} at {info['hook_name']}"]
+    texts = plural(info["n_texts"], "text")
+    lines = [f"{texts}, {plural(info['n_rows'], 'vector')} of width {info['d_in']} at {info['hook_name']}"]
+    lines += treatment(info.get("texts", {}), info, texts)
     if done.already:
         lines.append("already collected; nothing was done")
     elif done.n_tokens:

@@ -1,4 +1,4 @@
-"""One window of texts through the model: the rows of a shard."""
+"""The contexts of a shard through the model: its rows."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechint.data.contexts import Context
 from mechint.data.norms import first_not_finite, norm_histograms, row_norms
 from mechint.errors import MechintError
 from mechint.models.matmul import FastLinear
@@ -15,7 +16,7 @@ from mechint.models.matmul import FastLinear
 
 @dataclass(frozen=True)
 class WindowRows:
-    """Rows in the order of the texts, and of the positions within each; `n_tokens` went through the model.
+    """Rows in the order of the contexts, and of the positions within each; `n_tokens` went through the model.
 
     `norms` are histograms of the rows and of those left out at position 0.
     """
@@ -31,55 +32,52 @@ class WindowRows:
 def window_rows(
     model: Any,
     hook_name: str,
-    token_lists: Sequence[Sequence[int]],
-    text_ids: Sequence[int],
+    contexts: Sequence[Context],
     *,
-    drop_first: bool,
     batch_size: int,
-    on_batch: Callable[[int, int], None] = lambda texts, tokens: None,
+    on_batch: Callable[[int, int], None] = lambda contexts, tokens: None,
 ) -> WindowRows:
-    """Run the texts through the model, like lengths together, and put the rows back into the order of the texts.
+    """Run the contexts through the model, like lengths together, and put their kept rows back into order.
 
-    Texts are padded on the right to the longest of their batch; a causal model's other positions do not see it.
+    Contexts are padded on the right to the longest of their batch; a causal model's other positions do not see it.
 
     Args:
-        drop_first: leave position 0 of each text (its BOS) out.
-        on_batch: called with the texts and tokens of each batch that is done.
+        on_batch: called with the contexts and tokens of each batch that is done.
 
     Raises:
         MechintError: the model gave NaN or Inf.
     """
-    skipped = 1 if drop_first else 0
-    counts = [max(len(tokens) - skipped, 0) for tokens in token_lists]
+    kept = [torch.tensor(context.kept, dtype=torch.bool) for context in contexts]
     starts = [0]
-    for count in counts:
-        starts.append(starts[-1] + count)
-    order = sorted((i for i, tokens in enumerate(token_lists) if tokens), key=lambda i: len(token_lists[i]))
+    for mask in kept:
+        starts.append(starts[-1] + int(mask.sum()))
+    order = sorted(range(len(contexts)), key=lambda i: len(contexts[i].tokens))
     rows: Tensor = torch.empty(0, model.d_model)
     first_norms: list[Tensor] = []
     for begin in range(0, len(order), batch_size):
         batch = order[begin : begin + batch_size]
-        padded = torch.zeros(len(batch), len(token_lists[batch[-1]]), dtype=torch.long)
+        padded = torch.zeros(len(batch), len(contexts[batch[-1]].tokens), dtype=torch.long)
         for line, i in enumerate(batch):
-            padded[line, : len(token_lists[i])] = torch.tensor(token_lists[i])
+            padded[line, : len(contexts[i].tokens)] = torch.tensor(contexts[i].tokens)
         with FastLinear():
             values = model.activations(padded, hook_name)
         if not begin:
             rows = torch.empty(starts[-1], values.shape[-1], dtype=values.dtype)
-        if drop_first:
-            first_norms.append(row_norms(values[:, 0].cpu()))
+        left_out = [line for line, i in enumerate(batch) if not contexts[i].kept[0]]
+        if left_out:
+            first_norms.append(row_norms(values[left_out, 0].cpu()))
         for line, i in enumerate(batch):
-            rows[starts[i] : starts[i + 1]] = values[line, skipped : len(token_lists[i])]
-        on_batch(len(batch), sum(len(token_lists[i]) for i in batch))
-    positions = [torch.arange(skipped, skipped + count, dtype=torch.int32) for count in counts]
-    flat_tokens = [token for tokens in token_lists for token in tokens[skipped:]]
+            rows[starts[i] : starts[i + 1]] = values[line, : len(kept[i])][kept[i]]
+        on_batch(len(batch), sum(len(contexts[i].tokens) for i in batch))
+    mask = torch.cat([*kept, torch.empty(0, dtype=torch.bool)])
+    columns = [
+        [token for context in contexts for token in context.tokens],
+        [text_id for context in contexts for text_id in context.text_ids],
+        [position for context in contexts for position in range(len(context.tokens))],
+    ]
+    tokens, text_ids, positions = (torch.tensor(column, dtype=torch.int32)[mask] for column in columns)
     result = WindowRows(
-        activations=rows,
-        tokens=torch.tensor(flat_tokens, dtype=torch.int32),
-        text_ids=torch.tensor(text_ids, dtype=torch.int32).repeat_interleave(torch.tensor(counts)),
-        positions=torch.cat(positions) if positions else torch.empty(0, dtype=torch.int32),
-        norms={},
-        n_tokens=sum(map(len, token_lists)),
+        activations=rows, tokens=tokens, text_ids=text_ids, positions=positions, norms={}, n_tokens=len(mask)
     )
     norms = row_norms(rows)
     bad = first_not_finite(rows, norms)
@@ -89,8 +87,8 @@ def window_rows(
             f" position {int(result.positions[bad])}; nothing of this shard was kept: use --dtype float32, or check the"
             " model's weights"
         )
-    left_out = torch.cat(first_norms) if first_norms else torch.empty(0)
-    left_out = left_out[left_out.isfinite()]
-    at_start = torch.cat([result.positions == 0, torch.ones(len(left_out), dtype=torch.bool)])
-    result.norms.update(norm_histograms(torch.cat([norms, left_out]), at_start))
+    firsts = torch.cat([*first_norms, torch.empty(0)])
+    firsts = firsts[firsts.isfinite()]
+    at_start = torch.cat([result.positions == 0, torch.ones(len(firsts), dtype=torch.bool)])
+    result.norms.update(norm_histograms(torch.cat([norms, firsts]), at_start))
     return result
