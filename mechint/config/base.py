@@ -160,7 +160,7 @@ def _fitted(kind: Any, value: Any) -> Any:
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_fitted(options[0], item) for item in value)
     if kind is Path and isinstance(value, (str, Path)):
-        return Path(value)
+        return Path(value).expanduser()
     if kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
         if kind is float:
             return float(value)

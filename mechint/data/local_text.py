@@ -147,6 +147,7 @@ class FileTexts(InOrder):
     """The texts of files, file after file in the order of their names.
 
     If `unit` is None, several .txt files (a folder or a glob) give a text each, a single one gives a text a line.
+    `plain` takes files for .txt whatever their names.
     """
 
     def __init__(
@@ -157,10 +158,13 @@ class FileTexts(InOrder):
         max_chars: int,
         unit: Unit | None = None,
         left_out: list[Path] | None = None,
+        *,
+        plain: bool = False,
     ):
         self.dataset, self.files, self.field, self.max_chars = dataset, files, field, max_chars
         self.left_out = left_out or []
-        kinds = Counter(str(format_of(file)) for file in files)
+        self.kinds = [".txt" if plain else str(format_of(file)) for file in files]
+        kinds = Counter(self.kinds)
         plain = kinds.pop(".txt", 0)
         if unit in ("line", "file") and not plain:
             raise MechintError(f"--unit {unit} divides .txt files, and {dataset} holds records: leave --unit out")
@@ -191,7 +195,7 @@ class FileTexts(InOrder):
         def found() -> Iterator[tuple[Any, str]]:
             for number, file in enumerate(self.files):
                 self._file = number
-                yield from texts_of(file, self.field, self.unit, self._progress)
+                yield from texts_of(file, self.kinds[number], self.field, self.unit, self._progress)
             self._file, self._progress = len(self.files), Progress()
 
         return without_blanks(found(), self.max_chars)

@@ -186,7 +186,7 @@ def open_activations(path: str | Path) -> Activations:
         MechintError: missing, unfinished, truncated, of another kind, width or version; a pickle that carries code
             (which is never run).
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
         return _open_store(path)
     if path.is_file():

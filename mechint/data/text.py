@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from mechint.config.base import Unit
+from mechint.config.base import TEXT_FIELD, Unit
 from mechint.data.documents import Document
-from mechint.data.local_text import OTHER_SOURCES, TaleTexts, is_local, open_local
-from mechint.data.text_files import format_of, txt_lines
+from mechint.data.local_text import OTHER_SOURCES, FileTexts, TaleTexts, is_local, open_local
+from mechint.data.text_files import format_of
 from mechint.errors import MechintError, nearest
 
 BUILTIN = ("builtin/tales",)
@@ -57,7 +57,7 @@ def open_texts(
     split: str = "train",
     *,
     revision: str | None = None,
-    text_field: str = "text",
+    text_field: str = TEXT_FIELD,
     unit: Unit | None = None,
     max_chars: int = 0,
     seed: int = 42,
@@ -101,20 +101,38 @@ def no_texts(dataset: str) -> MechintError:
     return MechintError(f"{dataset} has no text: it is empty or all blank; {OTHER_SOURCES}")
 
 
-def iter_texts_from_path(path: str | os.PathLike) -> list[str]:
-    """The texts of a local file in the field `text`, as `open_texts` reads them; of a file whose name tells no format,
-    the lines. Raises `MechintError` if there is none.
+def documents_from(
+    path: str | os.PathLike, text_field: str = TEXT_FIELD, unit: Unit | None = None, *, limit: int | None = None
+) -> list[Document]:
+    """The texts of a local source, as `open_texts` reads them, or the first `limit`. A file whose name tells no format
+    is read as lines.
+
+    Raises:
+        MechintError: no such file or none of its texts; the built-in tales, which have no end, without a limit.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
+    if str(path) in BUILTIN:
+        if limit is None:
+            raise MechintError(f"{path} has no end: say how many texts, or give a file")
+    elif not path.exists() and not any(sign in str(path) for sign in "*?["):
         raise MechintError(f"text file not found: {path}; it should hold one text a line")
-    if format_of(path) in (None, ".txt"):
-        texts = [line.strip() for line in txt_lines(path) if line.strip()]
+    if path.is_file() and format_of(path) is None:
+        source: TextSource = FileTexts(str(path), [path], text_field, 0, unit, plain=True)
     else:
-        documents = open_texts(path).read(0, sys.maxsize)
-        texts = [document.content for document in documents if isinstance(document.content, str)]
-    if not texts:
+        source = open_texts(path, text_field=text_field, unit=unit)
+    documents = source.read(0, sys.maxsize if limit is None else limit)
+    if not documents:
         raise MechintError(f"text file {path} is empty; it should hold one text a line")
+    return documents
+
+
+def iter_texts_from_path(path: str | os.PathLike) -> list[str]:
+    """The strings of `documents_from`. Raises `MechintError` for chats and token ids, which need a model, too."""
+    texts = []
+    for content, where, _ in documents_from(path):
+        if not isinstance(content, str):
+            raise MechintError(f"{where} holds a chat or token ids, not a string")
+        texts.append(content)
     return texts
 
 

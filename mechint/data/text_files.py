@@ -39,18 +39,17 @@ def format_of(file: Path) -> str | None:
     return inner if inner in (*FIRST, *SECOND) and inner != ".parquet" else None  # Parquet packs its own columns
 
 
-def texts_of(file: Path, field: str, unit: Unit, progress: Progress) -> Found:
-    """The texts of a file, in order. `unit` divides a .txt only; the other formats hold records.
+def texts_of(file: Path, kind: str, field: str, unit: Unit, progress: Progress) -> Found:
+    """The texts of a file of one of the formats, in order. `unit` divides a .txt only; the other formats hold records.
 
     Raises:
         MechintError: a file that cannot be read or is not what its name says, with the line or row; see `content_of`.
     """
-    kind = format_of(file)
     if kind == ".txt":
         yield from _whole(file, progress) if unit == "file" else _lines(file, progress)
         return
     records = {".jsonl": _jsonl, ".json": _json, ".csv": _table, ".tsv": _table}
-    found = _parquet(file, field, progress) if kind == ".parquet" else records[str(kind)](file, progress)
+    found = _parquet(file, field, progress) if kind == ".parquet" else records[kind](file, progress)
     for record, where in found:
         yield content_of(record, field, where), where
 
@@ -104,7 +103,8 @@ def _readable(file: Path) -> Iterator[None]:
 
 def _lines(file: Path, progress: Progress) -> Found:
     for number, line in enumerate(txt_lines(file, progress), 1):
-        yield line.strip(), f"{file}, line {number}"
+        if text := line.strip():  # an empty line divides texts; it is none
+            yield text, f"{file}, line {number}"
 
 
 def _whole(file: Path, progress: Progress) -> Found:
