@@ -49,3 +49,21 @@ def collect_quietly(*words: object) -> Path:
     argv = [str(word) for word in words]
     assert main(argv) == 0
     return Path(argv[argv.index("--output") + 1])
+
+
+class Stop(BaseException):
+    pass
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, n_shards: int, error: BaseException) -> None:
+    from mechint.data import store_write
+
+    real, made = store_write.write_shard, []
+
+    def write_shard(*args, **kwargs):
+        if len(made) == n_shards:
+            raise error
+        made.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(store_write, "write_shard", write_shard)

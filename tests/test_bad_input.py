@@ -297,7 +297,7 @@ COLLECT = "--model model --dataset texts.txt --num-texts 5 --device cpu --output
         ("--dtype float8", "invalid choice 'float8'"),
         ("--processing none", "invalid choice 'none'"),
         ("--batch-size 0", "--batch-size must be at least 1"),
-        ("--max-chars 0", "--max-chars must be at least 1"),
+        ("--max-chars -1", "--max-chars must not be negative"),
     ],
 )
 def test_collect(place: Path, capsys: pytest.CaptureFixture[str], flags: str, message: str):

@@ -157,3 +157,11 @@ def test_overrides_refuse_unknown_names():
     assert Small().with_overrides(size=3, name=None) == Small(3)
     with pytest.raises(MechintError, match="unknown key 'sise'; nearest: size"):
         Small().with_overrides(sise=3)
+
+
+def test_the_home_folder_in_flags_and_in_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["--dataset", "~/texts.txt", "--output=~/acts", "--model", "a~/b"]
+    config = parse(CollectConfig, words, prog="x")
+    assert (config.dataset, config.output, config.model) == (f"{tmp_path}/texts.txt", tmp_path / "acts", "a~/b")
+    assert CollectConfig.from_dict({"output": "~/acts"}).output == tmp_path / "acts"

@@ -15,18 +15,23 @@ from mechint.config import CollectConfig
 from mechint.data import collect_activations, open_activations
 
 
-def reference_rows(model_dir: Path, texts: list[str], *, bos: bool, skip: int, limit: int = 128) -> list[torch.Tensor]:
-    """Hugging Face's own hidden states, a text at a time, without padding."""
+def reference_rows(
+    model_dir: Path, texts: list[str], *, bos: bool, skip: int, limit: int = 128
+) -> list[tuple[int, torch.Tensor]]:
+    """The number of the text, and Hugging Face's own hidden states of a window of it, without padding."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     rows = []
-    for text in texts:
-        ids = ([0] if bos else []) + tokenizer(text).input_ids
-        with torch.no_grad():
-            states = model(torch.tensor([ids[:limit]]), output_hidden_states=True).hidden_states
-        rows.append(states[4][0, skip:])
+    for number, text in enumerate(texts):
+        first, ids = ([0] if bos else []), tokenizer(text).input_ids
+        room = limit - len(first)
+        for start in range(0, len(ids), room):
+            window = torch.tensor([first + ids[start : start + room]])
+            with torch.no_grad():
+                states = model(window, output_hidden_states=True).hidden_states
+            rows.append((number, states[4][0, skip:]))
     return rows
 
 
@@ -47,14 +52,13 @@ def test_rows_are_the_models_own(
     texts = texts_file.read_text().splitlines()[:50]
     expected = reference_rows(tiny_neox_dir, texts, bos=bos, skip=skip, limit=limit)
     activations = open_activations(output)
-    whole = torch.cat(expected)
+    whole = torch.cat([rows for _, rows in expected])
     if centred:
         whole = whole - whole.mean(-1, keepdim=True)
     assert activations.n_rows == len(whole)
     torch.testing.assert_close(activations.tensor(), whole, atol=1e-4, rtol=1e-4)
-    counts = torch.tensor([len(rows) for rows in expected])
-    assert torch.equal(activations.text_ids, torch.arange(50).repeat_interleave(counts))
-    assert activations.positions.tolist() == [skip + i for count in counts.tolist() for i in range(count)]
+    assert activations.text_ids.tolist() == [number for number, rows in expected for _ in rows]
+    assert activations.positions.tolist() == [skip + i for _, rows in expected for i in range(len(rows))]
     info = activations.info
     assert (info["prepend_bos"], info["keep_bos"]) == (bos, bos and skip == 0)
     assert info["processing"] == ("centred" if centred else "raw") and info["context_size"] == limit

@@ -10,7 +10,17 @@ import time
 from pathlib import Path
 
 import pytest
-from collecting import REPO, SCRIPT, collect_quietly, flags, one_thread, snapshot, texts_fixture  # noqa: F401  (fixtures)
+from collecting import (  # noqa: F401  (fixtures)
+    REPO,
+    SCRIPT,
+    Stop,
+    collect_quietly,
+    flags,
+    one_thread,
+    snapshot,
+    stop_after,
+    texts_fixture,
+)
 from loopback_hub import LoopbackHub
 from safetensors.torch import load_file, save_file
 
@@ -19,23 +29,6 @@ from mechint.config import CollectConfig
 from mechint.data import open_activations
 from mechint.data.collect import collect_command
 from mechint.errors import MechintError
-
-
-class Stop(BaseException):
-    pass
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, n_shards: int, error: BaseException) -> None:
-    from mechint.data import store_write
-
-    real = store_write.write_shard
-
-    def write_shard(folder: Path, number: int, **kwargs):
-        if number >= n_shards:
-            raise error
-        return real(folder, number, **kwargs)
-
-    monkeypatch.setattr(store_write, "write_shard", write_shard)
 
 
 @pytest.mark.parametrize("name", ["store", "a.pt"])
@@ -95,7 +88,7 @@ def test_texts_or_weights_that_changed_meanwhile_are_refused(
     state = texts.stat()
     texts.write_text(texts.read_text() + "one more\n")
     assert main(flags(model, texts, tmp_path / "store")) == 2
-    assert "texts: " in capsys.readouterr().err
+    assert f"the texts of {texts} have changed since {tmp_path / 'store'} was begun" in capsys.readouterr().err
     shutil.copy(texts_file, texts)
     os.utime(texts, ns=(state.st_atime_ns, state.st_mtime_ns))
     weights = load_file(model / "model.safetensors")

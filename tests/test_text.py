@@ -1,9 +1,13 @@
 """Text sources: files, the built-in tales, the Hub (a loopback one), and what is wrong with them."""
 
+import csv
+import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -12,76 +16,246 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loopback_hub import LoopbackHub, client_env, closed_endpoint
 
+from mechint.data.documents import Document
 from mechint.data.local_text import FileTexts
 from mechint.data.text import iter_texts_from_path, open_texts
 from mechint.errors import MechintError
 
-TEXTS = ["The first text.", "A second one, which is longer.", "née 北京", "last"]
+TEXTS = ["The first text.", "A second one, which is longer.", 'n\u00e9e \u5317\u4eac, "quoted"', "last"]
+KINDS = [".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet"]
+PACKED = [kind + packing for kind in KINDS[:-1] for packing in (".gz", ".zst")]
 
 
 def write_texts(folder: Path, texts: list[str], kind: str, name: str = "part") -> Path:
-    path = folder / f"{name}.{kind}"
+    path = folder / f"{name}{kind}"
+    kind, _, packing = kind[1:].partition(".")
+    records = [{"id": i, "text": text} for i, text in enumerate(texts)]
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path, row_group_size=2)
+        return path
     if kind == "txt":
-        path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+        data = "\n".join(texts) + "\n"
     elif kind == "jsonl":
-        path.write_text("\n".join(json.dumps({"id": i, "text": text}) for i, text in enumerate(texts)), "utf-8")
+        data = "\n".join(json.dumps(record) for record in records)
+    elif kind == "json":
+        data = json.dumps(records, indent=1)
     else:
-        table = pyarrow.table({"id": list(range(len(texts))), "text": texts})
-        pyarrow.parquet.write_table(table, path, row_group_size=2)
+        stream = io.StringIO()
+        rows = csv.DictWriter(stream, ["id", "text"], delimiter="," if kind == "csv" else "\t")
+        rows.writeheader()
+        rows.writerows(records)
+        data = stream.getvalue()
+    name = {"gz": "gzip", "zst": "zstd", "": None}[packing]
+    raw = data.encode()
+    path.write_bytes(raw if name is None else pyarrow.compress(raw, name, asbytes=True))
     return path
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def read(dataset: object, start: int = 0, count: int = 100, **how: Any) -> list[Any]:
+    return [document.content for document in open_texts(str(dataset), **how).read(start, count)]
+
+
+@pytest.mark.parametrize("kind", KINDS + PACKED)
 def test_local_files(tmp_path: Path, kind: str):
     path = write_texts(tmp_path, [TEXTS[0], "", "   ", *TEXTS[1:]], kind)
     source = open_texts(str(path))
-    assert source.read(0, 100) == TEXTS  # blank ones dropped and not counted
-    assert source.read(1, 2) == TEXTS[1:3]
-    assert source.read(3, 5) == TEXTS[3:]
+    assert source.about() is None
+    found = source.read(0, 100)
+    assert [document.content for document in found] == TEXTS
+    # blank records are left out, and counted; an empty line of a .txt only divides texts
+    assert [document.n_blank for document in found] == [0, 0 if kind.startswith(".txt") else 2, 0, 0]
+    assert source.about() == 4
+    assert [document.content for document in source.read(1, 2)] == TEXTS[1:3]
+    assert [document.content for document in source.read(3, 5)] == TEXTS[3:]
     assert source.read(4, 5) == []
-    assert [open_texts(str(path), max_chars=3).read(i, 1)[0] for i in range(4)] == [text[:3] for text in TEXTS]
+    assert str(path) in found[0].where and len({document.where for document in found}) == 4
     described = source.describe()
     assert described["text_source"] == "files" and described["dataset_name"] == str(path)
-    assert described["text_field"] == (None if kind == "txt" else "text")
+    assert described["text_field"] == (None if kind.startswith(".txt") else "text")
+    assert described["text_unit"] == ("line" if kind.startswith(".txt") else "record")
+    assert iter_texts_from_path(path) == TEXTS
+
+
+def test_a_text_is_blank_in_what_is_kept_of_it(tmp_path: Path):
+    path = write_texts(tmp_path, ["a", "      b", "c"], ".jsonl")
+    assert read(path, max_chars=4) == ["a", "c"] and read(path) == ["a", "      b", "c"]
+
+
+def test_a_folder_of_txt_is_a_document_a_file(tmp_path: Path):
+    for name, text in (("b", "three\n"), ("a", "\ufeffone\r\n\r\ntwo\r\n"), ("c", " \n")):
+        (tmp_path / f"{name}.txt").write_bytes(text.encode())
+    assert read(tmp_path) == read(tmp_path / "*.txt") == read(tmp_path, unit="file") == ["one\n\ntwo", "three"]
+    assert read(tmp_path, unit="line") == ["one", "two", "three"]
+    assert read(tmp_path / "a.txt") == ["one", "two"] and read(tmp_path / "a.txt", unit="file") == ["one\n\ntwo"]
+    said = {unit: open_texts(str(tmp_path), unit=unit).said for unit in (None, "line")}
+    assert said == {
+        None: f"3 files of {tmp_path}, one text a file",
+        "line": f"3 files of {tmp_path}, one text a line",
+    }
 
 
 def test_folders_and_globs_are_read_in_the_order_of_names(tmp_path: Path):
-    write_texts(tmp_path, TEXTS[2:], "jsonl", "b")
-    write_texts(tmp_path, TEXTS[:2], "txt", "a")
+    write_texts(tmp_path, TEXTS[2:], ".jsonl", "b")
+    write_texts(tmp_path, TEXTS[1:2], ".txt", "a")
     (tmp_path / "readme.md").write_text("not a text")
-    assert open_texts(str(tmp_path)).read(0, 9) == TEXTS
-    assert open_texts(f"{tmp_path}/*.jsonl").read(0, 9) == TEXTS[2:]
-    assert open_texts(f"{tmp_path}/?.*").read(0, 9) == TEXTS
+    (tmp_path / "labels.csv").write_text("describes,the,others")
+    (tmp_path / ".cache").mkdir()
+    write_texts(tmp_path / ".cache", TEXTS, ".txt")
+    assert read(tmp_path) == read(f"{tmp_path}/?.*") == TEXTS[1:]
+    assert read(f"{tmp_path}/*.jsonl") == TEXTS[2:]
+    assert open_texts(str(tmp_path)).said == (
+        f"2 files of {tmp_path}, one text a file of .txt, one a record of the others; field text; 2 other files there"
+        " are not read (1 .csv, 1 .md)"
+    )
+    (tmp_path / "sub").mkdir()
+    write_texts(tmp_path / "sub", TEXTS, ".csv")
+    assert read(tmp_path / "sub") == TEXTS
+
+
+def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_texts(tmp_path, TEXTS, ".txt")
+    assert read("~/part.txt") == read("~/part.txt") == TEXTS
+    assert iter_texts_from_path("~/part.txt") == TEXTS
+
+
+@pytest.mark.parametrize(
+    "kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(), pyarrow.dictionary(pyarrow.int8(), "str")]
+)
+def test_every_kind_of_string_column(tmp_path: Path, kind: pyarrow.DataType):
+    texts = ["a", "b", None, "a"]
+    table = pyarrow.table({"text": pyarrow.array(texts).cast(kind)})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == ["a", "b", "a"]
+
+
+RECORDS = [
+    {
+        "meta": {"body": "deep"},
+        "a.b": "dotted",
+        "messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello."}],
+        "input_ids": [5, 6, 0, 0],
+        "attention_mask": [1, 1, 0, 0],
+        "parts": ["x", None, "y"],
+    }
+]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "saved"])
+def test_fields_of_every_shape(tmp_path: Path, kind: str):
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path)
+    elif kind == "saved":
+        save(RECORDS, path)
+    else:
+        path.write_text(json.dumps(RECORDS if kind == "json" else RECORDS[0]))
+    expected = {
+        "meta.body": "deep",
+        "a.b": "dotted",
+        "messages": RECORDS[0]["messages"],
+        "messages.content": "Hello?\nHello.",
+        "input_ids": [5, 6],
+        "parts": "x\n\ny",
+    }
+    assert {field: read(path, text_field=field) for field in expected} == {f: [v] for f, v in expected.items()}
+
+
+def test_json_is_a_list_of_strings_one_record_or_lines(tmp_path: Path):
+    path = tmp_path / "a.json"
+    for text, expected in (
+        ('["a", "b"]', ["a", "b"]),
+        ('{"text": "a"}', ["a"]),
+        ('{"text": "a"}\n{"text": "b"}\n', ["a", "b"]),
+        ("[]", []),
+    ):
+        path.write_text(text)
+        assert read(path) == expected
+
+
+def test_csv_fields_hold_commas_lines_and_nothing(tmp_path: Path):
+    (tmp_path / "a.csv").write_text('id,text\n1,"a, b\nc"\n2\n3,""\n4,d\n')
+    source = open_texts(str(tmp_path / "a.csv"))
+    found = source.read(0, 9)
+    assert [(d.content, d.n_blank, d.where.split(", ")[1]) for d in found] == [
+        ("a, b\nc", 0, "line 3"),
+        ("d", 2, "line 6"),
+    ]
+
+
+def save(records: list[dict[str, Any]], folder: Path) -> None:
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(records).save_to_disk(str(folder))
+
+
+def test_saved_data_sets_and_their_splits(tmp_path: Path):
+    import datasets
+
+    table = datasets.Dataset.from_dict({"text": ["", *TEXTS], "id": list(range(5))})
+    datasets.disable_progress_bars()
+    table.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict(train=table, test=table.select([4])).save_to_disk(str(tmp_path / "two"))
+    assert read(tmp_path / "one") == read(tmp_path / "two") == TEXTS
+    assert read(tmp_path / "one", 2, 1) == TEXTS[2:3]
+    assert read(tmp_path / "two", split="test") == TEXTS[3:]
+    assert open_texts(str(tmp_path / "one")).describe()["text_unit"] == "record"
+    for folder, how, message in (
+        ("one", {"split": "test"}, "holds one data set without splits"),
+        ("two", {"split": "tst"}, "no split 'tst': use --split; nearest: test"),
+        ("one", {"text_field": "body"}, "no field 'body', only text, id: use --text-field"),
+        ("one", {"unit": "line"}, "--unit line: .* holds records"),
+    ):
+        with pytest.raises(MechintError, match=message):
+            open_texts(str(tmp_path / folder), **how)
+    before = open_texts(str(tmp_path / "one")).fingerprint()
+    shutil.rmtree(tmp_path / "one")
+    table.select([1]).save_to_disk(str(tmp_path / "one"))
+    assert open_texts(str(tmp_path / "one")).fingerprint() != before
+
+
+@pytest.mark.parametrize("kind", [*KINDS, ".csv.gz", "folder", "glob"])
+def test_a_changed_source_has_another_fingerprint(tmp_path: Path, kind: str):
+    file = write_texts(tmp_path, TEXTS, ".txt" if kind in ("folder", "glob") else kind)
+    dataset = {"folder": str(tmp_path), "glob": f"{tmp_path}/*"}.get(kind, str(file))
+    before = open_texts(dataset).fingerprint()
+    assert open_texts(dataset).fingerprint() == before
+    if kind in ("folder", "glob"):
+        write_texts(tmp_path, TEXTS, ".txt", "second")
+    else:
+        write_texts(tmp_path, TEXTS[:3], kind)
+    assert open_texts(dataset).fingerprint() != before
 
 
 @given(st.lists(st.integers(1, 4), max_size=8), st.integers(0, 10))
 def test_reading_in_pieces_gives_each_text_once(pieces: list[int], start: int):
     class Numbers(FileTexts):
         def _all(self):
-            return iter([str(i) for i in range(20)])
+            return iter([Document(str(i), "") for i in range(20)])
 
     source = Numbers("x", [], "text", 10)
     at = start
     for piece in pieces:
-        found = source.read(at, piece)
+        found = [document.content for document in source.read(at, piece)]
         assert found == [str(i) for i in range(at, min(at + piece, 20))]
         at += piece
 
 
 def test_tales_can_be_had_from_any_text_on():
-    source = open_texts("builtin/tales", "heldout", seed=3, max_chars=40)
-    texts = source.read(0, 30)
-    assert len(set(texts)) > 25 and all(0 < len(text) <= 40 for text in texts)
-    assert source.read(17, 5) == texts[17:22]
-    assert open_texts("builtin/tales", "heldout", seed=4, max_chars=40).read(0, 30) != texts
-    assert open_texts("builtin/tales", "train", seed=3, max_chars=40).read(0, 30) != texts
-    assert len(source.describe()["dataset_revision"]) == 64
+    texts = read("builtin/tales", 0, 30, split="heldout", seed=3)
+    assert len(set(texts)) > 25 and all(texts)
+    assert read("builtin/tales", 17, 5, split="heldout", seed=3) == texts[17:22]
+    assert read("builtin/tales", 0, 30, split="heldout", seed=4) != texts
+    assert read("builtin/tales", 0, 30, seed=3) != texts
+    assert len(open_texts("builtin/tales").describe()["dataset_revision"]) == 64
 
 
 def test_text_file_with_byte_order_mark_and_windows_lines(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone \r\n\r\n two\r\n")
-    assert iter_texts_from_path(tmp_path / "a.txt") == ["one", "two"]
-    assert open_texts(str(tmp_path / "a.txt")).read(0, 9) == ["one", "two"]
+    assert iter_texts_from_path(tmp_path / "a.txt") == read(tmp_path / "a.txt") == ["one", "two"]
+    (tmp_path / "a.list").write_text("one\ntwo")
+    assert iter_texts_from_path(tmp_path / "a.list") == ["one", "two"], "a name that tells no format"
 
 
 def bad(tmp_path: Path, kind: str) -> dict:
@@ -102,15 +276,51 @@ def bad(tmp_path: Path, kind: str) -> dict:
             (tmp_path / "a.jsonl").write_text('{"text": 1, "body": "a"}\n')
             return {"dataset": str(tmp_path / "a.jsonl")}
         case "parquet field":
-            return {"dataset": str(write_texts(tmp_path, TEXTS, "parquet")), "text_field": "body"}
+            return {"dataset": str(write_texts(tmp_path, TEXTS, ".parquet")), "text_field": "body"}
         case "parquet number":
-            return {"dataset": str(write_texts(tmp_path, TEXTS, "parquet")), "text_field": "id"}
+            return {"dataset": str(write_texts(tmp_path, TEXTS, ".parquet")), "text_field": "id"}
         case "not parquet":
             (tmp_path / "a.parquet").write_text("hello")
             return {"dataset": str(tmp_path / "a.parquet")}
-        case "suffix":
-            (tmp_path / "a.csv").write_text("hello")
+        case "nested field":
+            (tmp_path / "a.jsonl").write_text('{"meta": {"body": "a"}, "turns": [{"value": "b"}]}\n')
+            return {"dataset": str(tmp_path / "a.jsonl"), "text_field": "meta.text"}
+        case "list":
+            (tmp_path / "a.jsonl").write_text('{"text": [{"value": "b"}], "body": "a"}\n')
+            return {"dataset": str(tmp_path / "a.jsonl")}
+        case "json":
+            (tmp_path / "a.json").write_text('[{"text": "a"},\n {"text": }]')
+            return {"dataset": str(tmp_path / "a.json")}
+        case "csv field":
+            (tmp_path / "a.csv").write_text("id,body\n1,a\n")
             return {"dataset": str(tmp_path / "a.csv")}
+        case "csv row":
+            (tmp_path / "a.csv").write_text("id,text\n1,a\n2,b, c\n")
+            return {"dataset": str(tmp_path / "a.csv")}
+        case "csv quote":
+            (tmp_path / "a.csv").write_text('id,text\n1,"a\n2,b\n')
+            return {"dataset": str(tmp_path / "a.csv")}
+        case "not gzip":
+            (tmp_path / "a.txt.gz").write_text("hello")
+            return {"dataset": str(tmp_path / "a.txt.gz")}
+        case "cut zstd":
+            path = write_texts(tmp_path, TEXTS, ".jsonl.zst")
+            path.write_bytes(path.read_bytes()[:-5])
+            return {"dataset": str(path)}
+        case "parquet utf-8":
+            column = pyarrow.array(["a", "\u00e9"]).cast(pyarrow.binary()).to_pylist()
+            broken = pyarrow.Array.from_buffers(
+                pyarrow.string(), 2, pyarrow.array([column[0], column[1][:1]]).buffers()
+            )
+            pyarrow.parquet.write_table(pyarrow.table({"text": broken}), tmp_path / "a.parquet")
+            return {"dataset": str(tmp_path / "a.parquet")}
+        case "unit of records":
+            return {"dataset": str(write_texts(tmp_path, TEXTS, ".csv")), "unit": "line"}
+        case "unit of lines":
+            return {"dataset": str(write_texts(tmp_path, TEXTS, ".txt")), "unit": "record"}
+        case "suffix":
+            (tmp_path / "a.npy").write_text("hello")
+            return {"dataset": str(tmp_path / "a.npy")}
         case "folder":
             return {"dataset": str(tmp_path)}
         case "glob":
@@ -120,9 +330,9 @@ def bad(tmp_path: Path, kind: str) -> dict:
         case "missing folder":
             return {"dataset": "./nowhere"}
         case "local split":
-            return {"dataset": str(write_texts(tmp_path, TEXTS, "txt")), "split": "validation"}
+            return {"dataset": str(write_texts(tmp_path, TEXTS, ".txt")), "split": "validation"}
         case "local revision":
-            return {"dataset": str(write_texts(tmp_path, TEXTS, "txt")), "revision": "main"}
+            return {"dataset": str(write_texts(tmp_path, TEXTS, ".txt")), "revision": "main"}
         case "tales split":
             return {"dataset": "builtin/tales", "split": "valid"}
         case "tales revision":
@@ -140,10 +350,21 @@ def bad(tmp_path: Path, kind: str) -> dict:
         ("json field", "line 1 has no field 'text', only body, id: use --text-field"),
         ("json number", "field 'text' holds int, not text; fields with text: body"),
         ("parquet field", "no field 'body', only id, text: use --text-field"),
-        ("parquet number", "field 'id' holds int64, not text"),
+        ("parquet number", "part.parquet, row 1: field 'id' holds int, not text"),
+        ("nested field", "no field 'meta.text', only meta, meta.body, turns, turns.value: use --text-field"),
+        ("list", "field 'text' holds a list of dict, not text; fields with text: text.value, body"),
+        ("json", "a.json, line 2: not JSON"),
+        ("csv field", "a.csv, line 2 has no field 'text', only id, body: use --text-field"),
+        ("csv row", "a.csv, line 3: more fields than the header's 2; quote fields that hold commas"),
+        ("csv quote", "a.csv, line 3: not CSV"),
+        ("not gzip", "a.txt.gz is not a whole gzip file"),
+        ("cut zstd", "part.jsonl.zst is not a whole zstd file"),
+        ("parquet utf-8", "a.parquet, row 2: not UTF-8"),
+        ("unit of records", "--unit line divides .txt files, and .*part.csv holds records"),
+        ("unit of lines", "--unit record: .*part.txt holds .txt files"),
         ("not parquet", "not a readable parquet file"),
-        ("suffix", "a.csv: texts are read from .txt/.jsonl/.parquet"),
-        ("folder", "holds no .txt/.jsonl/.parquet"),
+        ("suffix", "a.npy: texts are read from .txt, .jsonl"),
+        ("folder", "holds no file of a known format"),
         ("glob", "matches"),
         ("missing", "no such file or folder: texts/nowhere.jsonl"),
         ("missing folder", "no such file or folder"),
@@ -179,7 +400,8 @@ reads = given.pop("reads")
 started = time.perf_counter()
 try:
     source = open_texts(**given)
-    out = {"texts": [source.read(*read) for read in reads], "state": source.state(), "info": source.describe()}
+    texts = [[document.content for document in source.read(*read)] for read in reads]
+    out = {"texts": texts, "state": source.state(), "info": source.describe()}
     source.close()
 except MechintError as error:
     out = {"error": str(error), "seconds": time.perf_counter() - started}
@@ -208,7 +430,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory):
     parts = [WEB[:20], WEB[20:30], ["", *WEB[30:]], []]
     files = {}
     for number, part in enumerate(parts[:3]):
-        path = write_texts(folder, part, "parquet", f"part-{number}")
+        path = write_texts(folder, part, ".parquet", f"part-{number}")
         files[f"data/train-0000{number}-of-00003.parquet"] = path.read_bytes()
     with LoopbackHub(folder) as server:
         server.commits = [server.add_repo("Skylion007/openwebtext", files, type="dataset")]

@@ -1,15 +1,19 @@
 """`ablate`: from a checkpoint and a file of texts to the ranking, as the command line asks for it."""
 
 import hashlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mechint.ablation.rank import feature_indices, rank_features_by_ablation, save_ablation_rows
+from mechint.ablation.rank import feature_indices, rank_on_contexts, save_ablation_rows
 from mechint.config import AblateConfig
-from mechint.data.text import iter_texts_from_path
+from mechint.data.contexts import Context
+from mechint.data.documents import Document
+from mechint.data.text import documents_from
 from mechint.errors import MechintError
+from mechint.eval.given import given_contexts
 from mechint.inside import Inside, named_sae, open_named
 from mechint.provenance import check_output_path, sha256_json
 
@@ -49,7 +53,7 @@ def ablate(
         raise MechintError(f"--batch-size must be at least 1, got {config.batch_size}")
     if config.context_size is not None and config.context_size < 2:
         raise MechintError(f"--context-size must be at least 2, got {config.context_size}")
-    texts = iter_texts_from_path(config.eval_texts_path)
+    documents = documents_from(config.eval_texts_path, config.text_field, config.unit)
     inside = open_named(
         config,
         prepend_bos=config.prepend_bos,
@@ -57,28 +61,41 @@ def ablate(
         check=lambda sae: feature_indices(config.feature_subset, sae.d_sae),
     )
     features = feature_indices(config.feature_subset, inside.sae.d_sae)
-    for note in inside.notes:
+    contexts, told = given_contexts(inside, documents)
+    notes = (*inside.notes, *told)
+    for note in notes:
         on_note(note)
-    rows = rank_features_by_ablation(
+    names = _names(inside, documents, contexts)
+    token_lists = [context.tokens for context in contexts]
+    rows = rank_on_contexts(
         inside.sae,
         inside.model,
         inside.hook_name,
-        texts,
+        names,
+        token_lists,
         features,
-        progress,
         prepend_bos=inside.prepend_bos,
-        context_size=config.context_size,
         batch_size=config.batch_size,
+        progress=progress,
         partial_path=partial_path(config.output),
-        fingerprint=_fingerprint(config, inside, texts, features),
+        fingerprint=fingerprint_of(inside, texts=token_lists, features=features, layout=3),
     )
     save_ablation_rows(rows, config.output, overwrite=config.overwrite)
     partial_path(config.output).unlink(missing_ok=True)
-    return Ablation(rows, config.output, inside.notes)
+    return Ablation(rows, config.output, notes)
 
 
-def _fingerprint(config: AblateConfig, inside: Inside, texts: list[str], features: list[int]) -> str:
-    return fingerprint_of(inside, context_size=config.context_size, texts=texts, features=features, layout=2)
+def _names(inside: Inside, documents: Sequence[Document], contexts: Sequence[Context]) -> list[str]:
+    """What each context is called in the result: its text, or of a text that it holds a part of, that part."""
+    n_windows = Counter(context.text_ids[0] for context in contexts)
+    names = []
+    for context in contexts:
+        content = documents[context.text_ids[0]].content
+        if isinstance(content, str) and n_windows[context.text_ids[0]] == 1:
+            names.append(content)
+        else:
+            names.append(inside.model.tokenizer.decode(context.tokens[int(inside.prepend_bos) :]))
+    return names
 
 
 def fingerprint_of(inside: Inside, **what: Any) -> str:

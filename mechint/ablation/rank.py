@@ -126,12 +126,34 @@ def rank_features_by_ablation(
         for text, tokens in zip(texts, token_lists, strict=True):
             if not tokens:
                 raise MechintError(f"the text {text[:40]!r} has no tokens: remove it or prepend BOS")
-    whole = [Text(tokens, [True] * len(tokens)) for tokens in token_lists]
-    totals = ablate_texts(
-        sae, known, hook_name, whole, features, prepend_bos=prepend_bos, batch_size=batch_size,
+    return rank_on_contexts(
+        sae, known, hook_name, texts, token_lists, features, prepend_bos=prepend_bos, batch_size=batch_size,
         progress=show_progress, partial_path=partial_path, fingerprint=fingerprint,
     )  # fmt: skip
-    return _rows(totals, features, texts, token_lists, known)
+
+
+def rank_on_contexts(
+    sae: SAE,
+    model: Model,
+    hook_name: str,
+    texts: Sequence[str],
+    token_lists: list[list[int]],
+    features: list[int],
+    *,
+    prepend_bos: bool,
+    batch_size: int = 128,
+    progress: bool = False,
+    partial_path: Path | None = None,
+    fingerprint: str = "",
+) -> list[dict[str, Any]]:
+    """`rank_features_by_ablation` on what the model reads (BOS included), for an SAE that is known to fit. `texts` are
+    what each list of tokens is called in the result."""
+    whole = [Text(tokens, [True] * len(tokens)) for tokens in token_lists]
+    totals = ablate_texts(
+        sae, model, hook_name, whole, features, prepend_bos=prepend_bos, batch_size=batch_size,
+        progress=progress, partial_path=partial_path, fingerprint=fingerprint,
+    )  # fmt: skip
+    return _rows(totals, features, texts, token_lists, model)
 
 
 def ablate_texts(

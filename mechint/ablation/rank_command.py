@@ -10,10 +10,13 @@ from mechint.ablation.causal import RANKING_COLUMNS, Partial, rank_latents
 from mechint.ablation.command import fingerprint_of
 from mechint.ablation.rank import feature_indices
 from mechint.config import RankConfig
-from mechint.data import iter_texts_from_path, open_activations
+from mechint.data import open_activations
 from mechint.data.batches import split_as
+from mechint.data.documents import Document
+from mechint.data.text import documents_from
 from mechint.errors import MechintError
-from mechint.eval import Text, texts_from_rows, texts_from_tokens
+from mechint.eval import Text, texts_from_rows
+from mechint.eval.given import given_texts
 from mechint.inside import Inside, check_same_setting, named_sae, open_named, output_folder
 from mechint.provenance import atomic_path, check_output_path, get_git_commit, write_json
 from mechint.sae import SAE
@@ -49,9 +52,10 @@ def rank_run(
     config = named_sae(config)
     output = config.output or output_folder(config, "--output") / "ranking.csv"
     _check_settings(config, output)
-    texts = None if config.eval_texts_path is None else iter_texts_from_path(config.eval_texts_path)
-    if texts is not None:
-        _check_count(config, len(texts), str(config.eval_texts_path))
+    given = None
+    if config.eval_texts_path is not None:
+        given = documents_from(config.eval_texts_path, config.text_field, config.unit, limit=config.num_texts)
+        _check_count(config, len(given), str(config.eval_texts_path))
 
     def check(sae: SAE) -> None:
         if config.latents is not None:
@@ -59,7 +63,7 @@ def rank_run(
 
     inside = open_named(config, check=check)
     latents = [] if config.latents is None else feature_indices(config.latents, inside.sae.d_sae)
-    found, notes = _texts(config, inside, texts)
+    found, notes = _texts(config, inside, given)
     for note in (*inside.notes, *notes):
         on_note(note)
     partial = Partial(
@@ -135,14 +139,12 @@ def _check_count(config: RankConfig, n: int, where: str) -> None:
         )
 
 
-def _texts(config: RankConfig, inside: Inside, given: list[str] | None) -> tuple[list[Text], list[str]]:
+def _texts(config: RankConfig, inside: Inside, given: list[Document] | None) -> tuple[list[Text], list[str]]:
     """The texts to rank on: those given, else those that the run held out, from its activations' stored tokens."""
     notes: list[str] = []
     if given is not None:
-        token_lists = inside.tokenize(given[: config.num_texts])
-        found = texts_from_tokens(token_lists, prepend_bos=inside.prepend_bos, keep_bos=inside.keep_bos)
-        if len(found) < len(token_lists):
-            notes.append(f"{len(token_lists) - len(found)} texts of one token are left out: they predict nothing")
+        found, told = given_texts(inside, given)
+        notes += told
     else:
         path = config.activations_path or (None if inside.run is None else inside.run.activations_path())
         if path is None:

@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     # `kill`, a batch system's time limit: end as at Ctrl-C
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        done = collect(config)
+        done = collect(config, on_note=lambda note: print(note, file=sys.stderr))
     except KeyboardInterrupt:
         if is_first_process():
             print(f"finished shards are kept; go on with: {collect_command(config)}", file=sys.stderr)

@@ -42,7 +42,7 @@ def parse(
     Raises:
         MechintError: unknown, missing or unusable flags, and what the config class itself refuses.
     """
-    argv = _with_values(cls, argv)
+    argv = _with_values(cls, [_from_home(word) for word in argv])
     default: Any = tyro.MISSING_NONPROP
     if config_file or presets:
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -86,6 +86,12 @@ def parse(
     given = {word.split("=", 1)[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
     superseded = cls.superseded(given, dataclasses.asdict(config))
     return dataclasses.replace(config, **dict.fromkeys(superseded)) if superseded else config
+
+
+def _from_home(word: str) -> str:
+    """A word or `--flag=value` with a leading `~` replaced by the home folder, which shells leave after `=`."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return flag + equals + os.path.expanduser(value) if value.startswith(("~/", "~\\")) else word
 
 
 def _with_values(cls: type[Config], argv: Sequence[str]) -> list[str]:

@@ -23,10 +23,12 @@ from mechint.provenance import read_json, write_json
 # `openwebtext` alone is a data set with a loading script, which datasets >= 4 refuses; this one is plain parquet.
 DATASET_ALIASES = {"openwebtext": "Skylion007/openwebtext"}
 DEFAULT_HOOK = "blocks.3.hook_resid_post"
+TEXT_FIELD = "text"
 
 Processing = Literal["raw", "centred"]
 Backend = Literal["auto", "transformers", "bridge"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Unit = Literal["line", "file", "record"]  # what one text is, in a file of texts
 
 
 class Unsaid(str):
@@ -158,7 +160,7 @@ def _fitted(kind: Any, value: Any) -> Any:
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_fitted(options[0], item) for item in value)
     if kind is Path and isinstance(value, (str, Path)):
-        return Path(value)
+        return Path(value).expanduser()
     if kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
         if kind is float:
             return float(value)

@@ -7,7 +7,18 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from mechint.config.base import DEFAULT_HOOK, Backend, Config, Dtype, Processing, Unsaid, layer_of_hook, require
+from mechint.config.base import (
+    DEFAULT_HOOK,
+    TEXT_FIELD,
+    Backend,
+    Config,
+    Dtype,
+    Processing,
+    Unit,
+    Unsaid,
+    layer_of_hook,
+    require,
+)
 from mechint.errors import MechintError, nearest
 
 COLLECT_PRESETS: dict[str, dict[str, Any]] = {
@@ -32,21 +43,30 @@ class CollectConfig(Config):
     layers: str | None = None
     """Read hook_resid_post of several layers in one pass, such as 0-5 or 0,2,4."""
     dataset: Annotated[str, arg(aliases=["--dataset-name"])] = "openwebtext"
-    """Hub data set, a .txt, .jsonl or .parquet file, a folder or glob of them, or builtin/tales."""
+    """Hub data set; a .txt, .jsonl, .json, .csv or .parquet file (.gz, .zst too), a folder or glob of them, or one that
+    save_to_disk wrote; or builtin/tales."""
     split: str = "train"
-    """Split of the data set (builtin/tales has train and heldout)."""
+    """Split of the data set (builtin/tales has train and heldout; files have none)."""
     revision: str | None = None
     """Commit or tag of the Hub data set; the newest if not given."""
     model_revision: str | None = None
     """Commit or tag of the Hub model; the newest if not given."""
-    text_field: str = "text"
-    """Column or JSON key that holds the text."""
+    text_field: str = TEXT_FIELD
+    """Column or JSON key that holds the text, a chat or token ids; dots reach into nested ones (messages.content)."""
+    unit: Unit | None = None
+    """What one text is: a line or file of .txt, a record of the rest. Not given: a folder's .txt files are one each, a
+    single .txt is one a line."""
     num_texts: int = 50_000
     """Texts to read; fewer if the source ends earlier."""
     max_chars: int = 512
-    """Characters kept of each text, before tokenisation."""
+    """Characters kept of each text, before tokenisation; 0 keeps all."""
     context_size: int | None = None
-    """Most tokens a text, BOS included; longer texts are cut. The model's own limit if not given."""
+    """Most tokens read at once, BOS included; longer texts become windows. The model's own limit if not given."""
+    bos_every_window: bool = True
+    """Begin the later windows of a long text with BOS, too."""
+    pack: bool = False
+    """Fill each context with several texts, each begun by BOS (or EOS); a token then attends to the texts before its
+    own."""
     output: Path = Path("activations/activations_50000.pt")
     """A path ending in .pt gives one float32 tensor with its .json sidecar; any other path a sharded store, or for
     several hooks a folder with one store a hook."""
@@ -81,7 +101,7 @@ class CollectConfig(Config):
 
     def __post_init__(self) -> None:
         require(self.num_texts > 0, f"--num-texts must be at least 1, got {self.num_texts}")
-        require(self.max_chars > 0, f"--max-chars must be at least 1, got {self.max_chars}")
+        require(self.max_chars >= 0, f"--max-chars must not be negative, got {self.max_chars}")
         require(
             self.batch_size is None or self.batch_size > 0, f"--batch-size must be at least 1, got {self.batch_size}"
         )

@@ -6,11 +6,21 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from mechint.config.base import Backend, Config, ReadsSAE
+from mechint.config.base import TEXT_FIELD, Backend, Config, ReadsSAE, Unit
 
 
 @dataclass(frozen=True)
-class EvalConfig(ReadsSAE):
+class ReadsTexts(ReadsSAE):
+    """How the texts of `--eval-texts-path` are read."""
+
+    text_field: str = TEXT_FIELD
+    """Of the given texts, as in collect: the field of a record that holds the text, a chat or token ids."""
+    unit: Unit | None = None
+    """Of the given texts, as in collect: what one text is."""
+
+
+@dataclass(frozen=True)
+class EvalConfig(ReadsTexts):
     """Evaluate an SAE: reconstruction and sparsity on held-out activations, and what splicing it in costs the model."""
 
     activations_path: str | None = None
@@ -22,7 +32,8 @@ class EvalConfig(ReadsSAE):
     overwrite: bool = False
     """Replace the output if it exists."""
     eval_texts_path: Path | None = None
-    """Texts, one a line, for the cross-entropy; the held-out texts of the activations if not given."""
+    """Texts for the cross-entropy, of any file or folder that collect reads; the activations' held-out ones if not
+    given."""
     max_eval_texts: int = 200
     """Most texts for the cross-entropy, from the first on; 0 leaves it out."""
     backend: Backend = "auto"
@@ -40,11 +51,11 @@ class EvalConfig(ReadsSAE):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AblateConfig(ReadsSAE):
+class AblateConfig(ReadsTexts):
     """Rank latents by what removing each one does to the model's predictions (KL of clean to ablated)."""
 
     eval_texts_path: Path
-    """Texts, one a line; blank lines are dropped."""
+    """Texts: any file or folder that collect reads."""
     output: Path
     """CSV to write, sorted by mean_kl."""
     feature_subset: str | None = None
@@ -52,7 +63,7 @@ class AblateConfig(ReadsSAE):
     prepend_bos: bool | None = None
     """As in collect; the SAE's own setting if not given."""
     context_size: int | None = None
-    """Most tokens a text, BOS included; the model's own limit if not given."""
+    """Most tokens read at once, BOS included; longer texts become windows. The model's own limit if not given."""
     batch_size: int = 128
     """(latent, text) pairs run at once."""
     overwrite: bool = False
@@ -78,13 +89,13 @@ class CompareConfig(Config):
 
 
 @dataclass(frozen=True)
-class RankConfig(ReadsSAE):
+class RankConfig(ReadsTexts):
     """Rank all latents by an estimate of what removing each does, and measure how far the estimate can be trusted."""
 
     output: Path | None = None
     """CSV to write, with its .json beside it; ranking.csv in the run directory if not given."""
     eval_texts_path: Path | None = None
-    """Texts, one a line; the run's own held-out texts if not given."""
+    """Texts, any file or folder that collect reads; the run's own held-out texts if not given."""
     activations_path: str | None = None
     """Activations whose stored tokens are the texts, split as the run says; the run's own if not given."""
     num_texts: int | None = None

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,20 @@ from typing import Any
 from mechint.config import CollectConfig, SAETrainConfig, layer_of_hook
 from mechint.data import store_write
 from mechint.data.ahead import Behind, ahead
-from mechint.data.contexts import contexts_of
-from mechint.data.local_text import local_files
+from mechint.data.contexts import Context, contexts_of
+from mechint.data.documents import Document
+from mechint.data.forecast import forecast, plural, treatment
+from mechint.data.local_text import is_local
 from mechint.data.norms import report_norms
 from mechint.data.pt_file import assemble_pt
 from mechint.data.ranks import Ranks, launcher, process_group
 from mechint.data.store import shards_folder, sidecar_path
 from mechint.data.text import BUILTIN, TextSource, no_texts, open_texts
+from mechint.data.tokens import TextsRead, read_texts
 from mechint.data.watch import RankLost
 from mechint.data.windows import Block, WindowRows, plan_block, run_block
 from mechint.errors import MechintError
-from mechint.models.language_model import LanguageModel, backend_for, load_model
+from mechint.models.language_model import DTYPES, LanguageModel, backend_for, load_model
 from mechint.models.resolve import BUILTIN_MODELS, resolve_model
 from mechint.provenance import check_output_path, get_git_commit, package_versions, read_json, remove_abandoned
 
@@ -41,6 +44,8 @@ _ORIGINAL_KEYS = [
     *("runs_root", "seed", "val_fraction", "warmup_steps"),
 ]
 ORIGINAL_CHECKPOINT_EVERY = 5000  # texts
+# Token, text, position and norm of each row.
+BYTES_OF_COLUMNS = 16
 
 
 @dataclass(frozen=True)
@@ -140,8 +145,11 @@ def _as_the_original(config: SAETrainConfig, output: str | Path, checkpoint_ever
     )
 
 
-def collect(config: CollectConfig, *, progress: bool = True) -> Collected:
-    """As `collect_activations`, with what the command reports."""
+def collect(
+    config: CollectConfig, *, progress: bool = True, on_note: Callable[[str], None] = lambda note: None
+) -> Collected:
+    """As `collect_activations`, with what the command reports. `on_note` is given, before the work begins, what is
+    read, what will be left out of it, and how much the result will be."""
     with process_group() as ranks:
         advice = f"finished shards are kept; go on with: {collect_command(config)}"
         if ranks.watch is not None:
@@ -149,7 +157,7 @@ def collect(config: CollectConfig, *, progress: bool = True) -> Collected:
         try:
             targets = _targets(config, ranks)
             already = all(target.info is not None for target in targets)
-            n_tokens, seconds = (0, 0.0) if already else _collect(config, targets, ranks, progress)
+            n_tokens, seconds = (0, 0.0) if already else _collect(config, targets, ranks, progress, on_note)
             ranks.barrier()
             # the other processes may not see the first one's files yet, where they share a disk over a network
             infos = [_finished_info(target) if ranks.rank == 0 else target.info or {} for target in targets]
@@ -191,7 +199,7 @@ def _settings(config: CollectConfig, hook: str, ranks: Ranks) -> dict[str, Any]:
     # a built-in name rather than where the package happens to be installed
     settings["model"] = config.model if config.model in BUILTIN_MODELS else location
     settings["texts_per_shard"] = config.texts_per_shard
-    if config.dataset not in BUILTIN and local_files(config.dataset) is None:
+    if config.dataset not in BUILTIN and not is_local(config.dataset):
         settings["world_size"] = ranks.world_size  # a data set on the Hub is dealt out to the processes
     return settings
 
@@ -267,7 +275,13 @@ def _not_aligned(one: _Target, other: _Target, key: str) -> MechintError:
     )
 
 
-def _collect(config: CollectConfig, targets: list[_Target], ranks: Ranks, progress: bool) -> tuple[int, float]:
+def _collect(
+    config: CollectConfig,
+    targets: list[_Target],
+    ranks: Ranks,
+    progress: bool,
+    on_note: Callable[[str], None],
+) -> tuple[int, float]:
     """Make the shards that are missing, and of them the results. Returns the tokens that went through the model, and
     the seconds it took."""
     whole = [target for target in targets if target.info is not None]
@@ -292,6 +306,9 @@ def _collect(config: CollectConfig, targets: list[_Target], ranks: Ranks, progre
             if (target.info or {}).get("model_sha256") != fixed["model_sha256"]:
                 raise _not_aligned(target, targets[0], "model_sha256")
         records = [_asked(config, target, source, model, fixed) for target in targets]
+        if ranks.rank == 0:
+            for note in _forecast(config, model, shards, [record["info"] for record in records]):
+                on_note(note)
         with contextlib.ExitStack() as held:
             if ranks.rank == 0:
                 if len(config.hooks) > 1:
@@ -321,6 +338,7 @@ def _asked(
 ) -> dict[str, Any]:
     """What is recorded before the first shard. Raises `MechintError` if it was begun with other texts or weights."""
     if target.asked:
+        _check_texts(config, target.asked["fixed"], fixed)
         store_write.check_same(target.asked["fixed"], fixed, str(target.folder))
         info = target.asked["info"]
     else:
@@ -350,6 +368,7 @@ def _open_source(
         config.split,
         revision=revision,
         text_field=config.text_field,
+        unit=config.unit,
         max_chars=config.max_chars,
         seed=config.seed,
         rank=ranks.rank,
@@ -384,21 +403,30 @@ class _Shards:
         self.n_texts = sum(map(self._length, mine))
         self.n_texts_left = sum(map(self._length, self.numbers))
         self.finished = finished
-        self._first = self._read(self.numbers[0]) if self.numbers else ([], None)
-        if self.numbers and self.numbers[0] == 0 and not self._first[0]:
+        self.first = self._read(self.numbers[0]) if self.numbers else ([], None)
+        if self.numbers and self.numbers[0] == 0 and not self.first[0]:
             raise no_texts(config.dataset)
 
     def _length(self, number: int) -> int:
         return min(self.size, self.num_texts - number * self.size)
 
-    def _read(self, number: int) -> tuple[list[str], dict[str, Any] | None]:
+    def about(self) -> tuple[int, bool]:
+        """About how many texts all processes together still have to collect, and whether that is exact."""
+        known = self.source.about()
+        begun = 0 if not self.numbers else self.numbers[0] // self.step * self.size + len(self.first[0])
+        ended = bool(self.numbers) and len(self.first[0]) < self._length(self.numbers[0])
+        total = begun if ended else self.num_texts if known is None else min(max(known, begun), self.num_texts)
+        done = sum(record["n_texts"] for record in self.finished.values())
+        return max(total - done, 0), ended or known is not None and known >= self.num_texts
+
+    def _read(self, number: int) -> tuple[list[Document], dict[str, Any] | None]:
         texts = self.source.read(number // self.step * self.size, self._length(number))
         return texts, self.source.state()
 
-    def __iter__(self) -> Iterator[tuple[int, list[str], dict[str, Any] | None]]:
+    def __iter__(self) -> Iterator[tuple[int, list[Document], dict[str, Any] | None]]:
         """(number of the shard, its texts, the source's state after them), until the source ends."""
         for number in self.numbers:
-            texts, state = self._first if number == self.numbers[0] else self._read(number)
+            texts, state = self.first if number == self.numbers[0] else self._read(number)
             if texts:
                 yield number, texts, state
             if len(texts) < self._length(number):
@@ -424,7 +452,10 @@ def _settled(config: CollectConfig, target: _Target, source: TextSource, model: 
         "prepend_bos": config.prepend_bos,
         "keep_bos": config.keep_bos,
         "bos_token_id": model.bos_token_id if config.prepend_bos else None,
-        "context_size": _context_size(config, model),
+        "context_size": context_size(config, model),
+        "bos_every_window": config.bos_every_window,
+        "pack": config.pack,
+        "separator_token_id": model.bos_token_id if config.pack else None,
         "max_chars": config.max_chars,
         "seed": config.seed,
         "device": model.device,
@@ -433,10 +464,6 @@ def _settled(config: CollectConfig, target: _Target, source: TextSource, model: 
         "git_commit": get_git_commit(),
         "versions": package_versions(),
     }
-
-
-def _context_size(config: CollectConfig, model: LanguageModel) -> int:
-    return min(config.context_size or model.n_ctx, model.n_ctx)
 
 
 @dataclass(frozen=True)
@@ -450,20 +477,15 @@ class _Shard:
 
 def _read_shards(config: CollectConfig, model: LanguageModel, shards: _Shards) -> Iterator[_Shard]:
     """Texts to tokens to batches; runs on a thread of its own."""
-    for number, texts, state in shards:
-        first_id = number * config.texts_per_shard
-        contexts = contexts_of(
-            model.tokenize(texts, prepend_bos=False),
-            range(first_id, first_id + len(texts)),
-            context_size=_context_size(config, model),
-            bos=model.bos_token_id if config.prepend_bos else None,
-            keep_bos=config.keep_bos,
-        )
+    for number, documents, state in shards:
+        read = read_texts(model, documents, max_chars=config.max_chars, prepend_bos=config.prepend_bos)
+        contexts, counts = lay_out(config, model, read, first_id=number * config.texts_per_shard)
         block = plan_block(contexts, batch_size=config.batch_size, device=model.device)
         record = {
-            "n_texts": len(texts),
+            "n_texts": len(documents),
             "n_tokens": block.n_tokens,
-            "texts_sha256": store_write.texts_sha256(texts),
+            "texts_sha256": store_write.texts_sha256(read.texts),
+            "texts": counts,
             "state": state,
         }
         yield _Shard(number, block, record)
@@ -482,6 +504,38 @@ def _write_shard(shard: _Shard, rows: WindowRows, target: _Target) -> None:
         norms=norms.rows,
         record=shard.record | {"norms": norms.histograms},
     )
+
+
+def _check_texts(config: CollectConfig, before: dict[str, Any], now: dict[str, Any]) -> None:
+    if before["texts"] != now["texts"]:
+        raise MechintError(
+            f"the texts of {config.dataset} have changed since {config.output} was begun (names, sizes or times of"
+            " files): bring them back to go on, or give another --output, or remove what was begun"
+        )
+
+
+def _forecast(config: CollectConfig, model: LanguageModel, shards: _Shards, infos: list[dict[str, Any]]) -> list[str]:
+    """What is about to be collected, judged by the first shard that is left; `infos` are the fields of each store.
+    Raises `MechintError` if the disk is too small for it."""
+    documents, _ = shards.first
+    lines = [f"texts: {shards.source.said}"]
+    if not documents:
+        return lines
+    read = read_texts(model, documents, max_chars=config.max_chars, prepend_bos=config.prepend_bos)
+    contexts, counts = lay_out(config, model, read, first_id=0)
+    n_texts, exact = shards.about()
+    itemsize = 4 if config.output.suffix == ".pt" else DTYPES[config.dtype].itemsize
+    size, problem = forecast(
+        n_texts,
+        exact=exact,
+        rows_per_text=sum(sum(context.kept) for context in contexts) / len(documents),
+        bytes_per_row=sum(info["d_in"] * itemsize + BYTES_OF_COLUMNS for info in infos),
+        output=config.output,
+    )
+    if problem is not None:
+        raise problem
+    first = "" if n_texts <= len(documents) else "the first "
+    return [*lines, size, *treatment(counts, infos[0], first + plural(len(documents), "text"))]
 
 
 def _write_shards(
@@ -508,11 +562,11 @@ def _write_shards(
         mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file needs no line every half second
     )
 
-    def on_batch(texts: int, tokens: int) -> None:
+    def on_batch(contexts: int, tokens: int) -> None:
         nonlocal n_tokens
         n_tokens += tokens
         bar.set_postfix_str(f"{n_tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
-        bar.update(texts)
+        bar.update(0)
 
     limit = _shards_behind(model.device)
     with (
@@ -524,6 +578,7 @@ def _write_shards(
             missing = [target for target in targets if shard.number not in target.finished]
             rows = run_block(model, [target.hook for target in missing], shard.block, on_batch=on_batch)
             writing.submit([functools.partial(_write_shard, shard, rows, target) for target in missing])
+            bar.update(shard.record["n_texts"])
             del rows  # its memory is free as soon as it is written
     return n_tokens, time.perf_counter() - started
 
@@ -532,6 +587,31 @@ def _shards_behind(device: str) -> int:
     """How many shards may be on their way to the disk while the next is computed. A GPU outruns one thread that hashes
     and writes."""
     return min(4, max(1, (os.cpu_count() or 1) // 2)) if device.startswith("cuda") else 1
+
+
+def context_size(config: CollectConfig, model: LanguageModel) -> int:
+    """Most tokens that the model reads at once here, BOS included."""
+    return min(config.context_size or model.n_ctx, model.n_ctx)
+
+
+def lay_out(
+    config: CollectConfig, model: LanguageModel, read: TextsRead, *, first_id: int
+) -> tuple[list[Context], dict[str, int]]:
+    """The contexts of a shard's texts, of which the first has the number `first_id`; and the counts of the texts, with
+    `n_contexts` and the `n_split` texts that did not fit one."""
+    contexts = contexts_of(
+        read.token_lists,
+        range(first_id, first_id + len(read.token_lists)),
+        context_size=context_size(config, model),
+        bos=model.bos_token_id if config.prepend_bos else None,
+        every_window=config.bos_every_window,
+        pack=config.pack,
+        keep_bos=config.keep_bos,
+        separator=model.bos_token_id if config.pack else None,
+    )
+    room = context_size(config, model) - (config.prepend_bos or config.pack)
+    n_split = sum(len(tokens) > room for tokens in read.token_lists)
+    return contexts, {**read.counts, "n_contexts": len(contexts), "n_split": n_split}
 
 
 def _finish(config: CollectConfig, target: _Target, model: LanguageModel, settled: dict[str, Any]) -> None:
@@ -590,10 +670,12 @@ def collect_command(config: CollectConfig) -> str:
 def summary(done: Collected) -> str:
     """What the command prints for a person."""
     info = done.info
+    texts = plural(info["n_texts"], "text")
     lines = [
-        f"{each['n_texts']:,} texts, {each['n_rows']:,} vectors of width {each['d_in']} at {hook}"
+        f"{texts}, {plural(each['n_rows'], 'vector')} of width {each['d_in']} at {hook}"
         for hook, (_, _, each) in done.stores.items()
     ]
+    lines += treatment(info.get("texts", {}), info, texts)
     if done.already:
         lines.append("already collected; nothing was done")
     elif done.n_tokens:

@@ -6,7 +6,8 @@ from collections.abc import Generator
 from typing import Any
 
 from mechint.config import DATASET_ALIASES
-from mechint.data.local_text import OTHER_SOURCES, text_of
+from mechint.data.documents import Document, content_of, without_blanks
+from mechint.data.local_text import OTHER_SOURCES
 from mechint.errors import MechintError, one_line
 from mechint.models.resolve import check_repo, hub_unreachable
 
@@ -51,12 +52,12 @@ class HubTexts:
         if state is not None:
             self.stream.load_state_dict(state["stream"])
             self._next = state["next"]
-        self._texts: Generator[str] | None = None
+        self._texts: Generator[Document] | None = None
 
-    def read(self, start: int, count: int) -> list[str]:
+    def read(self, start: int, count: int) -> list[Document]:
         if start < self._next:
             raise AssertionError(f"text {start} of {self.name} was already passed; the next is {self._next}")
-        found: list[str] = []
+        found: list[Document] = []
         try:
             if self._texts is None:
                 self._texts = self._all()
@@ -77,11 +78,17 @@ class HubTexts:
             ) from error
         return found
 
-    def _all(self) -> Generator[str]:
-        for record in self.stream:
-            kept = text_of(record, self.text_field, f"data set {self.name}")[: self.max_chars]
-            if kept and not kept.isspace():
-                yield kept
+    def _all(self) -> Generator[Document]:
+        where = f"data set {self.name}"
+        contents = ((content_of(record, self.text_field, where), where) for record in self.stream)
+        yield from without_blanks(contents, self.max_chars)
+
+    def about(self) -> None:
+        return None
+
+    @property
+    def said(self) -> str:
+        return f"records of {self.name} on the Hub, split {self.split}; field {self.text_field}"
 
     def state(self) -> dict[str, Any]:
         return {"next": self._next, "stream": self.stream.state_dict()}
@@ -93,6 +100,7 @@ class HubTexts:
             "dataset_split": self.split,
             "dataset_revision": self.commit,
             "text_field": self.text_field,
+            "text_unit": "record",
         }
 
     def fingerprint(self) -> str:

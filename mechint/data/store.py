@@ -66,6 +66,21 @@ class Activations:
         return self._columns.get("positions")
 
     @functools.cached_property
+    def context_ids(self) -> Int[Tensor, " n_rows"] | None:
+        """Number of each row's context (what the model read at once), counted from 0; None for a bare .pt.
+
+        A new one begins where the position is not above that of the row before, and, unless texts were packed, at each
+        new text.
+        """
+        text_ids, positions = self.text_ids, self.positions
+        if text_ids is None or positions is None:
+            return None
+        begins = positions[1:] <= positions[:-1]
+        if not self.info.get("pack"):
+            begins |= text_ids[1:] != text_ids[:-1]
+        return torch.cat([torch.zeros(min(len(positions), 1), dtype=torch.long), begins.cumsum(0)])
+
+    @functools.cached_property
     def _columns(self) -> dict[str, Tensor]:
         if not self._column_files:
             return {}
@@ -186,7 +201,7 @@ def open_activations(path: str | Path) -> Activations:
         MechintError: missing, unfinished, truncated, of another kind, width or version; a pickle that carries code
             (which is never run).
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
         return _open_store(path)
     if path.is_file():

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mechint.data.norms import add_histograms, summarise_norms
+from mechint.data.tokens import add_counts
 from mechint.errors import MechintError
 from mechint.locks import lock, open_folder
 from mechint.provenance import (
@@ -166,11 +167,12 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def texts_sha256(texts: Sequence[str]) -> str:
-    """Hex SHA-256 over the UTF-8 bytes of each text, each preceded by their number as 8 bytes, little-endian."""
+def texts_sha256(texts: Sequence[str | list[int]]) -> str:
+    """Hex SHA-256 over the UTF-8 bytes of each text, each preceded by their number as 8 bytes, little-endian. A text
+    that the source holds as token ids counts as these in decimal, with blanks between."""
     digest = hashlib.sha256()
     for text in texts:
-        data = text.encode("utf-8", "surrogatepass")
+        data = (text if isinstance(text, str) else " ".join(map(str, text))).encode("utf-8")
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
     return digest.hexdigest()
@@ -186,6 +188,7 @@ def store_info(settled: dict[str, Any], records: list[dict[str, Any]], position_
         "n_rows": sum(record["n_rows"] for record in records),
         "n_texts": sum(record["n_texts"] for record in records),
         "texts_sha256": whole.hexdigest(),
+        "texts": add_counts([record["texts"] for record in records if "texts" in record]),
         "norms": summarise_norms(norms, position_0_kept),
         "shards": [{key: record[key] for key in ("name", "n_rows", "sha256")} for record in records],
     }

@@ -8,15 +8,17 @@ from torch import Tensor
 
 from mechint.config import EvalConfig, SAETrainConfig
 from mechint.data.batches import split_as
+from mechint.data.documents import Document
 from mechint.data.norms import OUTLIER_MULTIPLE
 from mechint.data.store import Activations, open_activations
-from mechint.data.text import iter_texts_from_path
+from mechint.data.text import documents_from
 from mechint.errors import MechintError
 from mechint.eval.bootstrap import group_of_texts, reconstruction_intervals
 from mechint.eval.from_texts import evaluate_texts
+from mechint.eval.given import given_texts
 from mechint.eval.histograms import DENSE, activity_metrics, density_histogram, l0_histogram
 from mechint.eval.reconstruction import measure_activity, measure_rows, without_outliers
-from mechint.eval.texts import Text, texts_from_rows, texts_from_tokens
+from mechint.eval.texts import Text, texts_from_rows
 from mechint.inside import (
     SETTING,
     Inside,
@@ -68,7 +70,10 @@ def evaluate_checkpoint(config: EvalConfig, *, progress: bool = False) -> dict[s
         check_output_path(config.output)
     if config.max_eval_texts < 0 or config.batch_size < 1 or config.resamples < 0:
         raise MechintError("--max-eval-texts and --resamples must not be negative, and --batch-size must be at least 1")
-    given_texts = None if config.eval_texts_path is None else iter_texts_from_path(config.eval_texts_path)
+    given = None
+    if config.eval_texts_path is not None:
+        how_many = max(config.max_eval_texts, 1)
+        given = documents_from(config.eval_texts_path, config.text_field, config.unit, limit=how_many)
     device = detect_device(config.device)
     target = find_target(config)
     sae = open_sae(target.checkpoint, config=config.config).to(device)
@@ -79,7 +84,7 @@ def evaluate_checkpoint(config: EvalConfig, *, progress: bool = False) -> dict[s
         check_same_setting(sae, activations, target.checkpoint)
         train_indices, val_indices = _split(activations, target.config, target.rows)
     notes = [*target.notes, *(() if taken else sae.notes)]
-    spliced, said = prepare_language(config, target.checkpoint, sae, activations, val_indices, given_texts)
+    spliced, said = prepare_language(config, target.checkpoint, sae, activations, val_indices, given)
     notes += said
     if spliced is not None and config.asks_for_more_texts_than(len(spliced[1])):
         notes.append(f"{config.max_eval_texts} texts were asked for, but there are only {len(spliced[1])} to read")
@@ -269,31 +274,31 @@ def prepare_language(
     sae: SAE,
     activations: Activations | None,
     val_indices: Tensor | None,
-    given_texts: list[str] | None,
+    given: list[Document] | None,
 ) -> tuple[Spliced | None, list[str]]:
     """The SAE in its model and the texts for the cross-entropy; or why there are none. And what was assumed."""
     if config.max_eval_texts == 0:
         return None, ["cross-entropy left out (--max-eval-texts 0)"]
-    if given_texts is None and (activations is None or activations.tokens is None):
+    if given is None and (activations is None or activations.tokens is None):
         where = "nothing" if activations is None else activations.path
         return None, [
-            f"cross-entropy left out: {where} was stored without its tokens; give texts, one a line, with"
-            " --eval-texts-path"
+            f"cross-entropy left out: {where} was stored without its tokens; give texts with --eval-texts-path"
         ]
-    given = given_by(config)
-    given["backend"] = config.backend
+    place = given_by(config)
+    place["backend"] = config.backend
     try:
-        inside = put_inside(sae, checkpoint, known=None if activations is None else activations.info, **given)
+        inside = put_inside(sae, checkpoint, known=None if activations is None else activations.info, **place)
     except NotPlaced as error:
         if config.model is not None:
             raise
         return None, [f"cross-entropy left out: {error} (with --model)"]
-    if given_texts is None:
+    notes = list(inside.notes)
+    if given is None:
         assert activations is not None
         texts = texts_from_rows(activations, val_indices, max_texts=config.max_eval_texts)
     else:
-        token_lists = inside.tokenize(given_texts[: config.max_eval_texts])
-        texts = texts_from_tokens(token_lists, prepend_bos=inside.prepend_bos, keep_bos=inside.keep_bos)
+        texts, told = given_texts(inside, given)
+        notes += told
     if activations is not None:
         inside.check_tokens(max(max(text.tokens) for text in texts), activations.path)
-    return (inside, texts), list(inside.notes)
+    return (inside, texts), notes

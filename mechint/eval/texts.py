@@ -21,45 +21,56 @@ class Text(NamedTuple):
 def texts_from_rows(
     activations: Activations, indices: Int[Tensor, " rows"] | None = None, *, max_texts: int | None = None
 ) -> list[Text]:
-    """The texts that the rows `indices` (all if None) are from, put together again from the stored tokens.
+    """What the model read where the rows `indices` (all if None) are from, put together from the stored tokens.
 
-    Texts come in the order of their ids, the first `max_texts` of them. A BOS that was prepended for the model but left
-    out of the store is prepended again. Where rows of a text are missing from the store, the text ends before the gap.
+    Each context becomes one `Text`: a text that was longer than the context size gives several, and one of a packed
+    store holds several texts. They come in the order of the rows, the first `max_texts` of them; a packed context is
+    taken whole if any of its rows is asked for. A BOS or separator that was left out of the store is put back, unseen.
+    Where rows are missing from the store, the context ends before the gap.
 
     Raises:
-        MechintError: the activations were stored without tokens, or no text has two tokens.
+        MechintError: the activations were stored without tokens, or no context has two tokens.
     """
     tokens, text_ids, positions = activations.tokens, activations.text_ids, activations.positions
     if tokens is None or text_ids is None or positions is None:
         raise MechintError(
             f"{activations.path} was stored without its tokens: give texts with --eval-texts-path, or collect again"
         )
-    wanted = torch.unique(text_ids if indices is None else text_ids[indices])
-    rows = torch.isin(text_ids, wanted[:max_texts]).nonzero().flatten()
+    context = activations.context_ids
+    assert context is not None
+    wanted = torch.unique(context if indices is None else context[indices])
+    rows = torch.isin(context, wanted[:max_texts]).nonzero().flatten()
     bos = activations.info.get("bos_token_id") if activations.info.get("prepend_bos") else None
-    groups: dict[int, list[tuple[int, int]]] = {}
-    for text, position, token in zip(
-        text_ids[rows].tolist(), positions[rows].tolist(), tokens[rows].tolist(), strict=True
-    ):
-        groups.setdefault(text, []).append((position, token))
-    texts = [_rebuild(sorted(groups[text]), bos) for text in sorted(groups)]
+    separator = activations.info.get("separator_token_id") if activations.info.get("pack") else None
+    _, counts = context[rows].unique_consecutive(return_counts=True)
+    pieces = zip(*(column[rows].split(counts.tolist()) for column in (positions, tokens, text_ids)), strict=True)
+    texts = [
+        _rebuild(*(column.tolist() for column in piece), bos=separator if bos is None else bos, separator=separator)
+        for piece in pieces
+    ]
     texts = [text for text in texts if len(text.tokens) > 1]
     if not texts:
         raise MechintError(f"no text of {activations.path} has two tokens, so there is nothing to predict")
     return texts
 
 
-def _rebuild(row: list[tuple[int, int]], bos: int | None) -> Text:
-    tokens: list[int] = []
-    seen: list[bool] = []
-    if row[0][0] == 1 and bos is not None:
-        tokens, seen = [bos], [False]
-    for position, token in row:
-        if position != len(tokens):
+def _rebuild(
+    positions: list[int], tokens: list[int], text_ids: list[int], *, bos: int | None, separator: int | None
+) -> Text:
+    """One context from its rows. Only a packed one has a `separator`."""
+    first = [bos] if positions[0] == 1 and bos is not None else []
+    text = Text(first, [False] * len(first))
+    before = text_ids[0]
+    for position, token, text_id in zip(positions, tokens, text_ids, strict=True):
+        if separator is not None and text_id != before and position == len(text.tokens) + 1:
+            text.tokens.append(separator)
+            text.seen.append(False)
+        if position != len(text.tokens):
             break
-        tokens.append(token)
-        seen.append(True)
-    return Text(tokens, seen)
+        text.tokens.append(token)
+        text.seen.append(True)
+        before = text_id
+    return text
 
 
 def texts_from_tokens(token_lists: Sequence[Sequence[int]], *, prepend_bos: bool, keep_bos: bool) -> list[Text]:

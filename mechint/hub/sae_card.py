@@ -1,11 +1,11 @@
 """The cards of SAE bundles: of our run directories, and of the first platform's numbered runs."""
 
 from collections.abc import Mapping
-from pathlib import PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from mechint.config import DATASET_ALIASES
-from mechint.data.local_text import SUFFIXES
+from mechint.data.text_files import format_of
 from mechint.hub.bundle import StagedFile
 from mechint.hub.card import Card, Section, code, is_hub_id, measures_of, render_card
 from mechint.models.resolve import ALIASES, BUILTIN_MODELS
@@ -80,7 +80,7 @@ def trained_on(facts: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[str
     base = base_model_id(model)
     if model not in ALIASES and source.get("model_revision", model) is None:
         base = None
-    on_hub = "/" in dataset and is_hub_id(dataset) and PurePosixPath(dataset).suffix not in SUFFIXES
+    on_hub = "/" in dataset and is_hub_id(dataset) and format_of(Path(dataset)) is None
     return base, dataset, on_hub and source.get("dataset_revision", dataset) is not None
 
 

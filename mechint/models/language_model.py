@@ -81,7 +81,12 @@ class LanguageModel:
         """The tokenizer's BOS id; for tokenizers without one, as TransformerLens does, the end-of-text id."""
         for token_id in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token_id is not None:  # 0 is a valid id (Pythia's)
-                return token_id
+                if token_id < self.d_vocab:
+                    return token_id
+                raise MechintError(
+                    f"the tokenizer of {self.name} has {token_id} as its BOS, and the model has only {self.d_vocab}"
+                    " embeddings: use --no-prepend-bos"
+                )
         raise MechintError(f"the tokenizer of {self.name} has no BOS token: use --no-prepend-bos")
 
     @property
@@ -142,15 +147,18 @@ class LanguageModel:
 
     def tokenize(self, texts: Sequence[str], *, prepend_bos: bool, context_size: int | None = None) -> list[list[int]]:
         """Token ids of each text, BOS first if asked for, cut to `context_size` (or the model's own limit)."""
+        limit = min(context_size or self.n_ctx, self.n_ctx)
+        first = [self.bos_token_id] if prepend_bos else []
+        return [(first + row)[:limit] for row in self.token_lists(texts)]
+
+    def token_lists(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, whole and without special tokens around it."""
         if not texts:
             return []
-        limit = min(context_size or self.n_ctx, self.n_ctx)
         # Only the ids are asked for: the fast tokenizer runs over the batch in parallel.
-        ids = self.tokenizer(
+        return self.tokenizer(
             list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
         ).input_ids
-        first = [self.bos_token_id] if prepend_bos else []
-        return [(first + row)[:limit] for row in ids]
 
     def activations(self, tokens: Int[Tensor, "batch pos"], hook_name: str) -> Float[Tensor, "batch pos d_in"]:
         """What the hook holds, heads side by side where it is one on single heads. The model runs no further than it

@@ -44,10 +44,10 @@ def resolve_model(name: str) -> str:
         return str(PYTHIA_TINY)
     if name.startswith("builtin/"):
         raise MechintError(f"unknown built-in model {name!r}; {nearest(name, BUILTIN_MODELS)}")
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
+    if (folder := Path(name).expanduser()).is_dir():
+        if not (folder / "config.json").is_file():
             raise MechintError(f"{name} is a folder without config.json: not a model saved with save_pretrained")
-        return str(Path(name).resolve())
+        return str(folder.resolve())
     if name in ALIASES:
         return ALIASES[name]
     parts = name.split("/")

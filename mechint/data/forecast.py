@@ -1,0 +1,87 @@
+"""What is said of texts: before a collection, how much it will be; after it, what was left out and how to keep it."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mechint.errors import MechintError
+
+
+def forecast(
+    n_texts: int, *, exact: bool, rows_per_text: float, bytes_per_row: int, output: Path
+) -> tuple[str, MechintError | None]:
+    """How many vectors and bytes `n_texts` more texts will be, beside the free disk; and the error if they cannot fit.
+
+    Args:
+        exact: whether `n_texts` is known, not judged by the part that was read.
+    """
+    n_rows = round(n_texts * rows_per_text)
+    needed, free = n_rows * bytes_per_row, free_bytes(output)
+    size = f"{'' if exact else 'about '}{plural(n_texts, 'text')}, about {n_rows:,} vectors, {in_bytes(needed)}"
+    line = f"this will be {size}; {in_bytes(free)} are free there"
+    if needed <= free:
+        return line, None
+    fitting = int(free / max(rows_per_text * bytes_per_row, 1))
+    advice = f"--num-texts {fitting} fits; or take --dtype bfloat16 or another --output"
+    return line, MechintError(f"{size} do not fit into {output.parent}, where {in_bytes(free)} are free: {advice}")
+
+
+def free_bytes(output: Path) -> int:
+    """Free disk where `output` is or will be."""
+    place = output.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def in_bytes(n: int) -> str:
+    """A number of bytes in the largest unit that it has one of."""
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
+        if n >= size:
+            return f"{n / size:.3g} {unit}"
+    return f"{n / 1000:.3g} kB"
+
+
+def plural(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
+def treatment(counts: dict[str, int], info: dict[str, Any], of: str) -> list[str]:
+    """What happens to texts with these counts (`TextsRead.counts`, `lay_out`), a line each.
+
+    Stores that earlier versions wrote have no counts; nothing is said of them.
+
+    Args:
+        info: the fields of the store.
+        of: what the counts are over, such as "4,000 texts".
+    """
+    if not counts:
+        return []
+    lines = []
+    if counts["n_cut"]:
+        share = 100 * counts["n_chars_cut"] / counts["n_chars"]
+        lines.append(
+            f"{counts['n_cut']:,} of {of} cut to {info['max_chars']} characters, which leaves out {share:.3g} % of all"
+            " characters: --max-chars 0 keeps them"
+        )
+    if info["pack"]:
+        lines.append(
+            f"{of} packed into {plural(counts['n_contexts'], 'context')} of at most {info['context_size']} tokens; a"
+            " token attends to the texts before its own there"
+        )
+    elif counts["n_split"]:
+        bos = "each after BOS, " if info["bos_every_window"] else "the first after BOS, "
+        lines.append(
+            f"{counts['n_split']:,} of {of} longer than {info['context_size']} tokens: split into windows,"
+            f" {bos if info['prepend_bos'] else ''}nothing left out"
+        )
+    if counts["n_blank"]:
+        lines.append(f"{plural(counts['n_blank'], 'blank text')} skipped")
+    if counts["n_replaced"]:
+        lines.append(
+            f"{plural(counts['n_replaced'], 'character')} that no text can hold (NUL, half a surrogate pair) replaced"
+            " by U+FFFD"
+        )
+    if counts["n_pretokenised"]:
+        lines.append(f"{counts['n_pretokenised']:,} of {of} taken as the token ids that the source holds")
+    return lines
