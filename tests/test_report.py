@@ -138,7 +138,7 @@ SMALL = GatherSettings(k=4, n_sample=10, n_strata=2, n_examples=2, n_partners=3)
 def test_contexts_hold_tokens_and_values_of_their_rows(tmp_path: Path):
     activations, sae = make_activations(tmp_path), make_sae(dead=(5,))
     gathered = gather(sae, activations, SMALL)
-    arrays, stream = contexts_of(sae, gathered, activations, n_top=3, n_quantile=2, window=4)
+    arrays, stream, breaks = contexts_of(sae, gathered, activations, n_top=3, n_quantile=2, window=4)
     values = sae.encode(activations.tensor()).detach().numpy()
     first = arrays["ctx_first"]
     assert first[0] == 0 and first[-1] == len(arrays["ctx_value"]) and first[5] == first[6]
@@ -174,6 +174,12 @@ def test_contexts_hold_tokens_and_values_of_their_rows(tmp_path: Path):
         )
         assert not high or not low or min(high) >= max(low)
     assert shown > 40
+    # the stream is the texts' own tokens, and goes on where theirs do
+    assert breaks[0] == 0 and set(arrays["ctx_start"][arrays["ctx_cut"] % 2 == 0].tolist()) <= set(breaks.tolist())
+    assert activations.tokens is not None
+    text = activations.tokens.tolist()
+    for part in np.split(stream, breaks[1:]):
+        assert any(text[i : i + len(part)] == part.tolist() for i in range(33))
 
 
 def look_at(sae: StandardSAE, gathered: Latents, activations: Activations, **more: Any) -> Look:
