@@ -43,6 +43,7 @@ from mechint.analysis import (
     nearest_latents,
     token_consistency,
     token_strings,
+    token_texts,
     top_decoder_pairs,
 )
 from mechint.data import open_activations
@@ -98,7 +99,7 @@ if LATENTS is None:
 
 def strongest_tokens(latent: int) -> list[str]:
     rows = gathered.top_rows[latent]
-    return token_strings(decode, activations.tokens[rows[rows >= 0]].tolist())
+    return token_texts(decode, activations.tokens[rows[rows >= 0]].tolist())
 
 
 def line(latent: int) -> dict[str, str]:
@@ -108,7 +109,7 @@ def line(latent: int) -> dict[str, str]:
         "strongest": f"{float(gathered.max[latent]):.2f}",
         "consistency": f"{float(consistency[latent]):.2f}",
         "strongest tokens": " ".join(repr(token) for token in list(dict.fromkeys(strongest_tokens(latent)))[:6]),
-        "promotes": " ".join(repr(decode([token])) for token in effects.promoted[latent].tolist()),
+        "promotes": " ".join(map(repr, token_texts(decode, effects.promoted[latent].tolist()))),
     }
 
 

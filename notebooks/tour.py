@@ -38,7 +38,7 @@ import torch
 from IPython.display import HTML, display
 
 from mechint.ablation import rank_run
-from mechint.analysis import contexts, load_or_gather, logit_effects, token_consistency
+from mechint.analysis import contexts, load_or_gather, logit_effects, token_consistency, token_texts
 from mechint.builtin import world
 from mechint.builtin.tales import tale
 from mechint.config import CollectConfig, EvalConfig, RankConfig, SAETrainConfig
@@ -174,7 +174,7 @@ effects = logit_effects(sae, subject.model, k=6)
 
 
 def look_at(latent: int, n: int = 6) -> None:
-    promoted = " ".join(repr(decode([token])) for token in effects.promoted[latent].tolist())
+    promoted = " ".join(map(repr, token_texts(decode, effects.promoted[latent].tolist())))
     share = 100 * float(gathered.density[latent])
     display(HTML(f"<b>Latent {latent}</b>, on for {share:.1f} % of the words, raises {html.escape(promoted)}"))
     display(HTML(tables.contexts_html(sae, activations, latent, gathered.top_rows[latent][:n], decode)))

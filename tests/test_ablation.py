@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from given_files import write_texts
 
 import mechint.inside
 from mechint import ablation
@@ -533,6 +534,29 @@ def flags(run_dir: Path, **changes: str) -> list[str]:
         **{key.replace("_", "-"): value for key, value in changes.items()},
     }
     return [word for key, value in given.items() for word in (f"--{key}", value)]
+
+
+def test_given_texts_are_read_as_collect_reads_them(run_dir, capsys):
+    written = {}
+    for kind in (".txt", ".csv", ".json.gz"):
+        given, output = write_texts(run_dir, TEXTS, kind), run_dir / f"{kind}.csv"
+        more = {} if kind == ".txt" else {"text_field": "text", "unit": "record"}
+        assert main(flags(run_dir, eval_texts_path=str(given), output=str(output), feature_subset="0-9", **more)) == 0
+        written[kind] = output.read_bytes()
+    assert written[".txt"] == written[".csv"] == written[".json.gz"]
+
+
+def test_a_long_text_is_ablated_window_by_window(run_dir, model, capsys):
+    long = "the cat sat on the mat and the dog ran far away"
+    (run_dir / "long.txt").write_text(long)
+    words = {"eval_texts_path": str(run_dir / "long.txt"), "feature_subset": "0-20", "context_size": "8"}
+    assert main(flags(run_dir, **words)) == 0
+    assert "1 of 1 text longer than 8 tokens: split into windows, each after BOS" in capsys.readouterr().err
+    with open(run_dir / "ablation.csv", newline="", encoding="utf-8") as file:
+        written = list(csv.DictReader(file))
+    windows = {row["max_kl_prompt"] for row in written} - {""}
+    assert len(windows) > 1 and all(window in long for window in windows) and long not in windows
+    assert {int(row["num_texts"]) for row in written} == {math.ceil(len(model.token_lists([long])[0]) / 7)}
 
 
 def test_command(run_dir, rows, capsys):

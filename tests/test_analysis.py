@@ -20,7 +20,6 @@ from mechint.analysis import (
     highlight_html,
     highlight_text,
     search_token,
-    token_strings,
     top_decoder_pairs,
 )
 from mechint.data import Activations, open_activations
@@ -187,4 +186,3 @@ def test_highlighting_escapes_and_scales() -> None:
     assert "rgba(255,140,0,0.00)" in highlight_html(["a"], [0.0])
     with pytest.raises(MechintError, match="2 tokens but 1 values"):
         highlight_html(["a", "b"], [1.0])
-    assert token_strings(lambda ids: f"<{ids[0]}>", [3, 4]) == ["<3>", "<4>"]

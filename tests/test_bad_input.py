@@ -269,7 +269,7 @@ COLLECT = "--model model --dataset texts.txt --num-texts 5 --device cpu --output
         ("--dataset none.txt", "no such file or folder: none.txt; .*builtin/tales"),
         ("--dataset builtin/tails", "unknown built-in data set 'builtin/tails'; nearest: builtin/tales"),
         ("--dataset no/such", "data set no/such .*Hub cannot be reached.*builtin/tales"),
-        ("--dataset acts.pt", "acts.pt: texts are read from .txt/.jsonl/.parquet files"),
+        ("--dataset acts.pt", "acts.pt: texts are read from .txt, .jsonl, .parquet"),
         ("--split valid", "local files have no splits"),
         ("--revision v1", "only data sets on the Hub have revisions"),
         ("--model pythia-70n", "unknown model 'pythia-70n': .*nearest: pythia-70m"),

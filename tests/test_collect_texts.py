@@ -255,7 +255,7 @@ def test_what_cannot_fit_on_the_disk_is_refused_before_anything_is_written(
     tiny_neox_dir: Path, texts_file: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, name: str
 ):
     class Usage:
-        free = 40_000
+        free, total = 40_000, 10**9
 
     output = tmp_path / "out" / name
     with monkeypatch.context() as patch:

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from mechint.builtin.tales import CONCEPTS, tale, token_labels
 from mechint.cli.concepts import main
 from mechint.concepts import label_stored, label_tales, label_texts, read_span_file, score_concepts, stored_texts
-from mechint.config import ConceptsConfig
+from mechint.config import CollectConfig, ConceptsConfig
+from mechint.data import collect_activations
 from mechint.data.store import open_activations
 from mechint.errors import MechintError
 from mechint.inside import Inside, open_inside
@@ -73,6 +74,35 @@ def test_labels_of_stored_rows_are_the_generators_own(run: Run, tokenizer):
         assert len(of_text) == len(offsets)
         for column, concept in enumerate(labelled.concepts):
             assert of_text[:, column].tolist() == wanted.get(concept, [False] * len(offsets)), concept
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"context_size": 20},
+        {"context_size": 20, "keep_bos": True},
+        {"context_size": 20, "bos_every_window": False},
+        {"context_size": 20, "prepend_bos": False},
+        {"pack": True, "context_size": 50},
+        {"pack": True, "context_size": 50, "keep_bos": True},
+        {"pack": True, "context_size": 50, "bos_every_window": False, "keep_bos": True},
+        {"pack": True, "context_size": 50, "prepend_bos": False},
+    ],
+    ids=str,
+)
+def test_labels_do_not_depend_on_how_texts_are_laid_out(run: Run, tokenizer, layout: dict, tmp_path: Path):
+    expected = label_tales(open_activations(run.activations_path()), tokenizer, max_texts=12)
+    store = tmp_path / "store"
+    config = CollectConfig(
+        model="builtin/pythia-tiny", dataset="builtin/tales", hook="blocks.0.hook_resid_pre", num_texts=12,
+        output=store, device="cpu", **layout,
+    )  # fmt: skip
+    collect_activations(config, progress=False)
+    rows = open_activations(store)
+    labelled = label_tales(rows, tokenizer)
+    assert (labelled.text_ids == expected.text_ids).all() and (labelled.tokens == expected.tokens).all()
+    assert (labelled.labels == expected.labels).all() and labelled.n_spans == expected.n_spans
+    assert stored_texts(rows, tokenizer) == {number: tale(number, "train", 42).text[:512] for number in range(12)}
 
 
 def test_rows_of_bos_are_left_out_and_the_rest_keep_their_places(run: Run, tokenizer):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import HOOK
+from given_files import write_texts
 
 from mechint.cli.evaluate import main
 from mechint.config import CollectConfig, SAETrainConfig
@@ -244,6 +245,51 @@ def test_kept_bos_rows_are_spliced_too(place: Path, tiny_neox_dir: Path) -> None
     from_file = run_eval(place / "x", "--run-dir", run, "--rows", "all", "--eval-texts-path", place / "texts.txt")
     for key in LANGUAGE_KEYS - {"model_name"}:
         assert from_store[key] == pytest.approx(from_file[key], rel=1e-6), key
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".csv", ".json.gz", ".parquet", "folder", "ids", "field"])
+def test_given_texts_are_read_as_collect_reads_them(
+    place: Path, tiny_neox_dir: Path, kind: str, tmp_path: Path
+) -> None:
+    """The raw lines of a .jsonl, which are no such text, would give another cross-entropy."""
+    from transformers import AutoTokenizer
+
+    texts = (place / "texts.txt").read_text().splitlines()[:12]
+    more: list[object] = []
+    if kind == "folder":
+        given = tmp_path / "texts"
+        given.mkdir()
+        for number, text in enumerate(texts):
+            (given / f"{number:02}.txt").write_text(text)
+    elif kind == "ids":
+        given, tokenizer = tmp_path / "ids.jsonl", AutoTokenizer.from_pretrained(tiny_neox_dir)
+        given.write_text("".join(json.dumps({"input_ids": tokenizer(text).input_ids}) + "\n" for text in texts))
+        more = ["--text-field", "input_ids"]
+    elif kind == "field":
+        given = tmp_path / "nested.jsonl"
+        given.write_text("".join(json.dumps({"meta": {"body": text}}) + "\n" for text in texts))
+        more = ["--text-field", "meta.body"]
+    else:
+        given = write_texts(tmp_path, texts, kind)
+    flags = ["--run-dir", place / "run", "--max-eval-texts", 12, "--resamples", 0]
+    lines = run_eval(place / "x", *flags, "--eval-texts-path", place / "texts.txt")
+    found = run_eval(place / "x", *flags, "--eval-texts-path", given, *more)
+    assert found["n_texts_ce"] == 12
+    for key in LANGUAGE_KEYS:
+        assert found[key] == lines[key], key
+
+
+def test_a_given_text_is_not_cut(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("the cat sat on the mat and the dog ran far away from home " * 40 + "\nthe\n")
+    flags = ["--run-dir", place / "run", "--resamples", 0, "--eval-texts-path", tmp_path / "long.txt"]
+    found = run_eval(place / "x", *flags)
+    (note,) = [note for note in found["notes"] if "windows" in note]
+    assert note == "1 of 2 texts longer than 128 tokens: split into windows, each after BOS, nothing left out"
+    # every token but each window's BOS is predicted
+    n_tokens = found["n_predicted"]
+    assert found["n_texts_ce"] > 2 and n_tokens > 3 * 128
+    again = run_eval(place / "x", *flags, "--max-eval-texts", 1)
+    assert n_tokens - again["n_predicted"] == 1
 
 
 def test_an_old_checkpoint_without_any_record(place: Path, tiny_neox_dir: Path) -> None:

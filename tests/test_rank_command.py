@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import HOOK
+from given_files import write_texts
 from small_run import make_small_run
 
 from mechint.ablation import RANKING_COLUMNS, attribute, causal, rank_latents, rank_run, spearman
@@ -241,6 +242,17 @@ def test_fewer_texts_than_asked(run_dir, heldout, tmp_path, capsys):
     assert "two.txt has 2: ask for 2 or fewer" in capsys.readouterr().err
     assert main(flags(run_dir, "--num-texts", 4, "--exact-texts", 6, "--top", 2, "--control", 2)) == 0
     assert "--exact-texts 6, but there are 4 texts: all of them are used" in capsys.readouterr().err
+
+
+def test_given_texts_are_read_as_collect_reads_them(run_dir, tmp_path):
+    texts = ["the cat sat on the mat", "the dog ran far away", "home again and again"]
+    ranked = {}
+    for kind in (".txt", ".csv", ".jsonl.zst"):
+        given, output = write_texts(tmp_path, texts, kind), tmp_path / f"{kind}.csv"
+        words = ["--eval-texts-path", given, "--output", output, "--top", 2, "--control", 2, "--num-texts", 3]
+        assert main(flags(run_dir, *words)) == 0
+        ranked[kind] = read(output)
+    assert ranked[".txt"] == ranked[".csv"] == ranked[".jsonl.zst"]
 
 
 def test_what_is_no_finished_run(run_dir, tmp_path, capsys):

@@ -22,6 +22,7 @@ from mechint.cli.report import main
 from mechint.config import ConceptsConfig, EvalConfig, RankConfig, ReportConfig, SAETrainConfig
 from mechint.data.store import Activations
 from mechint.errors import MechintError
+from mechint.models import load_model
 from mechint.report import facts as run_files
 from mechint.report.html import examples
 from mechint.report.latents import NONE, Look, contexts_of, labels, look, spelled
@@ -138,7 +139,7 @@ SMALL = GatherSettings(k=4, n_sample=10, n_strata=2, n_examples=2, n_partners=3)
 def test_contexts_hold_tokens_and_values_of_their_rows(tmp_path: Path):
     activations, sae = make_activations(tmp_path), make_sae(dead=(5,))
     gathered = gather(sae, activations, SMALL)
-    arrays, stream = contexts_of(sae, gathered, activations, n_top=3, n_quantile=2, window=4)
+    arrays, stream, breaks = contexts_of(sae, gathered, activations, n_top=3, n_quantile=2, window=4)
     values = sae.encode(activations.tensor()).detach().numpy()
     first = arrays["ctx_first"]
     assert first[0] == 0 and first[-1] == len(arrays["ctx_value"]) and first[5] == first[6]
@@ -174,6 +175,12 @@ def test_contexts_hold_tokens_and_values_of_their_rows(tmp_path: Path):
         )
         assert not high or not low or min(high) >= max(low)
     assert shown > 40
+    # the stream is the texts' own tokens, and goes on where theirs do
+    assert breaks[0] == 0 and set(arrays["ctx_start"][arrays["ctx_cut"] % 2 == 0].tolist()) <= set(breaks.tolist())
+    assert activations.tokens is not None
+    text = activations.tokens.tolist()
+    for part in np.split(stream, breaks[1:]):
+        assert any(text[i : i + len(part)] == part.tolist() for i in range(33))
 
 
 def look_at(sae: StandardSAE, gathered: Latents, activations: Activations, **more: Any) -> Look:
@@ -214,6 +221,20 @@ def test_labels_are_the_commonest_firing_tokens(tmp_path: Path):
     placed, words = spelled({"label": labels(gathered, stored), "stream": np.array([3, 7, 3])}, None)
     assert words == ["#3", "#7"] and placed["stream"].tolist() == [0, 1, 0] and placed["label"][0, 0] == 1
     assert placed["label"][5, 0] == NONE
+
+
+def test_the_stream_is_spelled_as_text(tmp_path: Path):
+    """Characters that several tokens share are whole there; a token by itself keeps its space."""
+    model = load_model("builtin/pythia-tiny", device="cpu")
+    parts = [model.token_lists([text])[0] for text in ("In Paris, \u5317\u4eac", "\u4eac the")]
+    cut = parts[1][1:]  # a window that begins inside a character
+    label = np.array([[model.token_lists([" Paris"])[0][0], NONE]], np.uint32)
+    placed, words = spelled({"label": label, "stream": np.array(parts[0] + cut)}, model, np.array([0, len(parts[0])]))
+    shown = [words[place] for place in placed["stream"]]
+    assert "".join(shown[: len(parts[0])]) == "In Paris, \u5317\u4eac"
+    assert "".join(shown[len(parts[0]) :]).lstrip("\ufffd") == " the"
+    assert words[placed["label"][0, 0]] == " Paris" and placed["label"][0, 1] == NONE
+    assert len(set(words)) == len(words)
 
 
 def test_examples_say_by_which_rule_they_are_there(tmp_path: Path):

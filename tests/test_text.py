@@ -1,7 +1,5 @@
 """Text sources: files, the built-in tales, the Hub (a loopback one), and what is wrong with them."""
 
-import csv
-import io
 import json
 import shutil
 import subprocess
@@ -12,6 +10,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from given_files import write_texts
 from hypothesis import given
 from hypothesis import strategies as st
 from loopback_hub import LoopbackHub, client_env, closed_endpoint
@@ -24,31 +23,6 @@ from mechint.errors import MechintError
 TEXTS = ["The first text.", "A second one, which is longer.", 'n\u00e9e \u5317\u4eac, "quoted"', "last"]
 KINDS = [".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet"]
 PACKED = [kind + packing for kind in KINDS[:-1] for packing in (".gz", ".zst")]
-
-
-def write_texts(folder: Path, texts: list[str], kind: str, name: str = "part") -> Path:
-    path = folder / f"{name}{kind}"
-    kind, _, packing = kind[1:].partition(".")
-    records = [{"id": i, "text": text} for i, text in enumerate(texts)]
-    if kind == "parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path, row_group_size=2)
-        return path
-    if kind == "txt":
-        data = "\n".join(texts) + "\n"
-    elif kind == "jsonl":
-        data = "\n".join(json.dumps(record) for record in records)
-    elif kind == "json":
-        data = json.dumps(records, indent=1)
-    else:
-        stream = io.StringIO()
-        rows = csv.DictWriter(stream, ["id", "text"], delimiter="," if kind == "csv" else "\t")
-        rows.writeheader()
-        rows.writerows(records)
-        data = stream.getvalue()
-    name = {"gz": "gzip", "zst": "zstd", "": None}[packing]
-    raw = data.encode()
-    path.write_bytes(raw if name is None else pyarrow.compress(raw, name, asbytes=True))
-    return path
 
 
 def read(dataset: object, start: int = 0, count: int = 100, **how: Any) -> list[Any]:

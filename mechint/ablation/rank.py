@@ -22,6 +22,7 @@ from mechint.errors import MechintError
 from mechint.eval import Text
 from mechint.inside import Model, as_model, check_fit
 from mechint.models.matmul import full_float32
+from mechint.models.pieces import decoder, token_texts
 from mechint.provenance import atomic_path
 from mechint.sae import SAE
 
@@ -348,9 +349,10 @@ def _rows(
     totals: Totals, features: list[int], texts: Sequence[str], token_lists: list[list[int]], model: Model
 ) -> list[dict[str, Any]]:
     rows = []
+    decode = decoder(model.tokenizer)
     for index, feature in enumerate(features):
         text, position = int(totals.max_text[index]), int(totals.max_position[index])
-        token = model.tokenizer.decode([token_lists[text][position]]) if text >= 0 else ""
+        (token,) = token_texts(decode, [token_lists[text][position]]) if text >= 0 else ("",)
         values = (
             feature,
             float(totals.mean_kl[index]) / len(texts),

@@ -14,6 +14,7 @@ from mechint.ablation.rank import feature_indices
 from mechint.inside import Model, as_model, check_fit, written_acts
 from mechint.models import load_model
 from mechint.models.matmul import full_float32
+from mechint.models.pieces import decoder, token_strings
 from mechint.sae import SAE
 
 
@@ -113,7 +114,7 @@ def latent_text_kl(
 
 def _by_position(model: Model, text: str, tokens: list[int], effect: Effect, n_bos: int) -> dict[str, Any]:
     kl = effect.kl.cpu().clamp(min=0)
-    names = [model.tokenizer.decode([token]) for token in tokens]
+    names = token_strings(decoder(model.tokenizer), tokens)
     highest, rest = int(kl.argmax()), kl[n_bos:]
     return {
         "text": text,

@@ -13,7 +13,6 @@ from mechint.analysis.context import (
     highlight_html,
     highlight_text,
     latent_values,
-    token_strings,
 )
 from mechint.analysis.decoder import (
     decoder_cosine_similarity,
@@ -35,6 +34,7 @@ from mechint.analysis.search import (
 )
 from mechint.analysis.tables import bin_edges
 from mechint.analysis.top import collect_top_activations
+from mechint.models.pieces import token_strings, token_texts
 
 __all__ = [
     "Context",
@@ -69,5 +69,6 @@ __all__ = [
     "token_consistency",
     "token_ids",
     "token_strings",
+    "token_texts",
     "top_decoder_pairs",
 ]

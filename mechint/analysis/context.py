@@ -1,7 +1,7 @@
 """Rows of stored activations among their neighbours in the text, and how a line of text is shown."""
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from mechint.errors import MechintError
 from mechint.sae import SAE
 
 ROWS_AT_ONCE = 2**15  # read for `latent_values`
+EMPTY = "\u00b7"  # how a token without text of its own is shown where it matters
 
 
 class Context(NamedTuple):
@@ -42,7 +43,8 @@ def needs_tokens(
 
 
 def contexts(activations: Activations, rows: Sequence[int] | Int[Tensor, " n"], window: int = 10) -> list[Context]:
-    """The `window` tokens before and after each row, within its text, from the tokens stored with the activations.
+    """The `window` tokens before and after each row, as far as they are of its text and the model read them together
+    with it, from the tokens stored with the activations.
 
     Rows of -1 (unfilled entries of `collect_top_activations`) are left out.
 
@@ -50,6 +52,8 @@ def contexts(activations: Activations, rows: Sequence[int] | Int[Tensor, " n"], 
         MechintError: the activations were stored without tokens, or a row is out of range.
     """
     tokens, text_ids, positions = needs_tokens(activations)
+    together = activations.context_ids
+    assert together is not None
     found = []
     for row in rows.tolist() if isinstance(rows, Tensor) else rows:
         if row == -1:
@@ -57,7 +61,8 @@ def contexts(activations: Activations, rows: Sequence[int] | Int[Tensor, " n"], 
         if not 0 <= row < activations.n_rows:
             raise MechintError(f"row {row} is not among the {activations.n_rows} rows of {activations.path}")
         start, stop = max(0, row - window), min(activations.n_rows, row + window + 1)
-        same = (text_ids[start:stop] == text_ids[row]).nonzero().flatten() + start
+        same = (text_ids[start:stop] == text_ids[row]) & (together[start:stop] == together[row])
+        same = same.nonzero().flatten() + start
         shown = same.tolist()
         found.append(
             Context(
@@ -129,8 +134,10 @@ def _from_entries(
 
 
 def highlight_text(tokens: Sequence[str], center: int) -> str:
-    """The tokens in a row, the one at `center` between >>> and <<<; line breaks are shown as the sign for return."""
+    """The tokens in a row, the one at `center` between >>> and <<<; line breaks are shown as the sign for return, and a
+    token that completes no character as a dot."""
     shown = [token.replace("\n", "\u21b5") for token in tokens]
+    shown[center] = shown[center] or EMPTY
     return "".join(shown[:center]) + ">>>" + shown[center] + "<<<" + "".join(shown[center + 1 :])
 
 
@@ -150,11 +157,6 @@ def highlight_html(
         style = f"background:rgba(255,140,0,{max(value, 0.0) / highest:.2f})"
         if index == center:
             style += ";font-weight:bold;text-decoration:underline"
-        text = html.escape(token).replace("\n", "\u21b5")
+        text = html.escape(token or (EMPTY if value > 0 or index == center else "")).replace("\n", "\u21b5")
         parts.append(f'<span style="{style}" title="{value:.3g}">{text}</span>')
     return '<div style="white-space:pre-wrap;font-family:monospace">' + "".join(parts) + "</div>"
-
-
-def token_strings(decode: Callable[[list[int]], str], tokens: Sequence[int]) -> list[str]:
-    """Each token as text; `decode` is a tokenizer's, such as `model.tokenizer.decode`."""
-    return [decode([token]) for token in tokens]

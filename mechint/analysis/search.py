@@ -13,6 +13,7 @@ from mechint.analysis.latents import Latents
 from mechint.data.store import Activations
 from mechint.errors import MechintError
 from mechint.inside import Inside
+from mechint.models.pieces import decoder, token_texts
 
 
 def search_token(feature_texts: Mapping[int, Sequence[str]] | Sequence[Sequence[str]], query: str) -> list[int]:
@@ -67,7 +68,7 @@ def token_ids(tokenizer, query: str, *, exact: bool = False) -> list[int]:  # no
     Raises:
         MechintError: no token does.
     """
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    texts = token_texts(decoder(tokenizer), range(len(tokenizer)))
     found = [i for i, text in enumerate(texts) if (text.strip() == query.strip() if exact else query in text)]
     if not found or not query:
         raise MechintError(f"no token of this tokenizer {'is' if exact else 'contains'} {query!r}; case counts")

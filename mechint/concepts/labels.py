@@ -1,9 +1,9 @@
 """Rows of activations with the concepts of each: from the built-in tales, or from a user's CSV of spans."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from mechint.data.store import Activations
 from mechint.data.windows import plan_block, run_block
 from mechint.errors import MechintError
 from mechint.inside import Inside
+from mechint.models.pieces import decoder, token_strings
 
 TALES = "builtin/tales"
 TEXTS_AT_ONCE = 256
@@ -88,7 +89,9 @@ def label_tales(
         )
     by_text = _rows_by_text(activations, max_texts)
     parents = {concept: kind.parent for concept, kind in CONCEPTS.items()}
-    builder = _Builder(activations, by_text, parents, span_tokens, f"{TALES} {info['dataset_split']}")
+    builder = _Builder(
+        activations, activations.tokens.numpy(), by_text, parents, span_tokens, f"{TALES} {info['dataset_split']}"
+    )
     max_chars = info.get("max_chars") or None
     numbers = list(by_text)
     for start in range(0, len(numbers), TEXTS_AT_ONCE):
@@ -136,7 +139,7 @@ def label_stored(
                 f" {max(by_text)}{'' if len(by_text) == max(by_text) - min(by_text) + 1 else ', not all of them'}"
             )
     chosen = {number: by_text[number] for number in sorted(int(number) for number in file.texts)}
-    builder = _Builder(activations, chosen, file.parents, span_tokens, str(file.path))
+    builder = _Builder(activations, activations.tokens.numpy(), chosen, file.parents, span_tokens, str(file.path))
     for number, text, offsets in _decoded(activations, tokenizer, chosen):
         spans = file.texts[number]
         _check_ends(file, spans, text, f"text {number}")
@@ -163,10 +166,10 @@ def label_texts(
     block = plan_block(contexts, batch_size=batch_size, device=inside.model.device)
     found = run_block(inside.model, [inside.hook_name], block, on_batch=_bar(len(texts), progress))
     found.checked(inside.hook_name)
-    columns = {"tokens": block.tokens, "positions": block.positions, "prepend_bos": inside.prepend_bos}
-    by_text = _group(block.text_ids.numpy(), block.positions.numpy(), None)
+    alone = block.text_ids.numpy()  # each text is one context
+    by_text = _group(alone, block.positions.numpy(), alone, {"prepend_bos": inside.prepend_bos}, None)
     rows = found.activations[inside.hook_name]
-    builder = _Builder(rows, by_text, file.parents, span_tokens, str(file.path), columns)
+    builder = _Builder(rows, block.tokens.numpy(), by_text, file.parents, span_tokens, str(file.path))
     encoded = _tokenized(inside.model.tokenizer, texts)
     late: list[Span] = []
     for number, (text, offsets) in enumerate(zip(texts, encoded.offset_mapping, strict=True)):
@@ -223,32 +226,61 @@ def _check_all_met(file: SpanFile, missed: Sequence[Span], text: str) -> None:
         )
 
 
-def _rows_by_text(activations: Activations, max_texts: int | None) -> dict[int, np.ndarray]:
-    if activations.text_ids is None or activations.positions is None or activations.tokens is None:
+class TextRows(NamedTuple):
+    """The rows of a text but for BOS and separators, and which of the text's tokens each is of."""
+
+    rows: Int[np.ndarray, " n"]
+    index: Int[np.ndarray, " n"]
+
+
+def _rows_by_text(activations: Activations, max_texts: int | None) -> dict[int, TextRows]:
+    text_ids, positions, contexts = activations.text_ids, activations.positions, activations.context_ids
+    if text_ids is None or positions is None or contexts is None or activations.tokens is None:
         raise MechintError(
             f"{activations.path} was stored without its tokens, so labels cannot be laid over its rows: collect again"
         )
-    return _group(activations.text_ids.numpy(), activations.positions.numpy(), max_texts)
+    return _group(text_ids.numpy(), positions.numpy(), contexts.numpy(), activations.info, max_texts)
 
 
-def _group(text_ids: np.ndarray, positions: np.ndarray, max_texts: int | None) -> dict[int, np.ndarray]:
-    """Row numbers of each text, in the order of their positions; the first `max_texts` texts by number."""
-    order = np.lexsort((positions, text_ids))
+def _group(
+    text_ids: np.ndarray, positions: np.ndarray, contexts: np.ndarray, info: Mapping[str, Any], max_texts: int | None
+) -> dict[int, TextRows]:
+    """The first `max_texts` texts by number. Rows of one text may lie in several contexts, one after another."""
+    order = np.argsort(text_ids, kind="stable")
     numbers, starts = np.unique(text_ids[order], return_index=True)
-    pieces = np.split(order, starts[1:])
-    return dict(list(zip(numbers.tolist(), pieces, strict=True))[:max_texts])
+    pieces = np.split(order, starts[1:])[:max_texts]
+    found = {}
+    for number, rows in zip(numbers.tolist(), pieces, strict=False):
+        windows = np.split(positions[rows].astype(np.int64), np.diff(contexts[rows]).nonzero()[0] + 1)
+        index = _token_index(windows, info)
+        found[number] = TextRows(rows[index >= 0], index[index >= 0])
+    return found
+
+
+def _token_index(windows: Sequence[np.ndarray], info: Mapping[str, Any]) -> np.ndarray:
+    """Which of its text's tokens each row is of, from the positions in each window of the text; -1 for BOS."""
+    found, before = [], 0
+    for number, positions in enumerate(windows):
+        begun = number == 0 or bool(info.get("bos_every_window", True))
+        if info.get("pack"):  # the text begins where its first row is, behind a separator that may have a row
+            opened = bool(info.get("keep_bos")) and (number == 0 or (begun and bool(info.get("prepend_bos"))))
+            first = int(positions[0]) + int(opened)
+        else:
+            first = int(begun and bool(info.get("prepend_bos")))
+        index = positions - first
+        found.append(np.where(index < 0, -1, index + before))
+        before += max(int(index[-1]) + 1, 0)
+    return np.concatenate(found)
 
 
 def _decoded(
-    activations: Activations, tokenizer: Any, by_text: dict[int, np.ndarray]
+    activations: Activations, tokenizer: Any, by_text: dict[int, TextRows]
 ) -> Iterator[tuple[int, str, list[tuple[int, int]]]]:
     """(number, text, character range of each token) from stored tokens; rows missing in between end the text."""
-    assert activations.tokens is not None and activations.positions is not None
-    tokens, positions = activations.tokens.numpy(), activations.positions.numpy()
-    shift = 1 if activations.info.get("prepend_bos") else 0
-    for number, rows in by_text.items():
-        rows = rows[positions[rows] >= shift]
-        whole = positions[rows] == np.arange(shift, shift + len(rows))
+    assert activations.tokens is not None
+    tokens = activations.tokens.numpy()
+    for number, (rows, index) in by_text.items():
+        whole = index == np.arange(len(rows))
         ids = tokens[rows][: len(rows) if whole.all() else int(whole.argmin())].tolist()
         text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         again = _tokenized(tokenizer, [text])
@@ -256,8 +288,8 @@ def _decoded(
             yield number, text, [tuple(pair) for pair in again.offset_mapping[0]]
             continue
         # Text that is tokenised otherwise when read again (cut inside a word, say): token by token.
-        ends = [len(tokenizer.decode(ids[: i + 1], clean_up_tokenization_spaces=False)) for i in range(len(ids))]
-        ends = np.minimum(np.maximum.accumulate(ends), len(text)).tolist() if ends else []
+        ends = np.cumsum([len(piece) for piece in token_strings(decoder(tokenizer), ids)])
+        ends = np.minimum(ends - (ends[-1] - len(text) if len(ends) else 0), len(text)).clip(0).tolist()
         yield number, text, list(zip([0, *ends[:-1]], ends, strict=True))
 
 
@@ -267,38 +299,27 @@ class _Builder:
     def __init__(
         self,
         rows: Activations | Tensor,
-        by_text: dict[int, np.ndarray],
+        tokens: Int[np.ndarray, " n"],
+        by_text: dict[int, TextRows],
         parents: dict[str, str | None],
         span_tokens: SpanTokens,
         source: str,
-        columns: dict[str, Any] | None = None,
     ):
-        self.rows, self.by_text, self.parents = rows, by_text, dict(parents)
+        self.rows, self.tokens, self.by_text, self.parents = rows, tokens, by_text, dict(parents)
         self.span_tokens: SpanTokens = span_tokens
         self.source = source
         self.places = columns_of(parents)
         self.n_spans = [0] * len(parents)
         self.notes: list[str] = []
-        if columns is None:
-            assert isinstance(rows, Activations)
-            columns = {"tokens": rows.tokens, "positions": rows.positions, **rows.info}
-        self.prepend_bos = bool(columns.get("prepend_bos"))
-        self.tokens, self.positions = columns["tokens"].numpy(), columns["positions"].numpy()
         self.found: list[tuple[np.ndarray, np.ndarray, int]] = []
 
-    def _places(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """(rows of the text but for BOS, index in the text of each one's token)."""
-        rows = self.by_text[number]
-        index = self.positions[rows].astype(np.int64) - int(self.prepend_bos)
-        return rows[index >= 0], index[index >= 0]
-
     def same_tokens(self, number: int, ids: Sequence[int]) -> bool:
-        rows, index = self._places(number)
+        rows, index = self.by_text[number]
         return not len(index) or (index.max() < len(ids) and bool((np.asarray(ids)[index] == self.tokens[rows]).all()))
 
     def add(self, number: int, text: str, offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> list[Span]:
         """Label the rows of a text. Returns the spans that lie over no token."""
-        rows, index = self._places(number)
+        rows, index = self.by_text[number]
         table = np.zeros((len(offsets), len(self.parents)), dtype=bool)
         missed = label_tokens(TokenMap(text, offsets), spans, self.places, table, self.span_tokens)
         left_out = set(missed)

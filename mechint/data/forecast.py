@@ -18,6 +18,8 @@ def forecast(
     n_rows = round(n_texts * rows_per_text)
     needed, free = n_rows * bytes_per_row, free_bytes(output)
     size = f"{'' if exact else 'about '}{plural(n_texts, 'text')}, about {n_rows:,} vectors, {in_bytes(needed)}"
+    if free is None:
+        return f"this will be {size}", None
     line = f"this will be {size}; {in_bytes(free)} are free there"
     if needed <= free:
         return line, None
@@ -26,12 +28,13 @@ def forecast(
     return line, MechintError(f"{size} do not fit into {output.parent}, where {in_bytes(free)} are free: {advice}")
 
 
-def free_bytes(output: Path) -> int:
-    """Free disk where `output` is or will be."""
+def free_bytes(output: Path) -> int | None:
+    """Free disk where `output` is or will be; None for a file system that does not say."""
     place = output.absolute()
     while not place.exists():
         place = place.parent
-    return shutil.disk_usage(place).free
+    usage = shutil.disk_usage(place)
+    return usage.free if usage.total else None
 
 
 def in_bytes(n: int) -> str:

@@ -129,9 +129,10 @@ def _prompts(
         return None, None
     coherence = [round(value, 6) if value == value else None for value in consistency]
     decode = _decoder(run)
-    if decode is None or activations.text_ids is None:
+    if decode is None or activations.text_ids is None or activations.context_ids is None:
         return None, coherence
     tokens, texts = activations.tokens.numpy(), activations.text_ids.numpy()
+    together = activations.context_ids.numpy()
     rows, values = latents.top_rows[:, :TOP_PROMPTS].tolist(), latents.top_values[:, :TOP_PROMPTS].tolist()
     places, windows = [], []
     for latent in range(latents.d_sae):
@@ -139,7 +140,7 @@ def _prompts(
             if row < 0:
                 break
             here = slice(max(0, row - PROMPT_TOKENS), row + PROMPT_TOKENS + 1)
-            windows.append(tokens[here][texts[here] == texts[row]].tolist())
+            windows.append(tokens[here][(texts[here] == texts[row]) & (together[here] == together[row])].tolist())
             places.append((latent, rank, value))
     found: list[list[dict[str, Any]]] = [[] for _ in range(latents.d_sae)]
     for (latent, rank, value), text in zip(places, decode(windows), strict=True):

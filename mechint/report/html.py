@@ -198,13 +198,13 @@ def _fitting_page(
 
 
 def _blob(one: _Opened, shown: Look, n_top: int, n_quantile: int, window: int, *, asked: bool) -> str:
-    arrays, tokens = dict(shown.arrays), dict(shown.tokens)
+    arrays, tokens, starts = dict(shown.arrays), dict(shown.tokens), None
     header = {**shown.header, "strata": [], "strata_note": "", "notes": shown.notes}
     assert one.activations is not None and one.gathered is not None
     if one.activations.tokens is not None and n_top:
         found = contexts_of(one.sae, one.gathered, one.activations, n_top=n_top, n_quantile=n_quantile, window=window)
         arrays |= found.arrays
-        tokens["stream"] = found.stream
+        tokens["stream"], starts = found.stream, found.starts
         settings = one.gathered.settings
         header["strata"] = strata_names(settings.n_strata)
         header["strata_note"] = (
@@ -218,7 +218,7 @@ def _blob(one: _Opened, shown: Look, n_top: int, n_quantile: int, window: int, *
             *shown.notes,
             f"To keep this file small, {n_top} strongest contexts of each latent are shown.",
         ]
-    placed, header["vocab"] = spelled(tokens, one.model)
+    placed, header["vocab"] = spelled(tokens, one.model, starts)
     return pack(header, arrays | placed)
 
 

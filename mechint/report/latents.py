@@ -21,6 +21,7 @@ from mechint.analysis import (
 from mechint.data.store import Activations
 from mechint.errors import MechintError
 from mechint.models import LanguageModel
+from mechint.models.pieces import decoder, token_strings, token_texts
 from mechint.sae import SAE
 
 NONE = 0xFFFFFFFF  # an empty place in an array of latents or tokens
@@ -157,6 +158,7 @@ class Contexts(NamedTuple):
 
     arrays: dict[str, np.ndarray]
     stream: np.ndarray  # token ids
+    starts: np.ndarray  # where in the stream tokens begin that do not follow on the ones before
 
 
 def contexts_of(
@@ -172,7 +174,9 @@ def contexts_of(
     assert activations.tokens is not None and activations.text_ids is not None and activations.positions is not None
     tokens, text_ids = activations.tokens.numpy(), activations.text_ids.numpy()
     latent, row, stratum, value = _chosen(gathered, n_top, n_quantile)
-    bounds = np.concatenate([[0], (np.diff(text_ids) != 0).nonzero()[0] + 1, [len(text_ids)]])
+    assert activations.context_ids is not None
+    breaks = (np.diff(text_ids) != 0) | (np.diff(activations.context_ids.numpy()) != 0)
+    bounds = np.concatenate([[0], breaks.nonzero()[0] + 1, [len(text_ids)]])
     text = np.searchsorted(bounds, row, side="right") - 1
     start = np.maximum(row - window, bounds[text])
     stop = np.minimum(row + window + 1, bounds[text + 1])
@@ -200,7 +204,10 @@ def contexts_of(
         "ctx_level_at": level_at[:-1].astype(np.uint32),
         "ctx_levels": levels.astype(np.uint8),
     }
-    return Contexts(arrays, tokens[union])
+    follows = np.diff(union) == 1
+    follows[follows] = ~breaks[union[:-1][follows]]
+    starts = np.concatenate([[0], (~follows).nonzero()[0] + 1])
+    return Contexts(arrays, tokens[union], starts)
 
 
 def _chosen(gathered: Latents, n_top: int, n_quantile: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -228,20 +235,33 @@ def strata_names(n_strata: int) -> list[str]:
     return [f"{part} of its activations, by strength" for part in parts]
 
 
-def spelled(tokens: dict[str, np.ndarray], model: LanguageModel | None) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The arrays with ids replaced by places in a list of the tokens that occur, and that list.
+def spelled(
+    tokens: dict[str, np.ndarray], model: LanguageModel | None, starts: np.ndarray | None = None
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The arrays with ids replaced by places in a list of the texts that occur, and that list.
 
-    Without a model a token is shown as its number.
+    In the array "stream", the tokens from each of `starts` on are the pieces of one text. Without a model a token is
+    shown as its number.
     """
     used = np.unique(np.concatenate([array.reshape(-1) for array in tokens.values()]).astype(np.int64))
     used = used[used != NONE]
-    if model is None:
-        words = [f"#{number}" for number in used.tolist()]
-    else:
-        words = model.tokenizer.batch_decode([[number] for number in used.tolist()], clean_up_tokenization_spaces=False)
-    small = len(used) < 0xFFFF
+    decode = None if model is None else decoder(model.tokenizer)
+    texts = [f"#{number}" for number in used.tolist()] if decode is None else token_texts(decode, used.tolist())
+    words: dict[str, int] = {}
+    place = np.array([words.setdefault(text, len(words)) for text in texts], np.int64)
     placed = {}
     for name, array in tokens.items():
-        places = np.where(array == NONE, NONE, np.searchsorted(used, array)).astype(np.uint32)
-        placed[name] = places.astype(np.uint16) if small and name == "stream" else places
+        known = np.minimum(np.searchsorted(used, array), len(used) - 1)
+        places = np.where(array == NONE, NONE, place[known]).astype(np.uint32)
+        if name == "stream" and decode is not None:
+            pieces = [
+                piece for part in np.split(array, [] if starts is None else starts[1:])
+                for piece in token_strings(decode, part.tolist())
+            ]  # fmt: skip
+            for at, piece in enumerate(pieces):
+                if piece != texts[known[at]]:
+                    places[at] = words.setdefault(piece, len(words))
+        placed[name] = places
+    if "stream" in placed and len(words) < 0xFFFF:
+        placed["stream"] = placed["stream"].astype(np.uint16)
     return placed, list(words)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechint.analysis import context_values, contexts, highlight_html, token_strings
+from mechint.analysis import context_values, contexts, highlight_html, token_strings, token_texts
 from mechint.data.store import Activations
 from mechint.errors import MechintError
 from mechint.sae import SAE
@@ -95,7 +95,11 @@ def predictions_html(changes: Sequence[PredictionChange], decode: Decode) -> str
         return f'<span style="{width}"></span> {100 * probability:.1f} %'
 
     lines = [
-        [f"<code>{html.escape(repr(decode([c.token])))}</code>", bar(c.before, "#56B4E9"), bar(c.after, "#D55E00")]
+        [
+            f"<code>{html.escape(repr(token_texts(decode, [c.token])[0]))}</code>",
+            bar(c.before, "#56B4E9"),
+            bar(c.after, "#D55E00"),
+        ]
         for c in changes
     ]
     return _table(["next token", "before", "after"], lines)

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechint.analysis import Latents, bin_edges, context_values, contexts, load_or_gather, logit_effects, token_strings
+from mechint.analysis import Latents, bin_edges, context_values, contexts, load_or_gather, logit_effects
 from mechint.analysis.logits import output_weights
 from mechint.data import Activations, open_activations
 from mechint.errors import MechintError
 from mechint.inside import Inside, in_residual, open_inside
 from mechint.models import LanguageModel
+from mechint.models.pieces import decoder, token_strings, token_texts
 from mechint.provenance import make_dir, write_json
 from mechint.runs import Run
 from mechint.sae import SAE
@@ -246,9 +247,9 @@ def _on_output(inside: Inside, latents: list[int], n_logits: int) -> list[dict[s
         direction = sae.W_dec[latent].detach().float()
         found.append(
             {
-                "pos_str": token_strings(model.tokenizer.decode, effects.promoted[place].tolist()),
+                "pos_str": token_texts(decoder(model.tokenizer), effects.promoted[place].tolist()),
                 "pos_values": _rounded(effects.promoted_effect[place]),
-                "neg_str": token_strings(model.tokenizer.decode, effects.suppressed[place].tolist()),
+                "neg_str": token_texts(decoder(model.tokenizer), effects.suppressed[place].tolist()),
                 "neg_values": _rounded(effects.suppressed_effect[place]),
                 **_logit_histogram(weight @ ((direction - direction.mean() if centred else direction) * gain)),
             }
@@ -277,7 +278,7 @@ def _activations(
                     "bin_max": high,
                     "bin_contains": share,
                     "qualifying_token_index": context.center,
-                    "tokens": token_strings(model.tokenizer.decode, context.tokens),
+                    "tokens": token_strings(decoder(model.tokenizer), context.tokens),
                     "values": _rounded(context_values(sae, activations, context, latent)),
                 }
             )

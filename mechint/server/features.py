@@ -23,6 +23,7 @@ from mechint.analysis import (
     load_latents,
     logit_effects,
     token_strings,
+    token_texts,
 )
 from mechint.data.store import Activations, open_activations
 from mechint.errors import MechintError, one_line
@@ -33,7 +34,7 @@ from mechint.report.latents import NONE, labels
 from mechint.runs import Run
 from mechint.sae import SAE
 from mechint.server.errors import ServiceError
-from mechint.server.language import decoder, open_language, without
+from mechint.server.language import decode_of, open_language, without
 from mechint.server.models import SharedSAE
 from mechint.server.settings import Settings
 from mechint.server.storage import sae_folder
@@ -149,13 +150,12 @@ def open_analysis(settings: Settings, row: SharedSAE, run: Path | None) -> Analy
     latents = _latents(run, sae, notes)
     activations = _activations(run, latents, notes)
     language = open_language(sae.metadata, row, run, notes)
-    decode = decoder(language.tokenizer)
+    decode = decode_of(language.tokenizer)
     density = latents.density.numpy() if latents is not None else _recorded_density(sae_folder(settings, row.id), sae)
     top: list[list[str]] = []
     if latents is not None and activations is not None and activations.tokens is not None:
         ids = labels(latents, activations.tokens.numpy())
-        spelled = {int(i): decode([int(i)]) for i in np.unique(ids) if i != NONE}
-        top = [[spelled[int(i)] for i in line if i != NONE] for line in ids]
+        top = [token_texts(decode, [int(i) for i in line if i != NONE]) for line in ids]
     concepts: dict[int, tuple[str, float]] = {}
     if run is not None and latents is not None:
         try:
@@ -341,7 +341,7 @@ def _effects(found: Analysis, feature: int, notes: list[str]) -> tuple[list[dict
         return [], []
 
     def named(tokens: Tensor, values: Tensor) -> list[dict[str, Any]]:
-        spelled = token_strings(found.decode, tokens.tolist())
+        spelled = token_texts(found.decode, tokens.tolist())
         return [{"token": t, "effect": _finite(v) or 0.0} for t, v in zip(spelled, values.tolist(), strict=True)]
 
     return (

@@ -71,10 +71,12 @@ def _tokenizer(folder: str) -> Any:
         raise MechintError(f"its tokenizer cannot be read ({type(error).__name__})") from None
 
 
-def decoder(tokenizer: Any) -> Callable[[list[int]], str]:
+def decode_of(tokenizer: Any) -> Callable[[list[int]], str]:
     if tokenizer is None:
         return lambda ids: " ".join(f"#{i}" for i in ids)
-    return lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    from mechint.models.pieces import decoder
+
+    return decoder(tokenizer)
 
 
 def without(error: Exception, *folders: Path) -> str:

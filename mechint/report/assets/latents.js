@@ -36,7 +36,7 @@ function contextLine(run, latent, c, { narrow = 0 } = {}) {
   for (let i = from; i < to; i++) {
     const text = word(L, L.stream[L.ctx_start[c] + i]), level = L.ctx_levels[L.ctx_level_at[c] + i] / 255;
     const value = level * L.max[latent];
-    const shown = visible(text), spaced = shown.startsWith(" "); // a leading blank stays outside of the coloured ground
+    const shown = visible(text) || (level > 0 ? "\u00b7" : ""), spaced = shown.startsWith(" "); // a leading blank stays outside of the coloured ground
     const node = el("span", { class: `${level > 0 ? "on" : ""}${level > 0.75 ? " strong" : ""}${i === center ? " here" : ""}`, title: level > 0 ? `${shown}: ${short(value)}` : null }, spaced ? shown.slice(1) : shown);
     if (level > 0) node.style.setProperty("--a", (0.12 + 0.73 * level).toFixed(2));
     if (spaced && i > from) tokens.push(" ");
