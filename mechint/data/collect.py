@@ -6,12 +6,13 @@ with the shards that are missing, and several processes (`torchrun`) take every 
 
 import contextlib
 import functools
+import itertools
 import os
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,13 @@ from mechint.data.local_text import local_files
 from mechint.data.norms import report_norms
 from mechint.data.pt_file import assemble_pt
 from mechint.data.ranks import Ranks, launcher, process_group
+from mechint.data.room import check_room, estimate_room
 from mechint.data.store import shards_folder, sidecar_path
 from mechint.data.text import BUILTIN, TextSource, no_texts, open_texts
 from mechint.data.watch import RankLost
 from mechint.data.windows import Block, WindowRows, plan_block, run_block
 from mechint.errors import MechintError
-from mechint.models.language_model import LanguageModel, backend_for, load_model
+from mechint.models.language_model import DTYPES, LanguageModel, backend_for, load_model
 from mechint.models.resolve import BUILTIN_MODELS, resolve_model
 from mechint.provenance import check_output_path, get_git_commit, package_versions, read_json, remove_abandoned
 
@@ -292,6 +294,11 @@ def _collect(config: CollectConfig, targets: list[_Target], ranks: Ranks, progre
             if (target.info or {}).get("model_sha256") != fixed["model_sha256"]:
                 raise _not_aligned(target, targets[0], "model_sha256")
         records = [_asked(config, target, source, model, fixed) for target in targets]
+        ready = _read_shards(config, model, shards)
+        first = next(ready, None)
+        if first is not None and ranks.rank == 0:
+            _check_room(config, first, shards, targets, model, progress)
+        ready = ready if first is None else itertools.chain([first], ready)
         with contextlib.ExitStack() as held:
             if ranks.rank == 0:
                 if len(config.hooks) > 1:
@@ -300,7 +307,7 @@ def _collect(config: CollectConfig, targets: list[_Target], ranks: Ranks, progre
                     held.enter_context(store_write.only_writer(target.folder))
                     store_write.begin_store(target.folder, record)
             ranks.barrier()
-            n_tokens, seconds = _write_shards(config, model, shards, targets, ranks, progress)
+            n_tokens, seconds = _write_shards(model, ready, shards, targets, ranks, progress)
             ranks.barrier()
             if ranks.rank == 0:
                 for target, record in zip(targets, records, strict=True):
@@ -308,6 +315,32 @@ def _collect(config: CollectConfig, targets: list[_Target], ranks: Ranks, progre
         return n_tokens, seconds
     finally:
         source.close()
+
+
+def _check_room(
+    config: CollectConfig,
+    first: "_Shard",
+    shards: "_Shards",
+    targets: list[_Target],
+    model: LanguageModel,
+    progress: bool,
+) -> None:
+    """Say how much this will be, judged by the first missing shard. Raises `MechintError` if the disk is too small."""
+    texts_read = first.record["n_texts"]
+    ended = texts_read < shards.length(first.number)
+    # shards become a .pt one at a time, in float32
+    dtype = "float32" if config.output.suffix == ".pt" else config.dtype
+    room = estimate_room(
+        rows_read=first.block.n_rows,
+        texts_read=texts_read,
+        n_texts=texts_read if ended else shards.n_texts_missing,
+        widths=[model.hook_width(target.hook) for target in targets],
+        value_bytes=DTYPES[dtype].itemsize,
+        output=config.output,
+    )
+    check_room(room, config.dtype)
+    if progress:
+        print(room, file=sys.stderr)
 
 
 def _finished_at_all(targets: list[_Target]) -> dict[int, dict[str, Any]]:
@@ -369,7 +402,7 @@ class _Shards:
         self.step = ranks.world_size if source.by_rank else 1
         total = -(-self.num_texts // self.size)
         mine = range(ranks.rank, total, ranks.world_size)
-        ended = [number for number, record in finished.items() if record["n_texts"] < self._length(number)]
+        ended = [number for number, record in finished.items() if record["n_texts"] < self.length(number)]
         if source.by_rank:
             ended = [number for number in ended if number in mine]
             # What lies behind a gap cannot be kept: the stream is read in order from the state before it.
@@ -381,18 +414,22 @@ class _Shards:
             self.numbers = [number for number in mine if number not in finished]
         if ended:
             self.numbers = [number for number in self.numbers if number < min(ended)]
-        self.n_texts = sum(map(self._length, mine))
-        self.n_texts_left = sum(map(self._length, self.numbers))
+        self.n_texts = sum(map(self.length, mine))
+        self.n_texts_left = sum(map(self.length, self.numbers))
+        end = min(ended, default=total)
+        done = sum(self.length(number) for number in finished if number < end)
+        self.n_texts_missing = min(self.num_texts, end * self.size) - done  # of all processes
         self.finished = finished
         self._first = self._read(self.numbers[0]) if self.numbers else ([], None)
         if self.numbers and self.numbers[0] == 0 and not self._first[0]:
             raise no_texts(config.dataset)
 
-    def _length(self, number: int) -> int:
+    def length(self, number: int) -> int:
+        """How many texts a shard holds, unless the source ends."""
         return min(self.size, self.num_texts - number * self.size)
 
     def _read(self, number: int) -> tuple[list[str], dict[str, Any] | None]:
-        texts = self.source.read(number // self.step * self.size, self._length(number))
+        texts = self.source.read(number // self.step * self.size, self.length(number))
         return texts, self.source.state()
 
     def __iter__(self) -> Iterator[tuple[int, list[str], dict[str, Any] | None]]:
@@ -401,7 +438,7 @@ class _Shards:
             texts, state = self._first if number == self.numbers[0] else self._read(number)
             if texts:
                 yield number, texts, state
-            if len(texts) < self._length(number):
+            if len(texts) < self.length(number):
                 return
 
 
@@ -485,8 +522,8 @@ def _write_shard(shard: _Shard, rows: WindowRows, target: _Target) -> None:
 
 
 def _write_shards(
-    config: CollectConfig,
     model: LanguageModel,
+    shards_to_make: Iterable[_Shard],
     shards: _Shards,
     targets: list[_Target],
     ranks: Ranks,
@@ -517,7 +554,7 @@ def _write_shards(
     limit = _shards_behind(model.device)
     with (
         bar,
-        contextlib.closing(ahead(_read_shards(config, model, shards))) as ready,
+        contextlib.closing(ahead(shards_to_make)) as ready,
         Behind(limit, threads=max(limit, min(len(targets), 4))) as writing,
     ):
         for shard in ready:
