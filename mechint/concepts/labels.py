@@ -162,7 +162,7 @@ def label_texts(
     ]
     block = plan_block(contexts, batch_size=batch_size, device=inside.model.device)
     found = run_block(inside.model, [inside.hook_name], block, on_batch=_bar(len(texts), progress))
-    found.checked(inside.hook_name)
+    found.checked_norms(inside.hook_name)
     columns = {"tokens": block.tokens, "positions": block.positions, "prepend_bos": inside.prepend_bos}
     by_text = _group(block.text_ids.numpy(), block.positions.numpy(), None)
     rows = found.activations[inside.hook_name]

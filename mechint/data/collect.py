@@ -12,7 +12,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,7 +176,7 @@ def _targets(config: CollectConfig, ranks: Ranks) -> list[_Target]:
         output = config.output / hook if len(hooks) > 1 else config.output
         if not shards_folder(output).exists():
             check_output_path(shards_folder(output))
-        settings = _settings(config, hook, ranks)
+        settings = settings_at(config, hook, ranks.world_size)
         info = _already_collected(output, settings, ranks)
         asked = None if info else _read_asked(shards_folder(output))
         finished = store_write.finished_shards(shards_folder(output)) if asked else {}
@@ -184,7 +184,7 @@ def _targets(config: CollectConfig, ranks: Ranks) -> list[_Target]:
     return targets
 
 
-def _settings(config: CollectConfig, hook: str, ranks: Ranks) -> dict[str, Any]:
+def settings_at(config: CollectConfig, hook: str, world_size: int = 1) -> dict[str, Any]:
     """The settings that decide the content of the result at one hook, in one spelling."""
     settings = config.to_dict() | {"hook": hook}
     for name in ("output", "layer", "layers", "preset", "checkpoint_every"):
@@ -194,7 +194,7 @@ def _settings(config: CollectConfig, hook: str, ranks: Ranks) -> dict[str, Any]:
     settings["model"] = config.model if config.model in BUILTIN_MODELS else location
     settings["texts_per_shard"] = config.texts_per_shard
     if config.dataset not in BUILTIN and local_files(config.dataset) is None:
-        settings["world_size"] = ranks.world_size  # a data set on the Hub is dealt out to the processes
+        settings["world_size"] = world_size  # a data set on the Hub is dealt out to the processes
     return settings
 
 
@@ -218,7 +218,7 @@ def _check_shared_folder(config: CollectConfig, ranks: Ranks) -> None:
         if before is None:
             raise MechintError(f"{folder} holds other files ({path.name}): give another --output")
         # the stores in one folder have the same rows
-        store_write.check_same(before, _settings(config, before.get("hook", path.name), ranks), str(path))
+        store_write.check_same(before, settings_at(config, before.get("hook", path.name), ranks.world_size), str(path))
 
 
 def _already_collected(output: Path, settings: dict[str, Any], ranks: Ranks) -> dict[str, Any] | None:
@@ -279,16 +279,9 @@ def _collect(config: CollectConfig, targets: list[_Target], ranks: Ranks, progre
     source = _open_source(config, begun, finished, ranks)
     try:
         shards = _Shards(config, source, finished, ranks)
-        model = load_model(
-            config.model,
-            device=ranks.device(config.device),
-            dtype=config.dtype,
-            processing=config.processing,
-            backend=backend_for(*config.hooks) if config.backend == "auto" else config.backend,
-            hook_name=targets[0].hook,
-            # the commit that it was begun with, if the newest one is another by now
-            revision=begun["info"]["model_revision"] if begun else config.model_revision,
-        )
+        # the commit that it was begun with, if the newest one is another by now
+        revision = begun["info"]["model_revision"] if begun else config.model_revision
+        model = load_hooked(config.with_overrides(device=ranks.device(config.device), model_revision=revision))
         fixed = {"model_sha256": model.weights_sha256(), "texts": source.fingerprint()}
         for target in whole:
             if (target.info or {}).get("model_sha256") != fixed["model_sha256"]:
@@ -357,9 +350,24 @@ def _asked(
         store_write.check_same(target.asked["fixed"], fixed, str(target.folder))
         info = target.asked["info"]
     else:
-        model.check_hook(target.hook)
-        info = _settled(config, target, source, model)
+        info = store_fields(config, target.hook, target.settings, source, model)
     return {"settings": target.settings, "fixed": fixed, "info": info, "command": collect_command(config)}
+
+
+def load_hooked(config: CollectConfig) -> LanguageModel:
+    """The model that `config` names, with a backend that has all of its hooks."""
+    model = load_model(
+        config.model,
+        device=config.device,
+        dtype=config.dtype,
+        processing=config.processing,
+        backend=backend_for(*config.hooks) if config.backend == "auto" else config.backend,
+        hook_name=config.hooks[0],
+        revision=config.model_revision,
+    )
+    for hook in config.hooks[1:]:
+        model.check_hook(hook)
+    return model
 
 
 def _read_asked(folder: Path) -> dict[str, Any] | None:
@@ -378,15 +386,22 @@ def _open_source(
         while mine in finished:
             state = finished[mine]["state"]
             mine += ranks.world_size
+    return open_source(config.with_overrides(revision=revision), ranks.rank, ranks.world_size, state)
+
+
+def open_source(
+    config: CollectConfig, rank: int = 0, world_size: int = 1, state: dict[str, Any] | None = None
+) -> TextSource:
+    """The texts that `config` names, from the beginning or from where the source's `state` was."""
     return open_texts(
         config.dataset,
         config.split,
-        revision=revision,
+        revision=config.revision,
         text_field=config.text_field,
         max_chars=config.max_chars,
         seed=config.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        rank=rank,
+        world_size=world_size,
         state=state,
     )
 
@@ -442,15 +457,17 @@ class _Shards:
                 return
 
 
-def _settled(config: CollectConfig, target: _Target, source: TextSource, model: LanguageModel) -> dict[str, Any]:
+def store_fields(
+    config: CollectConfig, hook: str, settings: dict[str, Any], source: TextSource, model: LanguageModel
+) -> dict[str, Any]:
     """The fields of `store.json` that are known before the first shard."""
     return {
         **source.describe(),
-        "settings": target.settings,
-        "d_in": model.hook_width(target.hook),
+        "settings": settings,
+        "d_in": model.hook_width(hook),
         "dtype": config.dtype,
-        "hook_name": target.hook,
-        "layer": layer_of_hook(target.hook),
+        "hook_name": hook,
+        "layer": layer_of_hook(hook),
         "model_name": config.model,
         "model_source": model.source,
         "model_revision": model.revision,
@@ -485,18 +502,22 @@ class _Shard:
     record: dict[str, Any]
 
 
+def block_of(config: CollectConfig, model: LanguageModel, texts: Sequence[str], first_id: int) -> Block:
+    """Consecutive texts, the first one's number being `first_id`, as the model is to read them."""
+    contexts = contexts_of(
+        model.tokenize(texts, prepend_bos=False),
+        range(first_id, first_id + len(texts)),
+        context_size=_context_size(config, model),
+        bos=model.bos_token_id if config.prepend_bos else None,
+        keep_bos=config.keep_bos,
+    )
+    return plan_block(contexts, batch_size=config.batch_size, device=model.device)
+
+
 def _read_shards(config: CollectConfig, model: LanguageModel, shards: _Shards) -> Iterator[_Shard]:
     """Texts to tokens to batches; runs on a thread of its own."""
     for number, texts, state in shards:
-        first_id = number * config.texts_per_shard
-        contexts = contexts_of(
-            model.tokenize(texts, prepend_bos=False),
-            range(first_id, first_id + len(texts)),
-            context_size=_context_size(config, model),
-            bos=model.bos_token_id if config.prepend_bos else None,
-            keep_bos=config.keep_bos,
-        )
-        block = plan_block(contexts, batch_size=config.batch_size, device=model.device)
+        block = block_of(config, model, texts, number * config.texts_per_shard)
         record = {
             "n_texts": len(texts),
             "n_tokens": block.n_tokens,
@@ -508,7 +529,7 @@ def _read_shards(config: CollectConfig, model: LanguageModel, shards: _Shards) -
 
 def _write_shard(shard: _Shard, rows: WindowRows, target: _Target) -> None:
     """The rows at one hook to the disk; runs on a thread of its own."""
-    norms = rows.checked(target.hook)
+    norms = rows.checked_norms(target.hook)
     store_write.write_shard(
         target.folder,
         shard.number,
@@ -516,8 +537,8 @@ def _write_shard(shard: _Shard, rows: WindowRows, target: _Target) -> None:
         tokens=shard.block.tokens,
         text_ids=shard.block.text_ids,
         positions=shard.block.positions,
-        norms=norms.rows,
-        record=shard.record | {"norms": norms.histograms},
+        norms=norms,
+        record=shard.record | {"norms": rows.histograms(target.hook, norms)},
     )
 
 
