@@ -14,6 +14,7 @@ writing cost alone, and all of them as `collect` runs them. Loading is left out 
 import argparse
 import contextlib
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -27,29 +28,18 @@ from collection import make_model, write_texts  # the benchmark beside this one
 
 from mechint.config import CollectConfig
 from mechint.data import collect as collecting
-from mechint.data.collect import collect
-from mechint.data.contexts import contexts_of
-from mechint.data.text import open_texts
-from mechint.data.windows import plan_block, run_block
+from mechint.data.collect import block_of, collect, open_source
+from mechint.data.windows import Block, WindowRows, run_block
 from mechint.models import load_model
 from mechint.models.matmul import FastLinear
 
 
-def planned(config: CollectConfig, model: Any) -> list[Any]:
+def planned(config: CollectConfig, model: Any) -> list[Block]:
     """The blocks that `collect` makes of the texts."""
-    source, blocks, start = open_texts(config.dataset, max_chars=config.max_chars), [], 0
-    while texts := source.read(start, min(config.texts_per_shard, config.num_texts - start)):
-        contexts = contexts_of(
-            model.tokenize(texts, prepend_bos=False),
-            range(start, start + len(texts)),
-            context_size=min(config.context_size or model.n_ctx, model.n_ctx),
-            bos=model.bos_token_id if config.prepend_bos else None,
-            keep_bos=config.keep_bos,
-        )
-        blocks.append(plan_block(contexts, batch_size=config.batch_size, device=model.device))
-        start += len(texts)
-        if start >= config.num_texts:
-            break
+    source, blocks = open_source(config), []
+    for start in range(0, config.num_texts, config.texts_per_shard):
+        texts = source.read(start, min(config.texts_per_shard, config.num_texts - start))
+        blocks.append(block_of(config, model, texts, start))
     source.close()
     return blocks
 
@@ -109,51 +99,60 @@ def stages(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     write_texts(folder / "texts.txt", args.texts)
     hooks = tuple(f"blocks.{layer}.hook_resid_post" for layer in range(args.hooks))
     model = load_model(str(folder / "model"), device=args.device, dtype=args.dtype, hook_name=hooks[0])
-    ready = torch.randn(40_000, args.d_model, dtype=model.hf_model.dtype, device=model.device)
+    ready = torch.randn(2**17, args.d_model, dtype=model.hf_model.dtype, device=model.device)
 
     def at_once(tokens: torch.Tensor, hook_names: Any) -> dict[str, torch.Tensor]:
         rows = ready[: tokens.numel()].view(*tokens.shape, args.d_model)
         return dict.fromkeys(hook_names, rows)
 
     model.activations_at = at_once  # type: ignore[method-assign]
-    found: dict[str, list[float]] = {"read": [], "copy": [], "write": [], "collect": []}
-    for number in range(args.rounds + 1):
-        config = CollectConfig(
-            model=str(folder / "model"),
-            hook=hooks,
-            dataset=str(folder / "texts.txt"),
-            num_texts=args.texts,
-            max_chars=10_000,
-            output=folder / str(number),
-            dtype=args.dtype,
-            device=args.device,
-        )
-        blocks: list[Any] = []
-        took = {"read": seconds(lambda: blocks.extend(planned(config, model)), "cpu")}
-        rows: list[Any] = []
-        took["copy"] = seconds(lambda: rows.extend(run_block(model, hooks, block) for block in blocks), model.device)
-        took["write"] = 0.0
-        targets = [mock.Mock(folder=folder / f"alone-{number}" / hook, hook=hook) for hook in hooks]
-        for n, (block, block_rows) in enumerate(zip(blocks, rows, strict=True)):
-            shard = collecting._Shard(n, block, {"n_texts": 1, "texts_sha256": "", "state": None})
-            for target in targets:
-                work = lambda: collecting._write_shard(shard, block_rows, target)  # noqa: E731, B023
-                took["write"] += seconds(work, "cpu")
-        del rows
-        with mock.patch.object(collecting, "load_model", lambda *_, **__: model):
-            took["collect"] = collect(config, progress=False).seconds
-        if number:
-            for name, value in took.items():
-                found[name].append(value)
-    n_tokens = sum(block.n_tokens for block in blocks)
-    middle = {name: statistics.median(values) for name, values in found.items()}
-    slowest = max(middle["read"], middle["copy"], middle["write"])
+    config = CollectConfig(
+        model=str(folder / "model"),
+        hook=hooks,
+        dataset=str(folder / "texts.txt"),
+        num_texts=args.texts,
+        max_chars=10_000,
+        dtype=args.dtype,
+        device=args.device,
+        output=folder / "acts",
+    )
+    rounds = [one_round(config.with_overrides(output=folder / str(n)), model) for n in range(args.rounds + 1)][1:]
+    took = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+    n_tokens = sum(block.n_tokens for block in planned(config, model))
+    alone = [took["read"], took["copy"], took["write"]]
     return {
         "tokens_a_round": n_tokens,
-        "tokens_per_s": {name: round(n_tokens / value) for name, value in middle.items()},
-        "one_after_another_over_collect": (middle["read"] + middle["copy"] + middle["write"]) / middle["collect"],
-        "slowest_stage_over_collect": slowest / middle["collect"],
+        "tokens_per_s": {name: round(n_tokens / value) for name, value in took.items()},
+        "one_after_another_over_collect": sum(alone) / took["collect"],
+        "slowest_stage_over_collect": max(alone) / took["collect"],
     }
+
+
+def one_round(config: CollectConfig, model: Any) -> dict[str, float]:
+    """Seconds of each stage alone, and of all of them in `collect`."""
+    blocks: list[Block] = []
+    rows: list[WindowRows] = []
+
+    def read() -> None:
+        blocks.extend(planned(config, model))
+
+    def copy() -> None:
+        rows.extend(run_block(model, config.hooks, block) for block in blocks)
+
+    def write() -> None:
+        for number, (block, found) in enumerate(zip(blocks, rows, strict=True)):
+            shard = collecting._Shard(number, block, {"n_texts": 1, "texts_sha256": "", "state": None})
+            for hook in config.hooks:
+                folder = config.output.with_name(f"alone-{config.output.name}") / hook
+                collecting._write_shard(shard, found, mock.Mock(folder=folder, hook=hook))
+
+    took = {"read": seconds(read, "cpu"), "copy": seconds(copy, model.device), "write": seconds(write, "cpu")}
+    rows.clear()
+    with mock.patch.object(collecting, "load_model", lambda *_, **__: model):
+        took["collect"] = collect(config, progress=False).seconds
+    for name in (config.output.name, f"alone-{config.output.name}"):
+        shutil.rmtree(config.output.with_name(name))
+    return took
 
 
 def main() -> None:

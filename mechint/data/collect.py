@@ -580,6 +580,9 @@ def _write_shards(
     ):
         for shard in ready:
             missing = [target for target in targets if shard.number not in target.finished]
+            if not missing:  # behind a gap in a stream, which is read in order
+                bar.update(shard.record["n_texts"])
+                continue
             rows = run_block(model, [target.hook for target in missing], shard.block, on_batch=on_batch)
             writing.submit([functools.partial(_write_shard, shard, rows, target) for target in missing])
             del rows  # its memory is free as soon as it is written
@@ -633,8 +636,7 @@ def collect_command(config: CollectConfig) -> str:
     """The command line that collects this."""
     words = launcher("scripts/collect_activations.py").split()
     default = CollectConfig().to_dict()
-    values = config.to_dict() | {"hook": list(config.hooks), "layer": None, "layers": None}
-    for name, value in values.items():
+    for name, value in config.to_dict().items():
         flag = name.replace("_", "-")
         if value == default[name] and name not in ("model", "hook", "dataset", "output"):
             continue
