@@ -29,7 +29,7 @@ HOOK = "blocks.3.hook_resid_post"
 CONTEXT = 120
 
 
-def make_model(folder: Path) -> None:
+def make_model(folder: Path, hidden_size: int = 512) -> None:
     """Pythia-70M's shape with random weights, and a byte-level BPE tokenizer trained on the tales."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
@@ -54,10 +54,10 @@ def make_model(folder: Path) -> None:
     GPTNeoXForCausalLM(
         GPTNeoXConfig(
             vocab_size=50304,
-            hidden_size=512,
+            hidden_size=hidden_size,
             num_hidden_layers=6,
             num_attention_heads=8,
-            intermediate_size=2048,
+            intermediate_size=4 * hidden_size,
             max_position_embeddings=2048,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
             bos_token_id=0,
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--texts", type=int, default=256, help="texts a round for ours")
     parser.add_argument("--texts-original", type=int, default=12, help="texts a round for the original's way")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, help="texts a batch; filled by tokens if not given")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

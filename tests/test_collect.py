@@ -247,6 +247,68 @@ def test_a_second_collector_is_turned_away(tiny_neox_dir: Path, texts_file: Path
     assert main(flags(tiny_neox_dir, texts_file, tmp_path / "store")) == 0
 
 
+def disk_of(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    import shutil
+
+    usage = type(shutil.disk_usage("/"))
+    monkeypatch.setattr("mechint.data.forecast.shutil.disk_usage", lambda path: usage(10**12, 10**12 - free, free))
+
+
+@pytest.mark.parametrize("name", ["store", "a.pt", "acts"])
+def test_room_is_estimated_and_what_cannot_fit_is_refused(
+    tiny_neox_dir: Path, texts_file: Path, tmp_path: Path, name: str, capsys, monkeypatch
+):
+    """Texts alike, so that the estimate is exact: 48 texts of 8 rows, at one hook or two."""
+    (tmp_path / "texts.txt").write_text("the cat sat on the mat and the\n" * 48)
+    words = flags(tiny_neox_dir, tmp_path / "texts.txt", tmp_path / "out" / name, "--num-texts", 48)
+    if name == "acts":
+        words[words.index("--hook") + 1 : words.index("--hook") + 2] = [HOOK, "blocks.1.hook_resid_post"]
+    rows = 48 * 8
+    needed = rows * (32 * 4 + 16) * (2 if name == "acts" else 1)
+    disk_of(monkeypatch, needed - 1)
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: no room: 48 texts, about 384 vectors") and error.count("\n") == 1
+    assert "--num-texts 47 fits" in error and ("--dtype bfloat16" in error) == (name != "a.pt")
+    assert not (tmp_path / "out").exists()
+    assert ("fewer hooks" in error) == (name == "acts")
+    disk_of(monkeypatch, needed)
+    assert main(words) == 0
+    hooks = " at each of 2 hooks" if name == "acts" else ""
+    assert f"this will be 48 texts, about 384 vectors{hooks}, " in capsys.readouterr().err
+    stored = open_activations(tmp_path / "out" / name / (HOOK if name == "acts" else ""))
+    assert stored.n_rows == rows
+
+
+def test_room_is_for_what_is_still_missing(tiny_neox_dir: Path, tmp_path: Path, capsys, monkeypatch):
+    from test_collect_resume import Stop, stop_after
+
+    (tmp_path / "texts.txt").write_text("the cat sat on the mat and the\n" * 48)
+    words = flags(tiny_neox_dir, tmp_path / "texts.txt", tmp_path / "store", "--num-texts", 48)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4, Stop())
+        with pytest.raises(Stop):
+            main(words)
+    disk_of(monkeypatch, 16 * 8 * (32 * 4 + 16))  # two shards of eight texts are left
+    assert main(words) == 0
+    # a source that ends in its first shard is known to be short, however many texts were asked for
+    assert main(flags(tiny_neox_dir, tmp_path / "texts.txt", tmp_path / "short", "--num-texts", 10**5,
+                      "--checkpoint-every", 64)) == 2  # fmt: skip
+    disk_of(monkeypatch, 48 * 8 * (32 * 4 + 16))
+    assert main(flags(tiny_neox_dir, tmp_path / "texts.txt", tmp_path / "short", "--num-texts", 10**5,
+                      "--checkpoint-every", 64)) == 0  # fmt: skip
+
+
+def test_each_rows_norm_is_kept(tiny_neox_dir: Path, texts_file: Path, tmp_path: Path):
+    store = collect_quietly(*flags(tiny_neox_dir, texts_file, tmp_path / "store", "--dtype", "bfloat16"))
+    single = collect_quietly(*flags(tiny_neox_dir, texts_file, tmp_path / "a.pt", "--dtype", "bfloat16"))
+    shard = load_file(store / "shard-00000.safetensors")
+    assert shard["norms"].dtype == torch.float32 and shard["norms"].shape == shard["tokens"].shape
+    expected = open_activations(store).tensor().double().norm(dim=1)
+    for path in (store, single):
+        torch.testing.assert_close(open_activations(path).norms.double(), expected, rtol=1e-6, atol=0)
+
+
 def test_progress_goes_to_stderr_with_a_rate(tiny_neox_dir: Path, texts_file: Path, tmp_path: Path, capsys):
     collect_quietly(*flags(tiny_neox_dir, texts_file, tmp_path / "store"))
     captured = capsys.readouterr()

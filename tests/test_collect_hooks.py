@@ -119,8 +119,8 @@ def test_layers_and_hooks_on_the_command_line(tmp_path: Path, more: list, hooks:
     assert list(config.hooks) == hooks
     again = parse(CollectConfig, shlex.split(collect_command(config))[2:], prog="x")
     assert again.hooks == config.hooks
-    assert CollectConfig.from_dict(json.loads(json.dumps(config.to_dict() | {"layers": None, "layer": None,
-                                   "hook": list(hooks)}))).hooks == config.hooks  # fmt: skip
+    assert CollectConfig.from_dict(json.loads(json.dumps(config.to_dict()))).hooks == config.hooks
+    assert config.with_overrides(device="cpu").hooks == config.hooks
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,24 @@ def test_rows_in_any_order_and_batches(store: Path, dtype: str):
             activations.rows(torch.tensor([wrong]))
 
 
+def test_norms_are_read_or_computed(store: Path, tmp_path: Path):
+    """Shards of earlier versions have none; a row whose squares overflow has the largest float32, not infinity."""
+    rows = open_activations(store).tensor()
+    computed = open_activations(store).norms
+    torch.testing.assert_close(computed, rows.norm(dim=1))
+    file = store / "shard-00002.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "norms": torch.arange(7, dtype=torch.float32)}, file)
+    assert open_activations(store).norms.tolist() == [*computed[:6].tolist(), *range(7)]
+    save_file({**tensors, "norms": torch.zeros(6)}, file)
+    with pytest.raises(MechintError, match="6 norms of 7 rows"):
+        _ = open_activations(store).norms
+    bare = torch.full((2, 4), 3e38)
+    bare[0] = 2
+    torch.save(bare, tmp_path / "bare.pt")
+    assert open_activations(tmp_path / "bare.pt").norms.tolist() == [4.0, torch.finfo(torch.float32).max]
+
+
 def test_what_rows_returns_is_the_callers_own(store: Path):
     activations = open_activations(store)
     before = activations.tensor().clone()

@@ -165,7 +165,7 @@ def label_texts(
     ]
     block = plan_block(contexts, batch_size=batch_size, device=inside.model.device)
     found = run_block(inside.model, [inside.hook_name], block, on_batch=_bar(len(texts), progress))
-    found.checked(inside.hook_name)
+    found.checked_norms(inside.hook_name)
     alone = block.text_ids.numpy()  # each text is one context
     by_text = _group(alone, block.positions.numpy(), alone, {"prepend_bos": inside.prepend_bos}, None)
     rows = found.activations[inside.hook_name]

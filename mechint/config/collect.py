@@ -68,8 +68,7 @@ class CollectConfig(Config):
     """Fill each context with several texts, each begun by BOS (or EOS); a token then attends to the texts before its
     own."""
     output: Path = Path("activations/activations_50000.pt")
-    """A path ending in .pt gives one float32 tensor with its .json sidecar; any other path a sharded store, or for
-    several hooks a folder with one store a hook."""
+    """X.pt: one float32 tensor with its .json sidecar. Else a sharded store; for several hooks, a folder of stores."""
     processing: Processing = "raw"
     """raw: the residual stream as the model computes it. centred: minus its mean over d_model (mech-int's setting)."""
     prepend_bos: bool = True
@@ -98,6 +97,14 @@ class CollectConfig(Config):
         if preset not in COLLECT_PRESETS:
             raise MechintError(f"{source}: unknown preset {preset!r}; {nearest(str(preset), COLLECT_PRESETS)}")
         return super().from_dict({**COLLECT_PRESETS[preset], **values}, source=source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `Config.to_dict`, with the hooks that --layer and --layers stand for."""
+        values = super().to_dict()
+        if self.layers is not None or self.layer is not None:
+            hooks = list(self.hooks)
+            values |= {"hook": hooks[0] if len(hooks) == 1 else hooks, "layer": None, "layers": None}
+        return values
 
     def __post_init__(self) -> None:
         require(self.num_texts > 0, f"--num-texts must be at least 1, got {self.num_texts}")

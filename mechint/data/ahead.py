@@ -41,6 +41,9 @@ def ahead(items: Iterable[T]) -> Generator[T]:
             put(True, None)
         except BaseException as error:  # whatever it is belongs to the thread that asked
             put(True, error)
+        finally:
+            if isinstance(items, Generator):
+                items.close()
 
     thread = threading.Thread(target=work, name="ahead", daemon=True)
     thread.start()

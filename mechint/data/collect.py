@@ -6,12 +6,13 @@ with the shards that are missing, and several processes (`torchrun`) take every 
 
 import contextlib
 import functools
+import itertools
 import os
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,6 @@ _ORIGINAL_KEYS = [
     *("runs_root", "seed", "val_fraction", "warmup_steps"),
 ]
 ORIGINAL_CHECKPOINT_EVERY = 5000  # texts
-# Token, text, position and norm of each row.
-BYTES_OF_COLUMNS = 16
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ def _targets(config: CollectConfig, ranks: Ranks) -> list[_Target]:
         output = config.output / hook if len(hooks) > 1 else config.output
         if not shards_folder(output).exists():
             check_output_path(shards_folder(output))
-        settings = _settings(config, hook, ranks)
+        settings = settings_at(config, hook, ranks.world_size)
         info = _already_collected(output, settings, ranks)
         asked = None if info else _read_asked(shards_folder(output))
         finished = store_write.finished_shards(shards_folder(output)) if asked else {}
@@ -190,7 +189,7 @@ def _targets(config: CollectConfig, ranks: Ranks) -> list[_Target]:
     return targets
 
 
-def _settings(config: CollectConfig, hook: str, ranks: Ranks) -> dict[str, Any]:
+def settings_at(config: CollectConfig, hook: str, world_size: int = 1) -> dict[str, Any]:
     """The settings that decide the content of the result at one hook, in one spelling."""
     settings = config.to_dict() | {"hook": hook}
     for name in ("output", "layer", "layers", "preset", "checkpoint_every"):
@@ -200,7 +199,7 @@ def _settings(config: CollectConfig, hook: str, ranks: Ranks) -> dict[str, Any]:
     settings["model"] = config.model if config.model in BUILTIN_MODELS else location
     settings["texts_per_shard"] = config.texts_per_shard
     if config.dataset not in BUILTIN and not is_local(config.dataset):
-        settings["world_size"] = ranks.world_size  # a data set on the Hub is dealt out to the processes
+        settings["world_size"] = world_size  # a data set on the Hub is dealt out to the processes
     return settings
 
 
@@ -224,7 +223,7 @@ def _check_shared_folder(config: CollectConfig, ranks: Ranks) -> None:
         if before is None:
             raise MechintError(f"{folder} holds other files ({path.name}): give another --output")
         # the stores in one folder have the same rows
-        store_write.check_same(before, _settings(config, before.get("hook", path.name), ranks), str(path))
+        store_write.check_same(before, settings_at(config, before.get("hook", path.name), ranks.world_size), str(path))
 
 
 def _already_collected(output: Path, settings: dict[str, Any], ranks: Ranks) -> dict[str, Any] | None:
@@ -291,24 +290,20 @@ def _collect(
     source = _open_source(config, begun, finished, ranks)
     try:
         shards = _Shards(config, source, finished, ranks)
-        model = load_model(
-            config.model,
-            device=ranks.device(config.device),
-            dtype=config.dtype,
-            processing=config.processing,
-            backend=backend_for(*config.hooks) if config.backend == "auto" else config.backend,
-            hook_name=targets[0].hook,
-            # the commit that it was begun with, if the newest one is another by now
-            revision=begun["info"]["model_revision"] if begun else config.model_revision,
-        )
+        # the commit that it was begun with, if the newest one is another by now
+        revision = begun["info"]["model_revision"] if begun else config.model_revision
+        model = load_hooked(config.with_overrides(device=ranks.device(config.device), model_revision=revision))
         fixed = {"model_sha256": model.weights_sha256(), "texts": source.fingerprint()}
         for target in whole:
             if (target.info or {}).get("model_sha256") != fixed["model_sha256"]:
                 raise _not_aligned(target, targets[0], "model_sha256")
         records = [_asked(config, target, source, model, fixed) for target in targets]
+        ready = _read_shards(config, model, shards)
+        first = next(ready, None)
         if ranks.rank == 0:
-            for note in _forecast(config, model, shards, [record["info"] for record in records]):
+            for note in _forecast(config, first, shards, [record["info"] for record in records]):
                 on_note(note)
+        ready = ready if first is None else itertools.chain([first], ready)
         with contextlib.ExitStack() as held:
             if ranks.rank == 0:
                 if len(config.hooks) > 1:
@@ -317,7 +312,7 @@ def _collect(
                     held.enter_context(store_write.only_writer(target.folder))
                     store_write.begin_store(target.folder, record)
             ranks.barrier()
-            n_tokens, seconds = _write_shards(config, model, shards, targets, ranks, progress)
+            n_tokens, seconds = _write_shards(model, ready, shards, targets, ranks, progress)
             ranks.barrier()
             if ranks.rank == 0:
                 for target, record in zip(targets, records, strict=True):
@@ -342,9 +337,24 @@ def _asked(
         store_write.check_same(target.asked["fixed"], fixed, str(target.folder))
         info = target.asked["info"]
     else:
-        model.check_hook(target.hook)
-        info = _settled(config, target, source, model)
+        info = store_fields(config, target.hook, target.settings, source, model)
     return {"settings": target.settings, "fixed": fixed, "info": info, "command": collect_command(config)}
+
+
+def load_hooked(config: CollectConfig) -> LanguageModel:
+    """The model that `config` names, with a backend that has all of its hooks."""
+    model = load_model(
+        config.model,
+        device=config.device,
+        dtype=config.dtype,
+        processing=config.processing,
+        backend=backend_for(*config.hooks) if config.backend == "auto" else config.backend,
+        hook_name=config.hooks[0],
+        revision=config.model_revision,
+    )
+    for hook in config.hooks[1:]:
+        model.check_hook(hook)
+    return model
 
 
 def _read_asked(folder: Path) -> dict[str, Any] | None:
@@ -363,16 +373,23 @@ def _open_source(
         while mine in finished:
             state = finished[mine]["state"]
             mine += ranks.world_size
+    return open_source(config.with_overrides(revision=revision), ranks.rank, ranks.world_size, state)
+
+
+def open_source(
+    config: CollectConfig, rank: int = 0, world_size: int = 1, state: dict[str, Any] | None = None
+) -> TextSource:
+    """The texts that `config` names, from the beginning or from where the source's `state` was."""
     return open_texts(
         config.dataset,
         config.split,
-        revision=revision,
+        revision=config.revision,
         text_field=config.text_field,
         unit=config.unit,
         max_chars=config.max_chars,
         seed=config.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        rank=rank,
+        world_size=world_size,
         state=state,
     )
 
@@ -388,7 +405,7 @@ class _Shards:
         self.step = ranks.world_size if source.by_rank else 1
         total = -(-self.num_texts // self.size)
         mine = range(ranks.rank, total, ranks.world_size)
-        ended = [number for number, record in finished.items() if record["n_texts"] < self._length(number)]
+        ended = [number for number, record in finished.items() if record["n_texts"] < self.length(number)]
         if source.by_rank:
             ended = [number for number in ended if number in mine]
             # What lies behind a gap cannot be kept: the stream is read in order from the state before it.
@@ -400,27 +417,31 @@ class _Shards:
             self.numbers = [number for number in mine if number not in finished]
         if ended:
             self.numbers = [number for number in self.numbers if number < min(ended)]
-        self.n_texts = sum(map(self._length, mine))
-        self.n_texts_left = sum(map(self._length, self.numbers))
+        self.n_texts = sum(map(self.length, mine))
+        self.n_texts_left = sum(map(self.length, self.numbers))
+        end = min(ended, default=total)
+        done = sum(self.length(number) for number in finished if number < end)
+        self.n_texts_missing = min(self.num_texts, end * self.size) - done  # of all processes
         self.finished = finished
         self.first = self._read(self.numbers[0]) if self.numbers else ([], None)
         if self.numbers and self.numbers[0] == 0 and not self.first[0]:
             raise no_texts(config.dataset)
 
-    def _length(self, number: int) -> int:
+    def length(self, number: int) -> int:
+        """How many texts a shard holds, unless the source ends."""
         return min(self.size, self.num_texts - number * self.size)
 
     def about(self) -> tuple[int, bool]:
         """About how many texts all processes together still have to collect, and whether that is exact."""
         known = self.source.about()
         begun = 0 if not self.numbers else self.numbers[0] // self.step * self.size + len(self.first[0])
-        ended = bool(self.numbers) and len(self.first[0]) < self._length(self.numbers[0])
+        ended = bool(self.numbers) and len(self.first[0]) < self.length(self.numbers[0])
         total = begun if ended else self.num_texts if known is None else min(max(known, begun), self.num_texts)
         done = sum(record["n_texts"] for record in self.finished.values())
         return max(total - done, 0), ended or known is not None and known >= self.num_texts
 
     def _read(self, number: int) -> tuple[list[Document], dict[str, Any] | None]:
-        texts = self.source.read(number // self.step * self.size, self._length(number))
+        texts = self.source.read(number // self.step * self.size, self.length(number))
         return texts, self.source.state()
 
     def __iter__(self) -> Iterator[tuple[int, list[Document], dict[str, Any] | None]]:
@@ -429,19 +450,21 @@ class _Shards:
             texts, state = self.first if number == self.numbers[0] else self._read(number)
             if texts:
                 yield number, texts, state
-            if len(texts) < self._length(number):
+            if len(texts) < self.length(number):
                 return
 
 
-def _settled(config: CollectConfig, target: _Target, source: TextSource, model: LanguageModel) -> dict[str, Any]:
+def store_fields(
+    config: CollectConfig, hook: str, settings: dict[str, Any], source: TextSource, model: LanguageModel
+) -> dict[str, Any]:
     """The fields of `store.json` that are known before the first shard."""
     return {
         **source.describe(),
-        "settings": target.settings,
-        "d_in": model.hook_width(target.hook),
+        "settings": settings,
+        "d_in": model.hook_width(hook),
         "dtype": config.dtype,
-        "hook_name": target.hook,
-        "layer": layer_of_hook(target.hook),
+        "hook_name": hook,
+        "layer": layer_of_hook(hook),
         "model_name": config.model,
         "model_source": model.source,
         "model_revision": model.revision,
@@ -475,12 +498,20 @@ class _Shard:
     record: dict[str, Any]
 
 
+def block_of(
+    config: CollectConfig, model: LanguageModel, documents: Sequence[Document], first_id: int
+) -> tuple[TextsRead, Block, dict[str, int]]:
+    """Consecutive texts, the first one's number being `first_id`, as they were read, as the model is to read them, and
+    the counts of what was done to them."""
+    read = read_texts(model, documents, max_chars=config.max_chars, prepend_bos=config.prepend_bos)
+    contexts, counts = lay_out(config, model, read, first_id=first_id)
+    return read, plan_block(contexts, batch_size=config.batch_size, device=model.device), counts
+
+
 def _read_shards(config: CollectConfig, model: LanguageModel, shards: _Shards) -> Iterator[_Shard]:
     """Texts to tokens to batches; runs on a thread of its own."""
     for number, documents, state in shards:
-        read = read_texts(model, documents, max_chars=config.max_chars, prepend_bos=config.prepend_bos)
-        contexts, counts = lay_out(config, model, read, first_id=number * config.texts_per_shard)
-        block = plan_block(contexts, batch_size=config.batch_size, device=model.device)
+        read, block, counts = block_of(config, model, documents, number * config.texts_per_shard)
         record = {
             "n_texts": len(documents),
             "n_tokens": block.n_tokens,
@@ -493,7 +524,7 @@ def _read_shards(config: CollectConfig, model: LanguageModel, shards: _Shards) -
 
 def _write_shard(shard: _Shard, rows: WindowRows, target: _Target) -> None:
     """The rows at one hook to the disk; runs on a thread of its own."""
-    norms = rows.checked(target.hook)
+    norms = rows.checked_norms(target.hook)
     store_write.write_shard(
         target.folder,
         shard.number,
@@ -501,8 +532,8 @@ def _write_shard(shard: _Shard, rows: WindowRows, target: _Target) -> None:
         tokens=shard.block.tokens,
         text_ids=shard.block.text_ids,
         positions=shard.block.positions,
-        norms=norms.rows,
-        record=shard.record | {"norms": norms.histograms},
+        norms=norms,
+        record=shard.record | {"norms": rows.histograms(target.hook, norms)},
     )
 
 
@@ -514,33 +545,31 @@ def _check_texts(config: CollectConfig, before: dict[str, Any], now: dict[str, A
         )
 
 
-def _forecast(config: CollectConfig, model: LanguageModel, shards: _Shards, infos: list[dict[str, Any]]) -> list[str]:
+def _forecast(config: CollectConfig, shard: "_Shard | None", shards: _Shards, infos: list[dict[str, Any]]) -> list[str]:
     """What is about to be collected, judged by the first shard that is left; `infos` are the fields of each store.
     Raises `MechintError` if the disk is too small for it."""
-    documents, _ = shards.first
     lines = [f"texts: {shards.source.said}"]
-    if not documents:
+    if shard is None:
         return lines
-    read = read_texts(model, documents, max_chars=config.max_chars, prepend_bos=config.prepend_bos)
-    contexts, counts = lay_out(config, model, read, first_id=0)
     n_texts, exact = shards.about()
-    itemsize = 4 if config.output.suffix == ".pt" else DTYPES[config.dtype].itemsize
-    size, problem = forecast(
+    # shards become a .pt one at a time, in float32
+    dtype = "float32" if config.output.suffix == ".pt" else config.dtype
+    size = forecast(
         n_texts,
         exact=exact,
-        rows_per_text=sum(sum(context.kept) for context in contexts) / len(documents),
-        bytes_per_row=sum(info["d_in"] * itemsize + BYTES_OF_COLUMNS for info in infos),
+        rows_per_text=shard.block.n_rows / shard.record["n_texts"],
+        widths=[info["d_in"] for info in infos],
+        itemsize=DTYPES[dtype].itemsize,
         output=config.output,
     )
-    if problem is not None:
-        raise problem
-    first = "" if n_texts <= len(documents) else "the first "
-    return [*lines, size, *treatment(counts, infos[0], first + plural(len(documents), "text"))]
+    read = plural(shard.record["n_texts"], "text")
+    first = read if n_texts <= shard.record["n_texts"] else f"the first {read}"
+    return [*lines, size, *treatment(shard.record["texts"], infos[0], first)]
 
 
 def _write_shards(
-    config: CollectConfig,
     model: LanguageModel,
+    shards_to_make: Iterable[_Shard],
     shards: _Shards,
     targets: list[_Target],
     ranks: Ranks,
@@ -571,11 +600,14 @@ def _write_shards(
     limit = _shards_behind(model.device)
     with (
         bar,
-        contextlib.closing(ahead(_read_shards(config, model, shards))) as ready,
+        contextlib.closing(ahead(shards_to_make)) as ready,
         Behind(limit, threads=max(limit, min(len(targets), 4))) as writing,
     ):
         for shard in ready:
             missing = [target for target in targets if shard.number not in target.finished]
+            if not missing:  # behind a gap in a stream, which is read in order
+                bar.update(shard.record["n_texts"])
+                continue
             rows = run_block(model, [target.hook for target in missing], shard.block, on_batch=on_batch)
             writing.submit([functools.partial(_write_shard, shard, rows, target) for target in missing])
             bar.update(shard.record["n_texts"])
@@ -655,8 +687,7 @@ def collect_command(config: CollectConfig) -> str:
     """The command line that collects this."""
     words = launcher("scripts/collect_activations.py").split()
     default = CollectConfig().to_dict()
-    values = config.to_dict() | {"hook": list(config.hooks), "layer": None, "layers": None}
-    for name, value in values.items():
+    for name, value in config.to_dict().items():
         flag = name.replace("_", "-")
         if value == default[name] and name not in ("model", "hook", "dataset", "output"):
             continue

@@ -1,40 +1,54 @@
 """What is said of texts: before a collection, how much it will be; after it, what was left out and how to keep it."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mechint.errors import MechintError
 
+# Token, text, position and norm of each row.
+COLUMN_BYTES = 16
+
 
 def forecast(
-    n_texts: int, *, exact: bool, rows_per_text: float, bytes_per_row: int, output: Path
-) -> tuple[str, MechintError | None]:
-    """How many vectors and bytes `n_texts` more texts will be, beside the free disk; and the error if they cannot fit.
+    n_texts: int, *, exact: bool, rows_per_text: float, widths: Sequence[int], itemsize: int, output: Path
+) -> str:
+    """How many vectors and bytes `n_texts` more texts will be, beside the free disk.
 
     Args:
         exact: whether `n_texts` is known, not judged by the part that was read.
+        widths: d_in of each hook.
+        itemsize: bytes of one number of a vector.
+
+    Raises:
+        MechintError: they cannot fit.
     """
     n_rows = round(n_texts * rows_per_text)
-    needed, free = n_rows * bytes_per_row, free_bytes(output)
-    size = f"{'' if exact else 'about '}{plural(n_texts, 'text')}, about {n_rows:,} vectors, {in_bytes(needed)}"
-    if free is None:
-        return f"this will be {size}", None
-    line = f"this will be {size}; {in_bytes(free)} are free there"
-    if needed <= free:
-        return line, None
-    fitting = int(free / max(rows_per_text * bytes_per_row, 1))
-    advice = f"--num-texts {fitting} fits; or take --dtype bfloat16 or another --output"
-    return line, MechintError(f"{size} do not fit into {output.parent}, where {in_bytes(free)} are free: {advice}")
+    bytes_per_row = sum(width * itemsize + COLUMN_BYTES for width in widths)
+    needed, (free, place) = n_rows * bytes_per_row, free_bytes(output)
+    hooks = f" at each of {len(widths)} hooks" if len(widths) > 1 else ""
+    size = f"{'' if exact else 'about '}{plural(n_texts, 'text')}, about {n_rows:,} vectors{hooks}, {in_bytes(needed)}"
+    if free is None:  # some network disks do not say
+        return f"this will be {size}"
+    if needed > free:
+        fitting = int(free / max(rows_per_text * bytes_per_row, 1))
+        smaller = ["--dtype bfloat16"] if itemsize == 4 and output.suffix != ".pt" else []
+        fewer = ["fewer hooks"] if hooks else []
+        raise MechintError(
+            f"no room: {size} do not fit into {place}, where {in_bytes(free)} are free: --num-texts {fitting} fits; or"
+            f" take {', '.join([*smaller, *fewer, 'another --output'])}"
+        )
+    return f"this will be {size}; {in_bytes(free)} are free there"
 
 
-def free_bytes(output: Path) -> int | None:
-    """Free disk where `output` is or will be; None for a file system that does not say."""
+def free_bytes(output: Path) -> tuple[int | None, Path]:
+    """Free disk where `output` is or will be, None where the file system does not say; and the folder there."""
     place = output.absolute()
-    while not place.exists():
+    while not place.is_dir():
         place = place.parent
     usage = shutil.disk_usage(place)
-    return usage.free if usage.total else None
+    return (usage.free if usage.total else None), place
 
 
 def in_bytes(n: int) -> str:

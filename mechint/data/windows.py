@@ -1,7 +1,7 @@
 """A block of consecutive texts through the model: the rows of a shard, at one hook or several.
 
 Three steps, which collection runs on three threads: `plan_block` (batches, columns), `run_block` (the model) and
-`WindowRows.checked` (norms, NaN).
+`WindowRows.checked_norms`.
 """
 
 import contextlib
@@ -64,14 +64,6 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Norms:
-    """Of a block's rows at one hook, and their histograms together with those left out at position 0."""
-
-    rows: Float[Tensor, " n"]
-    histograms: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class WindowRows:
     """The rows of a block, by hook, and the vectors at positions 0 that have no row."""
 
@@ -81,8 +73,8 @@ class WindowRows:
     left_out: dict[str, Float[Tensor, "n_left d_in"]]
     arrived: Any = None  # the CUDA event behind the last copy to the host
 
-    def checked(self, hook_name: str) -> Norms:
-        """Wait until the rows have arrived, and take their norms. Raises `MechintError` if one is NaN or Inf."""
+    def checked_norms(self, hook_name: str) -> Float[Tensor, " n"]:
+        """Wait until the rows at this hook have arrived; their norms. Raises `MechintError` if one is NaN or Inf."""
         if self.arrived is not None:
             self.arrived.synchronize()
         rows, block = self.activations[hook_name], self.block
@@ -94,10 +86,14 @@ class WindowRows:
                 f" position {int(block.positions[bad])}; nothing of this shard was kept: use --dtype float32, or check"
                 " the model's weights"
             )
+        return norms.clamp_max(LARGEST_NORM)
+
+    def histograms(self, hook_name: str, norms: Float[Tensor, " n"]) -> dict[str, Any]:
+        """Of the rows' norms, and of those left out at position 0."""
         left_out = row_norms(self.left_out[hook_name])
         left_out = left_out[left_out.isfinite()]
-        at_start = torch.cat([block.positions == 0, torch.ones(len(left_out), dtype=torch.bool)]).to(norms.device)
-        return Norms(norms.clamp_max(LARGEST_NORM), norm_histograms(torch.cat([norms, left_out]), at_start))
+        at_start = torch.cat([self.block.positions == 0, torch.ones(len(left_out), dtype=torch.bool)])
+        return norm_histograms(torch.cat([norms, left_out]), at_start)
 
 
 def plan_block(
@@ -155,7 +151,7 @@ def run_block(
     device: str | torch.device = "cpu",
     on_batch: Callable[[int, int], None] = lambda contexts, tokens: None,
 ) -> WindowRows:
-    """Run a block through the model; its rows lie on `device`. They may still be on their way: see `checked`.
+    """Run a block through the model; its rows lie on `device`. They may still be on their way: see `checked_norms`.
 
     Padding is on the right; a causal model's other positions do not see it.
 
