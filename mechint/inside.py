@@ -30,7 +30,7 @@ from mechint.formats.mechint import sniff
 from mechint.formats.saelens import CFG_FILE
 from mechint.models import BridgedModel, LanguageModel, load_model
 from mechint.models.bridge import is_bridge
-from mechint.models.language_model import DTYPES, backend_for
+from mechint.models.language_model import DTYPES
 from mechint.provenance import read_json
 from mechint.runs import Run
 from mechint.sae import SAE
@@ -305,12 +305,18 @@ def put_inside(
             name,
             device=device,
             dtype=dtype or (recorded_dtype if recorded_dtype in DTYPES else "float32"),
-            processing=used,
-            backend=backend_for(hook_name, hook_out) if backend == "auto" else backend,
+            backend=backend,
             revision=None if model else said.get("model_revision"),
         )
+        if used == "centred" and _by_transformer_lens(said) and not loaded.subtracts_mean:
+            said["processing"] = "raw"
+            told.append(f"TransformerLens centres nothing in {loaded.name}, whose norms do not subtract the mean: raw")
+        elif used == "centred":
+            loaded.centre()
     except MechintError as error:
         raise NotPlaced(str(error)) from error
+    if backend == "auto":
+        loaded.choose_backend(hook_name, hook_out)
     check_fit(sae, loaded, hook_name, said)
     if said.get("model_sha256") not in (None, loaded.weights_sha256()):
         told.append(
@@ -506,6 +512,11 @@ def processing_of(said: Mapping[str, Any]) -> str | None:
         return str(recorded)
     centred = (said.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights")
     return None if centred is None else "centred" if centred else "raw"
+
+
+def _by_transformer_lens(said: Mapping[str, Any]) -> bool:
+    """Whether it was left to TransformerLens to centre, by SAELens's setting."""
+    return bool((said.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights"))
 
 
 def _same_processing(said: Mapping[str, Any], processing: str, model_name: str) -> None:

@@ -27,6 +27,8 @@ class Family:
     tokenizer: str = "byte-level"
     # whether every reader of the residual stream subtracts the mean, so that "centred" has a meaning
     centres: bool = False
+    # how far parameters are from their initial values; less where activations would grow out of float32's precision
+    noise: float = 0.2
 
 
 # Under the names that most configs use; others have their own, in the table below.
@@ -148,7 +150,7 @@ FAMILIES: dict[str, Family] = {
         "granite", {**_SHARED, "residual_multiplier": 0.7, "embedding_multiplier": 2.0, "logits_scaling": 1.5}
     ),
     "smollm3": Family("smollm3", {**_SHARED, "pad_token_id": 0}),
-    "nemotron": Family("nemotron", _SHARED, "byte-fallback", centres=True),
+    "nemotron": Family("nemotron", _SHARED, "byte-fallback", centres=True, noise=0.1),
     "glm4": Family("glm4", _SHARED),
     "xglm": Family(
         "xglm",
@@ -171,10 +173,10 @@ def make_family(name: str, folder: Path, *, seed: int = 0) -> Path:
     family = FAMILIES[name]
     tokenizer = TOKENIZERS[family.tokenizer]()
     tokenizer.save_pretrained(folder)
-    return save_model(family.model_type, family.settings, folder, seed=seed)
+    return save_model(family.model_type, family.settings, folder, seed=seed, noise=family.noise)
 
 
-def save_model(model_type: str, settings: dict[str, Any], folder: Path, *, seed: int = 0) -> Path:
+def save_model(model_type: str, settings: dict[str, Any], folder: Path, *, seed: int = 0, noise: float = 0.2) -> Path:
     """A random causal language model of the type, saved into `folder`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -188,7 +190,7 @@ def save_model(model_type: str, settings: dict[str, Any], folder: Path, *, seed:
     with torch.no_grad():
         for parameter in model.parameters():
             # Gains of 1 (or of 0, where 1 is added) and biases of 0 would hide a forgotten norm or bias.
-            parameter.add_(0.2 * torch.randn_like(parameter))
+            parameter.add_(noise * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return folder
 

@@ -119,15 +119,16 @@ def test_unknown_hooks_name_the_nearest(models, backend: str):
 
 def test_other_hooks_need_the_bridge(models, tokens):
     with pytest.raises(MechintError, match="--backend bridge"):
-        models["transformers", "raw"].check_hook("blocks.3.hook_mlp_out")
-    models["bridge", "raw"].check_hook("blocks.3.hook_mlp_out")
-    value = models["bridge", "raw"].activations(tokens, "blocks.3.hook_mlp_out")
-    assert value.shape == (*tokens.shape, 32)
+        models["transformers", "raw"].check_hook("blocks.3.mlp.hook_post")
+    models["bridge", "raw"].check_hook("blocks.3.mlp.hook_post")
+    value = models["bridge", "raw"].activations(tokens, "blocks.3.mlp.hook_post")
+    assert value.shape == (*tokens.shape, 64)
 
 
 def test_auto_backend_follows_the_hook(tiny_neox_dir: Path):
     assert load_model(str(tiny_neox_dir), hook_name=HOOK).backend == "transformers"
-    assert load_model(str(tiny_neox_dir), hook_name="blocks.3.hook_mlp_out").backend == "bridge"
+    assert load_model(str(tiny_neox_dir), hook_name="blocks.3.hook_mlp_out").backend == "transformers"
+    assert load_model(str(tiny_neox_dir), hook_name="blocks.3.mlp.hook_post").backend == "bridge"
 
 
 def test_aliases():

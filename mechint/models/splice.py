@@ -111,6 +111,8 @@ def make_splice(model: Any, hook_name: str, sample: list[int]) -> Splice | str:
         return f"{type(model).__name__} is not a LanguageModel"
     if model.backend != "transformers":
         return "it runs through TransformerLens"
+    if "hook_resid_" not in hook_name:
+        return f"{hook_name} is not the residual stream itself"
     tokens = torch.tensor([sample[:PROOF_TOKENS]])
     try:
         splice = Splice(model, hook_name)
