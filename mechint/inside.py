@@ -363,9 +363,9 @@ def _hook_name(
 
 
 def _model_name(said: Mapping[str, Any], notes: list[str]) -> str:
-    """A local folder if it is still there (it was recorded in full), else the name that was typed at collection."""
+    """A local path if it is still there (it was recorded in full), else the name that was typed at collection."""
     name, source = said.get("model_name"), said.get("model_source")
-    if source and not str(name).startswith("builtin/") and Path(source).is_dir():
+    if source and not str(name).startswith("builtin/") and Path(source).exists():
         return str(source)
     if name or source:
         return str(name or source)
