@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechint.config import DEFAULT_HOOK, ReadsSAE, SAETrainConfig
+from mechint.config import DEFAULT_HOOK, ReadsSAE, SAETrainConfig, canonical_hook
 from mechint.config.base import Unsaid
 from mechint.data.store import Activations
 from mechint.errors import MechintError
@@ -348,7 +348,7 @@ def _hook_name(
         if values.hook_name is not None and not isinstance(values.hook_name, Unsaid):
             found[str(config)] = values.hook_name
     if hook is not None:
-        found["--hook"] = hook
+        found["--hook"] = canonical_hook(hook)
     if recorded := known.get("hook_name"):
         found["the activations' record"] = recorded
     if len(set(found.values())) > 1:

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechint.config import layer_of_hook
+from mechint.config import canonical_hook, layer_of_hook
 from mechint.errors import MechintError, nearest
 from mechint.models.bridge import editing, read_hook, shape_at, wrong_order
 from mechint.models.resolve import BUILTIN_MODELS, load_pretrained, resolve_model
@@ -187,6 +187,8 @@ class LanguageModel:
         """Raise `MechintError` unless this model and backend have the hook."""
         if self.backend == "transformers" and self.on_transformers(hook_name):
             return
+        if (same := canonical_hook(hook_name)) != hook_name:
+            raise MechintError(f"hook {hook_name!r} is a module's name: here it is {same}")
         layer = layer_of_hook(hook_name)
         if layer is not None and 0 < self.n_layers <= layer:
             raise MechintError(
