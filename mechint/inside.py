@@ -196,6 +196,7 @@ def open_named(config: ReadsSAE, *, check: Callable[[SAE], object] | None = None
         processing=config.processing,
         dtype=config.dtype,
         device=config.device,
+        device_map=config.device_map,
         check=check,
         **more,
     )
@@ -224,6 +225,7 @@ def open_inside(
     context_size: int | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    device_map: str | None = None,
     check: Callable[[SAE], object] | None = None,
 ) -> Inside:
     """Open anything that `SAE.load` opens, with its model. The SAE ends up on the model's device.
@@ -259,6 +261,7 @@ def open_inside(
         context_size=context_size,
         dtype=dtype,
         device=device,
+        device_map=device_map,
         notes=sae.notes,
     )
 
@@ -278,6 +281,7 @@ def put_inside(
     dtype: str | None = None,
     backend: str = "auto",
     device: str | None = None,
+    device_map: str | None = None,
     notes: tuple[str, ...] = (),
 ) -> Inside:
     """`open_inside` of an SAE that is open already. `known` is what the activations record that it is used with, for
@@ -304,6 +308,7 @@ def put_inside(
         loaded = load_model(
             name,
             device=device,
+            device_map=device_map,
             dtype=dtype or (recorded_dtype if recorded_dtype in DTYPES else "float32"),
             backend=backend,
             revision=None if model else said.get("model_revision"),

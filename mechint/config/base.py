@@ -27,7 +27,8 @@ DEFAULT_HOOK = "blocks.3.hook_resid_post"
 
 Processing = Literal["raw", "centred"]
 Backend = Literal["auto", "transformers", "bridge"]
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["float32", "bfloat16", "float16", "int8"]
+DeviceMap = Literal["auto"]
 
 
 class Unsaid(str):
@@ -131,6 +132,8 @@ class ReadsSAE(Config):
     """Precision of the model; the one that the activations were collected in if not given."""
     device: str | None = None
     """cuda, mps or cpu; the best that works if not given."""
+    device_map: DeviceMap | None = None
+    """auto spreads a model that no device can hold over all devices, memory and disk (needs accelerate)."""
 
     @property
     def has_sae(self) -> bool:

@@ -177,6 +177,7 @@ def _collect(config: CollectConfig, settings: dict[str, Any], ranks: Ranks, prog
         model = load_model(
             config.model,
             device=ranks.device(config.device),
+            device_map=config.device_map,
             dtype=config.dtype,
             processing=config.processing,
             backend=config.backend,
@@ -291,7 +292,7 @@ def _settled(
         **source.describe(),
         "settings": settings,
         "d_in": model.hook_width(config.hook),
-        "dtype": config.dtype,
+        "dtype": str(model.hf_model.dtype).removeprefix("torch."),
         "hook_name": config.hook,
         "layer": layer_of_hook(config.hook),
         "model_name": config.model,

@@ -275,7 +275,8 @@ def prepare_language(
             processing=config.processing,
             dtype=config.dtype,
             backend=config.backend,
-            device=detect_device(config.device),
+            device=config.device,
+            device_map=config.device_map,
         )
     except NotPlaced as error:
         if config.model is not None:

@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor
 from mechint.config import canonical_hook, layer_of_hook
 from mechint.errors import MechintError, nearest
 from mechint.models.bridge import editing, read_hook, shape_at, wrong_order
+from mechint.models.placing import BESIDE_INT8, main_device, on_one_device, placing, warn_if_offloaded, weight
 from mechint.models.resolve import BUILTIN_MODELS, load_pretrained, resolve_model
 from mechint.models.structure import (
     Parts,
@@ -39,7 +40,7 @@ from mechint.models.structure import (
 )
 from mechint.provenance import detect_device
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": BESIDE_INT8}
 _RESIDUAL_HOOK = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 # What a part of a block gives, by the fields of `Parts`: as it is added to the stream, or before a norm that follows.
 _PART_HOOK = re.compile(r"blocks\.(\d+)\.(hook_attn_out|hook_mlp_out|attn\.hook_out|mlp\.hook_out)")
@@ -135,6 +136,11 @@ class LanguageModel:
         if self._bridge is None:
             from mechint.models.bridge import boot_bridge
 
+            if not on_one_device(self.hf_model):
+                raise MechintError(
+                    f"{self.name} is spread over several devices, and TransformerLens runs on one: use a hook that"
+                    " --backend transformers has, such as blocks.3.hook_resid_post"
+                )
             self.weights_sha256()  # before the bridge folds and centres the weights, and sets up the tokenizer
             self.tokenizer_sha256()
             self._bridge = boot_bridge(
@@ -307,17 +313,17 @@ class LanguageModel:
 
             def before(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
                 value, put = hidden_argument(args, kwargs)
-                new = act(value)
-                return None if new is None else put(new)
+                new = act(value.to(self.device))
+                return None if new is None else put(new.to(value.device))
 
             handle = module.register_forward_pre_hook(before, with_kwargs=True)
         else:
 
             def after(module: Any, args: tuple, output: Any) -> Any:
                 value = first_output(output)
-                new = act(value.clone() if of_part else value)
-                if of_part and new is not None:
-                    new = new.clone()
+                new = act((value.clone() if of_part else value).to(self.device))
+                if new is not None:
+                    new = (new.clone() if of_part else new).to(value.device)
                 return (new, *output[1:]) if new is not None and isinstance(output, tuple) else new
 
             handle = module.register_forward_hook(after)
@@ -332,9 +338,9 @@ class LanguageModel:
             return self._sha256
         digest = hashlib.sha256()
         for name, tensor in sorted(self.hf_model.state_dict().items()):
-            value = tensor.detach().cpu().contiguous()
+            value: Tensor = weight(self.hf_model, name, tensor).contiguous()
             digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-            digest.update(value.view(-1).view(torch.uint8).numpy())
+            digest.update(value.view(-1).view(torch.uint8).numpy().data)
         self._sha256 = digest.hexdigest()
         return self._sha256
 
@@ -381,20 +387,24 @@ def load_model(
     name: str,
     *,
     device: str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
     dtype: str = "float32",
     processing: str = "raw",
     backend: str = "auto",
     hook_name: str | None = None,
     revision: str | None = None,
 ) -> LanguageModel:
-    """Load a model by Hub id, alias (`pythia-70m`), local folder, or `builtin/pythia-tiny`.
+    """Load a model by Hub id, alias (`pythia-70m`), local folder, GGUF file, or `builtin/pythia-tiny`.
 
+    `device_map` "auto" spreads it over all devices, and what they cannot hold over memory and disk; accelerate's own
+    maps can be given too. `dtype` "int8" has its linear layers in 8 bits, by bitsandbytes, and activations in bfloat16.
     `backend` "auto" takes "transformers" for the hooks that it has (or when no hook is named) and "bridge" otherwise.
     With `hook_name`, the hook is checked before the model is returned.
 
     Raises:
         MechintError: unknown model, Hub unreachable, unusable device, unknown hook or setting; a model that looks both
-            ways; `processing` "centred" for one whose norms do not subtract the mean.
+            ways; `processing` "centred" for one whose norms do not subtract the mean; accelerate or bitsandbytes
+            missing where they are needed.
     """
     for value, options, flag in (
         (dtype, DTYPES, "--dtype"),
@@ -403,13 +413,21 @@ def load_model(
     ):
         if value not in options:
             raise MechintError(f"{flag} {value!r} is not known; {nearest(value, options)}")
+    if device_map == "auto" and device is not None:
+        raise MechintError(f"--device {device} and --device-map auto: give one of them")
     device = detect_device(device)
     location = resolve_model(name)
-    hf_model, tokenizer, commit = load_pretrained(name, location, dtype=DTYPES[dtype], revision=revision)
+    placed = placing(device, device_map, int8=dtype == "int8")
+    hf_model, tokenizer, commit = load_pretrained(name, location, dtype=DTYPES[dtype], revision=revision, **placed)
+    if placed:
+        warn_if_offloaded(hf_model, name)
+        device = main_device(hf_model, device)
+    else:
+        hf_model = hf_model.to(device)
     model = LanguageModel(
         name=name,
         location=location,
-        hf_model=hf_model.to(device).eval().requires_grad_(False),
+        hf_model=hf_model.eval().requires_grad_(False),
         tokenizer=tokenizer,
         processing=processing,
         backend="transformers" if backend == "auto" else backend,

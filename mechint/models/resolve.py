@@ -140,11 +140,11 @@ def hub_unreachable(what: str, flag: str, local: str, builtin: str) -> MechintEr
 
 
 def load_pretrained(
-    name: str, source: str, *, dtype: torch.dtype, revision: str | None = None
+    name: str, source: str, *, dtype: torch.dtype, revision: str | None = None, **placing: Any
 ) -> tuple[Any, Any, str | None]:
     """The causal language model, its tokenizer and its commit, from a folder, a file, the cache or the Hub.
 
-    The commit is None for a folder or file.
+    The commit is None for a folder or file. `placing` goes to `from_pretrained`, such as a device map.
 
     Raises:
         MechintError: not found, unreachable, not a causal language model, or of an architecture that cannot be read.
@@ -171,7 +171,7 @@ def load_pretrained(
             tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
             config = AutoConfig.from_pretrained(source, **kwargs)
             _drop_impossible_padding(config)
-            hf_model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **kwargs)
+            hf_model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **kwargs, **placing)
         hf_model.config.architectures = hf_model.config.architectures or [type(hf_model).__name__]  # no GGUF says it
     except Exception as error:  # what a broken file makes the readers raise has no common class
         what = kwargs.get("gguf_file", source)
