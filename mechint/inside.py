@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechint.config import DEFAULT_HOOK, ReadsSAE, SAETrainConfig
+from mechint.config import DEFAULT_HOOK, ReadsSAE, SAETrainConfig, canonical_hook
 from mechint.config.base import Unsaid
 from mechint.data.store import Activations
 from mechint.errors import MechintError
@@ -30,7 +30,7 @@ from mechint.formats.mechint import sniff
 from mechint.formats.saelens import CFG_FILE
 from mechint.models import BridgedModel, LanguageModel, load_model
 from mechint.models.bridge import is_bridge
-from mechint.models.language_model import DTYPES, backend_for
+from mechint.models.language_model import DTYPES
 from mechint.provenance import read_json
 from mechint.runs import Run
 from mechint.sae import SAE
@@ -73,6 +73,7 @@ class Given(TypedDict, total=False):
     dtype: str | None
     backend: str
     device: str | None
+    device_map: str | None
 
 
 class NotPlaced(MechintError):
@@ -219,6 +220,7 @@ def given_by(config: ReadsSAE) -> Given:
         "processing": config.processing,
         "dtype": config.dtype,
         "device": config.device,
+        "device_map": config.device_map,
     }
 
 
@@ -292,13 +294,20 @@ def put_inside(
         loaded = load_model(
             name,
             device=given.get("device"),
+            device_map=given.get("device_map"),
             dtype=given.get("dtype") or (recorded_dtype if recorded_dtype in DTYPES else "float32"),
-            processing=used,
-            backend=backend_for(hook_name, hook_out) if backend == "auto" else backend,
+            backend=backend,
             revision=None if model else said.get("model_revision"),
         )
+        if used == "centred" and _by_transformer_lens(said) and not loaded.subtracts_mean:
+            said["processing"] = "raw"
+            told.append(f"TransformerLens centres nothing in {loaded.name}, whose norms do not subtract the mean: raw")
+        elif used == "centred":
+            loaded.centre()
     except MechintError as error:
         raise NotPlaced(str(error)) from error
+    if backend == "auto":
+        loaded.choose_backend(hook_name, hook_out)
     check_fit(sae, loaded, hook_name, said)
     if said.get("model_sha256") not in (None, loaded.weights_sha256()):
         told.append(
@@ -330,7 +339,7 @@ def _hook_name(
         if values.hook_name is not None and not isinstance(values.hook_name, Unsaid):
             found[str(config)] = values.hook_name
     if hook is not None:
-        found["--hook"] = hook
+        found["--hook"] = canonical_hook(hook)
     if recorded := known.get("hook_name"):
         found["the activations' record"] = recorded
     if len(set(found.values())) > 1:
@@ -345,9 +354,9 @@ def _hook_name(
 
 
 def _model_name(said: Mapping[str, Any], notes: list[str]) -> str:
-    """A local folder if it is still there (it was recorded in full), else the name that was typed at collection."""
+    """A local path if it is still there (it was recorded in full), else the name that was typed at collection."""
     name, source = said.get("model_name"), said.get("model_source")
-    if source and not str(name).startswith("builtin/") and Path(source).is_dir():
+    if source and not str(name).startswith("builtin/") and Path(source).exists():
         return str(source)
     if name or source:
         return str(name or source)
@@ -513,6 +522,11 @@ def processing_of(said: Mapping[str, Any]) -> str | None:
         return str(recorded)
     centred = (said.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights")
     return None if centred is None else "centred" if centred else "raw"
+
+
+def _by_transformer_lens(said: Mapping[str, Any]) -> bool:
+    """Whether it was left to TransformerLens to centre, by SAELens's setting."""
+    return bool((said.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights"))
 
 
 def _same_processing(said: Mapping[str, Any], processing: str, model_name: str) -> None:

@@ -104,13 +104,11 @@ def wrapped(hf_model: Any, processing: str = "raw") -> LanguageModel:
 )
 @pytest.mark.parametrize("kind", ["gpt_neox", "gpt2", "llama"])
 def test_the_rest_of_the_model_is_the_model(kind: str, hook_name: str, processing: str) -> None:
+    if kind == "llama" and processing == "centred":
+        pytest.skip("RMSNorm reads the mean too; tests/test_families.py has the refusal")
     model = wrapped(small(kind), processing)
     tokens = torch.randint(0, 97, (3, 11), generator=torch.Generator().manual_seed(1))
     splice = make_splice(model, hook_name, tokens[0].tolist())
-    if kind == "llama" and processing == "centred":
-        # RMSNorm reads the mean too: a model that is given the centred value is another one.
-        assert isinstance(splice, str) and "other hidden states" in splice
-        return
     assert isinstance(splice, Splice), splice
     value, final = splice.clean(tokens)
     assert torch.allclose(value, model.activations(tokens, hook_name), atol=1e-5)

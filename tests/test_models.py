@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import HOOK
 
+from mechint.config import CollectConfig, canonical_hook
 from mechint.errors import MechintError
 from mechint.models import LanguageModel, load_model
 from mechint.models.resolve import resolve_model
@@ -119,15 +120,51 @@ def test_unknown_hooks_name_the_nearest(models, backend: str):
 
 def test_other_hooks_need_the_bridge(models, tokens):
     with pytest.raises(MechintError, match="--backend bridge"):
-        models["transformers", "raw"].check_hook("blocks.3.hook_mlp_out")
-    models["bridge", "raw"].check_hook("blocks.3.hook_mlp_out")
-    value = models["bridge", "raw"].activations(tokens, "blocks.3.hook_mlp_out")
-    assert value.shape == (*tokens.shape, 32)
+        models["transformers", "raw"].check_hook("blocks.3.mlp.hook_post")
+    models["bridge", "raw"].check_hook("blocks.3.mlp.hook_post")
+    value = models["bridge", "raw"].activations(tokens, "blocks.3.mlp.hook_post")
+    assert value.shape == (*tokens.shape, 64)
 
 
 def test_auto_backend_follows_the_hook(tiny_neox_dir: Path):
     assert load_model(str(tiny_neox_dir), hook_name=HOOK).backend == "transformers"
-    assert load_model(str(tiny_neox_dir), hook_name="blocks.3.hook_mlp_out").backend == "bridge"
+    assert load_model(str(tiny_neox_dir), hook_name="blocks.3.hook_mlp_out").backend == "transformers"
+    assert load_model(str(tiny_neox_dir), hook_name="blocks.3.mlp.hook_post").backend == "bridge"
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("model.layers.2", "blocks.2.hook_resid_post"),
+        ("gpt_neox.layers.3", "blocks.3.hook_resid_post"),
+        ("transformer.h.11", "blocks.11.hook_resid_post"),
+        ("layers.0", "blocks.0.hook_resid_post"),
+        ("model.language_model.layers.4.mlp", "blocks.4.mlp.hook_out"),
+        ("gpt_neox.layers.3.attention", "blocks.3.attn.hook_out"),
+        ("model.layers.2.self_attn", "blocks.2.attn.hook_out"),
+        ("model.vision_tower.encoder.layers.2", "model.vision_tower.encoder.layers.2"),
+        ("model.layers.2.input_layernorm", "model.layers.2.input_layernorm"),
+        ("blocks.2.hook_resid_post", "blocks.2.hook_resid_post"),
+        ("blocks.2.mlp.hook_post", "blocks.2.mlp.hook_post"),
+    ],
+)
+def test_names_of_modules_are_understood(given: str, name: str):
+    assert CollectConfig.from_dict({"hook": given}).hook == name
+
+
+def test_a_module_alias_holds_what_the_module_gives(models, tokens):
+    model = models["transformers", "raw"]
+    for module in ("gpt_neox.layers.2", "gpt_neox.layers.2.mlp", "gpt_neox.layers.2.attention"):
+        found = []
+        handle = model.hf_model.get_submodule(module).register_forward_hook(
+            lambda _, args, out, found=found: found.append(out[0] if isinstance(out, tuple) else out)
+        )
+        with torch.inference_mode():
+            model.hf_model(tokens)
+        handle.remove()
+        torch.testing.assert_close(model.activations(tokens, canonical_hook(module)), found[0], **TOLERANCE)
+    with pytest.raises(MechintError, match=r"here it is blocks\.2\.hook_resid_post"):
+        model.check_hook("gpt_neox.layers.2")
 
 
 def test_aliases():

@@ -8,6 +8,7 @@ field is an alias of the flag.
 import contextlib
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Collection
@@ -27,7 +28,8 @@ TEXT_FIELD = "text"
 
 Processing = Literal["raw", "centred"]
 Backend = Literal["auto", "transformers", "bridge"]
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["float32", "bfloat16", "float16", "int8"]
+DeviceMap = Literal["auto"]
 Unit = Literal["line", "file", "record"]  # what one text is, in a file of texts
 
 
@@ -81,6 +83,8 @@ class Config:
         for field in dataclasses.fields(cls):
             if field.name in renamed:
                 renamed[field.name] = _checked(field, renamed[field.name], source)
+        for name in {"hook", "hook_name"} & renamed.keys():
+            renamed[name] = _canonical(renamed[name])
         return cls(**renamed)
 
     @classmethod
@@ -130,6 +134,8 @@ class ReadsSAE(Config):
     """Precision of the model; the one that the activations were collected in if not given."""
     device: str | None = None
     """cuda, mps or cpu; the best that works if not given."""
+    device_map: DeviceMap | None = None
+    """auto spreads a model that no device can hold over all devices, memory and disk (needs accelerate)."""
 
     @property
     def has_sae(self) -> bool:
@@ -201,6 +207,31 @@ def check_run_name(name: str) -> None:
         f"run name {name!r} must be one folder name without '/', '\\', '..' or a leading dot:"
         " use --runs-root for the folder around it",
     )
+
+
+# Hugging Face's names of a block, of its attention and of its MLP; the towers of other modalities have blocks too.
+_BLOCK_MODULE = re.compile(r"(?:[A-Za-z_]\w*\.)*?(?:layers|h|blocks|block)\.(\d+)(?:\.(\w+))?")
+_OTHER_TOWER = re.compile(r"vision|visual|image|audio|encoder")
+_PARTS = {
+    **dict.fromkeys(("self_attn", "attn", "attention", "self_attention"), "attn.hook_out"),
+    **dict.fromkeys(("mlp", "feed_forward", "block_sparse_moe", "ffn", "moe"), "mlp.hook_out"),
+    None: "hook_resid_post",
+}
+
+
+def canonical_hook(name: str) -> str:
+    """TransformerLens's name of what a Hugging Face module such as `model.layers.2` or `gpt_neox.layers.3.mlp` gives;
+    any other name as it is."""
+    match = _BLOCK_MODULE.fullmatch(name)
+    if match is None or match[2] not in _PARTS or _OTHER_TOWER.search(name):
+        return name
+    return f"blocks.{int(match[1])}.{_PARTS[match[2]]}"
+
+
+def _canonical(given: Any) -> Any:
+    if isinstance(given, (list, tuple)):
+        return type(given)(map(_canonical, given))
+    return canonical_hook(given) if isinstance(given, str) else given
 
 
 def layer_of_hook(hook_name: str) -> int | None:

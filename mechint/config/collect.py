@@ -12,6 +12,7 @@ from mechint.config.base import (
     TEXT_FIELD,
     Backend,
     Config,
+    DeviceMap,
     Dtype,
     Processing,
     Unit,
@@ -33,7 +34,7 @@ class CollectConfig(Config):
     """Collect the activations at one hook of a language model, or at several in one pass, over a text source."""
 
     model: Annotated[str, arg(aliases=["--model-name"])] = "pythia-70m"
-    """Hub id, alias such as pythia-70m, local folder, or builtin/pythia-tiny."""
+    """Hub id, alias such as pythia-70m, local folder, .gguf file, or builtin/pythia-tiny."""
     hook: Annotated[str | tuple[str, ...], arg(aliases=["--hook-name"], metavar="HOOK [HOOK ...]")] = Unsaid(
         DEFAULT_HOOK
     )
@@ -70,7 +71,8 @@ class CollectConfig(Config):
     output: Path = Path("activations/activations_50000.pt")
     """X.pt: one float32 tensor with its .json sidecar. Else a sharded store; for several hooks, a folder of stores."""
     processing: Processing = "raw"
-    """raw: the residual stream as the model computes it. centred: minus its mean over d_model (mech-int's setting)."""
+    """raw: the residual stream as the model computes it. centred: minus its mean over d_model (mech-int's setting), for
+    models whose norms subtract it."""
     prepend_bos: bool = True
     """Put the beginning-of-sequence token before each text."""
     keep_bos: bool = False
@@ -82,11 +84,15 @@ class CollectConfig(Config):
     checkpoint_every: int = 512
     """Texts a shard: each finished shard is where a killed collection goes on from. 0 means 512."""
     dtype: Dtype = "float32"
-    """Number format of the model and of a sharded store. bfloat16 is faster and lossy; a .pt is always float32."""
+    """Number format of the model and of a sharded store. bfloat16 is faster and lossy; a .pt is always float32. int8:
+    linear layers in 8 bits (needs bitsandbytes), activations in bfloat16."""
     backend: Backend = "auto"
-    """transformers: plain hooks (fast; residual-stream hooks). bridge: TransformerLens (all hooks). auto picks."""
+    """transformers: plain hooks (fast; residual stream, attention's and the MLP's output). bridge: TransformerLens (all
+    hooks). auto picks."""
     device: str | None = None
     """cuda, mps or cpu; the best that works if not given."""
+    device_map: DeviceMap | None = None
+    """auto spreads a model that no device can hold over all devices, memory and disk (needs accelerate)."""
     seed: int = 42
     """Seed of the built-in text source."""
 

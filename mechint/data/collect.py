@@ -33,7 +33,7 @@ from mechint.data.tokens import TextsRead, read_texts
 from mechint.data.watch import RankLost
 from mechint.data.windows import Block, WindowRows, plan_block, run_block
 from mechint.errors import MechintError
-from mechint.models.language_model import DTYPES, LanguageModel, backend_for, load_model
+from mechint.models.language_model import DTYPES, LanguageModel, load_model
 from mechint.models.resolve import BUILTIN_MODELS, resolve_model
 from mechint.provenance import check_output_path, get_git_commit, package_versions, read_json, remove_abandoned
 
@@ -346,13 +346,15 @@ def load_hooked(config: CollectConfig) -> LanguageModel:
     model = load_model(
         config.model,
         device=config.device,
+        device_map=config.device_map,
         dtype=config.dtype,
         processing=config.processing,
-        backend=backend_for(*config.hooks) if config.backend == "auto" else config.backend,
-        hook_name=config.hooks[0],
+        backend=config.backend,
         revision=config.model_revision,
     )
-    for hook in config.hooks[1:]:
+    if config.backend == "auto":
+        model.choose_backend(*config.hooks)
+    for hook in config.hooks:
         model.check_hook(hook)
     return model
 
@@ -462,7 +464,7 @@ def store_fields(
         **source.describe(),
         "settings": settings,
         "d_in": model.hook_width(hook),
-        "dtype": config.dtype,
+        "dtype": str(model.hf_model.dtype).removeprefix("torch."),
         "hook_name": hook,
         "layer": layer_of_hook(hook),
         "model_name": config.model,

@@ -4,33 +4,99 @@ A hook on single heads holds `[batch, pos, head, d_head]`. Here, and so in all o
 whoever reads a hook gets `[batch, pos, d_in]`, and what an edit returns is put back in the hook's own shape.
 """
 
+import contextlib
 import math
+import subprocess
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechint.errors import MechintError, nearest
+from mechint.errors import MechintError, nearest, one_line
+
+# Largest relative difference between a bridge and its Hugging Face model that rounding makes: attention is eager in
+# one and fused in the other. Families that TransformerLens computes wrongly differ by a tenth or more.
+SAME_MODEL = {torch.float32: 0.005}
+SAME_MODEL_HALF = 0.05
 
 
-def boot_bridge(source: str, *, hf_model: Any, tokenizer: Any, device: str, dtype: torch.dtype, centred: bool) -> Any:
-    """A `TransformerBridge` around an already loaded Hugging Face model.
+def boot_bridge(
+    source: str,
+    *,
+    hf_model: Any,
+    tokenizer: Any,
+    device: str,
+    dtype: torch.dtype,
+    centred: bool,
+    name: str,
+    probe: Int[Tensor, "batch pos"],
+    expected: tuple[Tensor, Mapping[str, Tensor]],
+) -> Any:
+    """A `TransformerBridge` around an already loaded Hugging Face model, proved to be that model.
 
     `centred` gives the numerics of the old `HookedTransformer.from_pretrained` (LayerNorm folded, weights centred);
     otherwise every hook holds exactly what the Hugging Face model computes. Switches `hf_model` to eager attention.
+
+    Args:
+        expected: the log-probabilities of `probe`, and what hooks of the residual stream hold, by `hf_model` itself.
+
+    Raises:
+        MechintError: TransformerLens does not know the family, or computes something else than the model.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
-    bridge = TransformerBridge.boot_transformers(
-        source, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype
-    )
-    bridge.enable_compatibility_mode(no_processing=not centred)
-    # The bridge's default is False for GPT-NeoX; the original pipeline, and mechint everywhere, prepends BOS to texts.
-    bridge.cfg.default_prepend_bos = True
+    kind = type(hf_model).__name__
+    try:
+        with _no_installing():
+            bridge = TransformerBridge.boot_transformers(
+                source, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype
+            )
+            bridge.enable_compatibility_mode(no_processing=not centred)
+        # The bridge's default is False for GPT-NeoX; the original pipeline, and mechint everywhere, prepends BOS.
+        bridge.cfg.default_prepend_bos = True
+        difference = _difference(bridge, probe, *expected)
+    except MechintError:
+        raise
+    except Exception as error:  # what an unknown layout makes its adapters raise has no common class
+        raise MechintError(
+            f"TransformerLens cannot run {name} ({kind}): {one_line(error, 160)}; use a hook that --backend"
+            " transformers has, such as blocks.3.hook_resid_post"
+        ) from error
+    if not difference <= SAME_MODEL.get(dtype, SAME_MODEL_HALF):
+        advice = "use --processing raw, or" if centred else "use"
+        raise MechintError(
+            f"TransformerLens's {'processing' if centred else 'version'} of {name} ({kind}) is another model: its"
+            f" values differ from Hugging Face's by {difference:.1%}; {advice} a hook that --backend transformers has,"
+            " such as blocks.3.hook_resid_post"
+        )
     return bridge
+
+
+def _difference(bridge: Any, probe: Tensor, log_probs: Tensor, hooked: Mapping[str, Tensor]) -> float:
+    """The largest relative difference of the bridge's values from the expected ones."""
+    with torch.inference_mode():
+        own = bridge(probe, return_type="logits").float().log_softmax(-1)
+        values = read_hooks(bridge, probe, list(hooked)) if hooked else {}
+    found = [(own, log_probs), *((values[name], value) for name, value in hooked.items())]
+    return max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in found)
+
+
+@contextlib.contextmanager
+def _no_installing() -> Iterator[None]:
+    """TransformerLens runs `pip install torchvision`, which brings another torch along, where a model with a vision
+    tower has no image processor. Texts need none."""
+
+    def refuse(*args: Any, **kwargs: Any) -> int:
+        raise OSError("mechint installs nothing by itself")
+
+    own, subprocess.check_call = subprocess.check_call, refuse
+    try:
+        yield
+    finally:
+        subprocess.check_call = own
 
 
 def is_bridge(model: Any) -> bool:
@@ -92,7 +158,8 @@ def shape_at(model: Any, hook_name: str) -> tuple[int, ...]:
     `model` has `bridge`, `name`, `n_ctx` and `d_vocab`.
 
     Raises:
-        MechintError: the hook does not hold a vector for each position, or nothing reads what it holds.
+        MechintError: the hook does not hold a vector for each position, or nothing reads what it holds, or putting its
+            own value back changes the predictions.
     """
     found = []
     for n_pos in {min(length, model.n_ctx) for length in (7, 4)}:
@@ -113,9 +180,24 @@ def shape_at(model: Any, hook_name: str) -> tuple[int, ...]:
         )
     with torch.inference_mode():
         noise = torch.randn(value.flatten(2).shape, generator=torch.Generator().manual_seed(0)).to(value)
-        hooks = editing(hook_name, lambda own: own + noise * (1 + own.std()))
-        changed = model.bridge.run_with_hooks(tokens, fwd_hooks=hooks, return_type="logits")
-        if torch.equal(changed, model.bridge(tokens, return_type="logits")):
+        own = model.bridge(tokens, return_type="logits")
+        try:
+            same, changed = (
+                model.bridge.run_with_hooks(tokens, fwd_hooks=editing(hook_name, edit), return_type="logits")
+                for edit in (lambda own: own, lambda own: own + noise * (1 + own.std()))
+            )
+        except Exception as error:  # such as a norm without the weights that TransformerLens looks for
+            raise MechintError(
+                f"hook {hook_name!r}: TransformerLens cannot replace what {model.name} computes there"
+                f" ({one_line(error, 120)}): take another hook, such as blocks.3.hook_resid_post"
+            ) from error
+        moved = float((same.float().log_softmax(-1) - own.float().log_softmax(-1)).norm())
+        if moved > SAME_MODEL.get(own.dtype, SAME_MODEL_HALF) * float(own.float().log_softmax(-1).norm()):
+            raise MechintError(
+                f"hook {hook_name!r}: TransformerLens puts back another value there than {model.name} computes, so that"
+                " predictions change even when nothing is edited: take another hook, such as blocks.3.hook_resid_post"
+            )
+        if torch.equal(changed, own):
             raise MechintError(
                 f"hook {hook_name!r}: {model.name} does not use what is put there, so that nothing can be measured by"
                 " replacing it: take another hook, such as blocks.3.hook_resid_post"

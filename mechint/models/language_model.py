@@ -1,11 +1,13 @@
 """One language model behind two backends that give the same tensors.
 
 "transformers" puts a plain forward hook on the Hugging Face model: quick to import, the fast path for collection, and
-limited to the residual stream between blocks. "bridge" is TransformerLens and knows every hook.
+limited to the residual stream between blocks and to what attention and MLP give. "bridge" is TransformerLens and knows
+every hook.
 
 Processing "raw" is the residual stream as the model computes it (Hugging Face's `hidden_states[layer + 1]`). "centred"
-is that minus its mean over d_model, which is what TransformerLens's old default processing gave. Every reader of the
-residual stream begins with a LayerNorm, so centring changes no log-probability.
+is that minus its mean over d_model, which is what TransformerLens's old default processing gave. It is offered where
+every reader of the residual stream begins with a LayerNorm, so that centring changes no log-probability. An RMSNorm
+does not subtract the mean: there TransformerLens leaves it in, and "centred" is refused.
 """
 
 import contextlib
@@ -14,21 +16,35 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechint.config import layer_of_hook
+from mechint.config import canonical_hook, layer_of_hook
 from mechint.errors import MechintError, nearest
 from mechint.models.bridge import editing, read_hooks, shape_at, wrong_order
+from mechint.models.placing import BESIDE_INT8, main_device, on_one_device, placing, warn_if_offloaded, weight
 from mechint.models.resolve import BUILTIN_MODELS, load_pretrained, resolve_model
+from mechint.models.structure import (
+    Parts,
+    find_parts,
+    find_structure,
+    first_output,
+    hidden_argument,
+    probe_tokens,
+    sizes_of,
+    subtracts_mean,
+)
 from mechint.provenance import detect_device
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": BESIDE_INT8}
 _RESIDUAL_HOOK = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
+# What a part of a block gives, by the fields of `Parts`: as it is added to the stream, or before a norm that follows.
+_PART_HOOK = re.compile(r"blocks\.(\d+)\.(hook_attn_out|hook_mlp_out|attn\.hook_out|mlp\.hook_out)")
+_PART_OF = {"hook_attn_out": "attn_out", "hook_mlp_out": "mlp_out", "attn.hook_out": "attn", "mlp.hook_out": "mlp"}
 
 
 class _Reached(Exception):
@@ -65,16 +81,46 @@ class LanguageModel:
         self.backend = backend
         self.device = device
         self.revision = revision
-        config = hf_model.config
-        self.d_model: int = config.hidden_size
-        self.n_layers: int = config.num_hidden_layers
-        self.n_ctx: int = config.max_position_embeddings
-        self.d_vocab: int = config.vocab_size
-        self.blocks = _find_blocks(hf_model, self.n_layers)
+        sizes = sizes_of(hf_model.config, tokenizer)
+        self.n_ctx = sizes.n_ctx
+        self.d_vocab = sizes.d_vocab
+        self._probe = probe_tokens(hf_model.config, self.d_vocab, device)
+        self._structure = find_structure(hf_model, self._probe, name)
+        # 0 where neither the model's structure nor its config says
+        self.d_model = self._structure.d_model if self._structure else sizes.d_model or 0
+        self.n_layers = len(self._structure.blocks) if self._structure else sizes.n_layers or 0
+        self._parts: list[Parts] | None = None
+        if processing == "centred":
+            self.centre()
         self._bridge: Any = None
         self._sha256: str | None = None
         self._tokenizer_sha256: str | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
+
+    @property
+    def blocks(self) -> torch.nn.ModuleList:
+        """The layers. Raises `MechintError` where no list of modules hands one residual stream on."""
+        if self._structure is None:
+            raise MechintError(
+                f"{self.name} ({type(self.hf_model).__name__}) has no list of blocks that hand one residual stream from"
+                " each to the next: use --backend bridge"
+            )
+        return self._structure.blocks
+
+    @functools.cached_property
+    def subtracts_mean(self) -> bool:
+        """Whether what reads the residual stream takes its mean off, so that "centred" is another name of it."""
+        return subtracts_mean(self.hf_model, self.blocks, self._probe)
+
+    def centre(self) -> None:
+        """Use the model in the processing "centred" from here on. Raises `MechintError` where that has no meaning."""
+        if not self.subtracts_mean:
+            raise MechintError(
+                f"processing centred has no meaning for {self.name}: what reads its residual stream does not subtract"
+                " the mean (RMSNorm, for example, does not), so that taking it off changes the model's predictions, and"
+                " TransformerLens leaves it in too. Use --processing raw, which is what others train on for this model"
+            )
+        self.processing = "centred"
 
     @property
     def bos_token_id(self) -> int:
@@ -95,6 +141,11 @@ class LanguageModel:
         if self._bridge is None:
             from mechint.models.bridge import boot_bridge
 
+            if not on_one_device(self.hf_model):
+                raise MechintError(
+                    f"{self.name} is spread over several devices, and TransformerLens runs on one: use a hook that"
+                    " --backend transformers has, such as blocks.3.hook_resid_post"
+                )
             self.weights_sha256()  # before the bridge folds and centres the weights, and sets up the tokenizer
             self.tokenizer_sha256()
             self._bridge = boot_bridge(
@@ -104,29 +155,69 @@ class LanguageModel:
                 device=self.device,
                 dtype=self.hf_model.dtype,
                 centred=self.processing == "centred",
+                name=self.name,
+                probe=self._probe,
+                expected=self._expected_of_bridge(),
             )
         return self._bridge
 
+    def _expected_of_bridge(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Log-probabilities of the probe, and what the last block gives, by the plain Hugging Face model."""
+        found: dict[str, Tensor] = {}
+        with contextlib.ExitStack() as handles, torch.inference_mode():
+            if self._structure is not None:
+                hook_name = f"blocks.{self.n_layers - 1}.hook_resid_post"
+
+                def see(value: Tensor) -> None:
+                    found[hook_name] = self._processed(value)
+
+                handles.enter_context(self._at(hook_name, see))
+            return self.hf_model(input_ids=self._probe, use_cache=False).logits.float().log_softmax(-1), found
+
+    def on_transformers(self, hook_name: str) -> bool:
+        """Whether the "transformers" backend has the hook."""
+        if self._structure is None:
+            return False
+        match = _RESIDUAL_HOOK.fullmatch(hook_name) or _PART_HOOK.fullmatch(hook_name)
+        if match is None or int(match[1]) >= self.n_layers:
+            return False
+        return match[2] not in _PART_OF or self._part(hook_name) is not None
+
+    def choose_backend(self, *hook_names: str) -> None:
+        """Take the quicker backend that has all of these hooks."""
+        self.backend = "transformers" if all(map(self.on_transformers, hook_names)) else "bridge"
+
+    def _part(self, hook_name: str) -> torch.nn.Module | None:
+        match = _PART_HOOK.fullmatch(hook_name)
+        assert match is not None, hook_name
+        if self._parts is None:
+            self._parts = find_parts(self.hf_model, self.blocks, self._probe)
+        return getattr(self._parts[int(match[1])], _PART_OF[match[2]])
+
     def check_hook(self, hook_name: str) -> None:
         """Raise `MechintError` unless this model and backend have the hook."""
-        match = _RESIDUAL_HOOK.fullmatch(hook_name)
-        if match and int(match[1]) < self.n_layers:
+        if self.backend == "transformers" and self.on_transformers(hook_name):
             return
+        if (same := canonical_hook(hook_name)) != hook_name:
+            raise MechintError(f"hook {hook_name!r} is a module's name: here it is {same}")
         layer = layer_of_hook(hook_name)
-        if layer is not None and layer >= self.n_layers:
+        if layer is not None and 0 < self.n_layers <= layer:
             raise MechintError(
                 f"hook {hook_name!r}: {self.name} has {self.n_layers} layers, so the last block is"
                 f" blocks.{self.n_layers - 1}"
             )
-        residual = [f"blocks.{i}.hook_resid_{site}" for i in range(self.n_layers) for site in ("pre", "post")]
         if self.backend == "transformers":
+            layers = range(self.n_layers if self._structure else 0)
+            plain = [f"blocks.{i}.hook_resid_{site}" for i in layers for site in ("pre", "post")]
+            parts = [f"blocks.{i}.{site}" for i in layers for site in _PART_OF]
+            known = plain + [name for name in parts if self.on_transformers(name)]
             raise MechintError(
-                f"hook {hook_name!r} is not a residual-stream hook of {self.name} ({nearest(hook_name, residual)}):"
-                " use --backend bridge for the others"
+                f"hook {hook_name!r} is none that the transformers backend has for {self.name}"
+                f" ({nearest(hook_name, known)}): use --backend bridge for the others"
             )
         if hook_name not in self.bridge.hook_dict:
-            names = {name for name in self.bridge.hook_dict if "original" not in name} | set(residual)
-            raise MechintError(f"{self.name} has no hook {hook_name!r}; {nearest(hook_name, sorted(names))}")
+            names = sorted(name for name in self.bridge.hook_dict if "original" not in name)
+            raise MechintError(f"{self.name} has no hook {hook_name!r}; {nearest(hook_name, names)}")
 
     def hook_shape(self, hook_name: str) -> tuple[int, ...]:
         """The shape of a hook's value at one position: `(d_in,)`, or `(n_heads, d_head)` for a hook on single heads.
@@ -137,8 +228,8 @@ class LanguageModel:
         """
         if hook_name not in self._shapes:
             self.check_hook(hook_name)
-            residual = _RESIDUAL_HOOK.fullmatch(hook_name)
-            self._shapes[hook_name] = (self.d_model,) if residual else shape_at(self, hook_name)
+            plain = self.on_transformers(hook_name)
+            self._shapes[hook_name] = (self.d_model,) if plain else shape_at(self, hook_name)
         return self._shapes[hook_name]
 
     def hook_width(self, hook_name: str) -> int:
@@ -231,23 +322,27 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def _at(self, hook_name: str, act: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-        """While the block lasts, `act` sees the residual stream at the hook, and replaces it unless it returns None."""
-        layer, site = self._site(hook_name)
-        if site == "pre":
+        """While the block lasts, `act` sees the value at the hook, and replaces it unless it returns None."""
+        module, goes_in = self._module_at(hook_name)
+        of_part = _PART_HOOK.fullmatch(hook_name) is not None  # which Falcon goes on to change in place
+        if goes_in:
 
             def before(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-                value, put = _hidden_argument(args, kwargs)
-                new = act(value)
-                return None if new is None else put(new)
+                value, put = hidden_argument(args, kwargs)
+                new = act(value.to(self.device))
+                return None if new is None else put(new.to(value.device))
 
-            handle = self.blocks[layer].register_forward_pre_hook(before, with_kwargs=True)
+            handle = module.register_forward_pre_hook(before, with_kwargs=True)
         else:
 
             def after(module: Any, args: tuple, output: Any) -> Any:
-                new = act(output[0] if isinstance(output, tuple) else output)
+                value = first_output(output)
+                new = act((value.clone() if of_part else value).to(self.device))
+                if new is not None:
+                    new = (new.clone() if of_part else new).to(value.device)
                 return (new, *output[1:]) if new is not None and isinstance(output, tuple) else new
 
-            handle = self.blocks[layer].register_forward_hook(after)
+            handle = module.register_forward_hook(after)
         try:
             yield
         finally:
@@ -259,9 +354,9 @@ class LanguageModel:
             return self._sha256
         digest = hashlib.sha256()
         for name, tensor in sorted(self.hf_model.state_dict().items()):
-            value = tensor.detach().cpu().contiguous()
+            value: Tensor = weight(self.hf_model, name, tensor).contiguous()
             digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-            digest.update(value.view(-1).view(torch.uint8).numpy())
+            digest.update(value.view(-1).view(torch.uint8).numpy().data)
         self._sha256 = digest.hexdigest()
         return self._sha256
 
@@ -276,12 +371,18 @@ class LanguageModel:
             self._tokenizer_sha256 = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         return self._tokenizer_sha256
 
-    def _site(self, hook_name: str) -> tuple[int, str]:
-        match = _RESIDUAL_HOOK.fullmatch(hook_name)
-        if match is None:
+    def _module_at(self, hook_name: str) -> tuple[torch.nn.Module, bool]:
+        """The module at a hook of the "transformers" backend, and whether the hook holds what goes into it (else what
+        comes out)."""
+        if not self.on_transformers(hook_name):
             self.check_hook(hook_name)
-            raise AssertionError(f"{hook_name} passed check_hook but is no residual hook")
-        return int(match[1]), match[2]
+            raise AssertionError(f"{hook_name} passed check_hook but is none of the transformers backend")
+        match = _RESIDUAL_HOOK.fullmatch(hook_name)
+        if match is not None:
+            return self.blocks[int(match[1])], match[2] == "pre"
+        part = self._part(hook_name)
+        assert part is not None, hook_name
+        return part, False
 
     def _processed(self, residual: Tensor) -> Tensor:
         return residual - residual.mean(-1, keepdim=True) if self.processing == "centred" else residual
@@ -302,42 +403,28 @@ class LanguageModel:
         return {hook_name: self._processed(found[hook_name]) for hook_name in hook_names}
 
 
-def _hidden_argument(args: tuple, kwargs: dict) -> tuple[Tensor, Callable[[Tensor], tuple[tuple, dict]]]:
-    """The residual stream among a block's arguments, and a function that puts another in its place."""
-    if args:
-        return args[0], lambda value: ((value, *args[1:]), kwargs)
-    return kwargs["hidden_states"], lambda value: (args, {**kwargs, "hidden_states": value})
-
-
-def _find_blocks(hf_model: Any, n_layers: int) -> torch.nn.ModuleList:
-    for _, module in hf_model.base_model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == n_layers:
-            return module
-    raise MechintError(f"{type(hf_model).__name__} has no list of {n_layers} blocks: use --backend bridge")
-
-
-def backend_for(*hook_names: str) -> str:
-    """The quicker backend that has all of these hooks."""
-    return "transformers" if all(map(_RESIDUAL_HOOK.fullmatch, hook_names)) else "bridge"
-
-
 def load_model(
     name: str,
     *,
     device: str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
     dtype: str = "float32",
     processing: str = "raw",
     backend: str = "auto",
     hook_name: str | None = None,
     revision: str | None = None,
 ) -> LanguageModel:
-    """Load a model by Hub id, alias (`pythia-70m`), local folder, or `builtin/pythia-tiny`.
+    """Load a model by Hub id, alias (`pythia-70m`), local folder, GGUF file, or `builtin/pythia-tiny`.
 
-    `backend` "auto" takes "transformers" for residual-stream hooks (or when no hook is named) and "bridge" otherwise.
+    `device_map` "auto" spreads it over all devices, and what they cannot hold over memory and disk; accelerate's own
+    maps can be given too. `dtype` "int8" has its linear layers in 8 bits, by bitsandbytes, and activations in bfloat16.
+    `backend` "auto" takes "transformers" for the hooks that it has (or when no hook is named) and "bridge" otherwise.
     With `hook_name`, the hook is checked before the model is returned.
 
     Raises:
-        MechintError: unknown model, Hub unreachable, unusable device, unknown hook or setting.
+        MechintError: unknown model, Hub unreachable, unusable device, unknown hook or setting; a model that looks both
+            ways; `processing` "centred" for one whose norms do not subtract the mean; accelerate or bitsandbytes
+            missing where they are needed.
     """
     for value, options, flag in (
         (dtype, DTYPES, "--dtype"),
@@ -346,21 +433,29 @@ def load_model(
     ):
         if value not in options:
             raise MechintError(f"{flag} {value!r} is not known; {nearest(value, options)}")
-    if backend == "auto":
-        backend = "transformers" if hook_name is None else backend_for(hook_name)
+    if device_map == "auto" and device is not None:
+        raise MechintError(f"--device {device} and --device-map auto: give one of them")
     device = detect_device(device)
     location = resolve_model(name)
-    hf_model, tokenizer, commit = load_pretrained(name, location, dtype=DTYPES[dtype], revision=revision)
+    placed = placing(device, device_map, int8=dtype == "int8")
+    hf_model, tokenizer, commit = load_pretrained(name, location, dtype=DTYPES[dtype], revision=revision, **placed)
+    if placed:
+        warn_if_offloaded(hf_model, name)
+        device = main_device(hf_model, device)
+    else:
+        hf_model = hf_model.to(device)
     model = LanguageModel(
         name=name,
         location=location,
-        hf_model=hf_model.to(device).eval().requires_grad_(False),
+        hf_model=hf_model.eval().requires_grad_(False),
         tokenizer=tokenizer,
         processing=processing,
-        backend=backend,
+        backend="transformers" if backend == "auto" else backend,
         device=device,
         revision=commit,
     )
     if hook_name is not None:
+        if backend == "auto":
+            model.choose_backend(hook_name)
         model.check_hook(hook_name)
     return model

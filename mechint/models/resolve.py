@@ -1,6 +1,7 @@
-"""From a name to files: built-in, local folder, or Hub repository; errors say how to go on without the Hub."""
+"""From a name to files: built-in, folder, GGUF file, or Hub repository; errors say how to go on without the Hub."""
 
 import contextlib
+import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ ALIASES = {
     for suffix in ("", "-deduped")
 } | {"gpt2": "openai-community/gpt2", "gpt2-small": "openai-community/gpt2"}
 
+# The single-file format of llama.cpp, which transformers reads by turning the weights back into plain numbers.
+GGUF = ".gguf"
+
 # One request decides whether the Hub can be reached; the library's own retries would take half a minute.
 REACH_TIMEOUT_SECONDS = 10
 
@@ -33,10 +37,11 @@ class RepoState:
 
 
 def resolve_model(name: str) -> str:
-    """The folder or Hub id that `name` stands for.
+    """The folder, GGUF file or Hub id that `name` stands for.
 
     Raises:
-        MechintError: a path that does not exist, or a name that is not built in, an alias, or of the form org/name.
+        MechintError: a path that does not exist or holds no model, or a name that is not built in, an alias, or of the
+            form org/name.
     """
     if name in BUILTIN_MODELS:
         from mechint.builtin import PYTHIA_TINY
@@ -44,19 +49,40 @@ def resolve_model(name: str) -> str:
         return str(PYTHIA_TINY)
     if name.startswith("builtin/"):
         raise MechintError(f"unknown built-in model {name!r}; {nearest(name, BUILTIN_MODELS)}")
-    if (folder := Path(name).expanduser()).is_dir():
-        if not (folder / "config.json").is_file():
-            raise MechintError(f"{name} is a folder without config.json: not a model saved with save_pretrained")
-        return str(folder.resolve())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(_in_folder(path).resolve())
+    if path.is_file():
+        if path.suffix.lower() != GGUF:
+            raise MechintError(
+                f"{name} is a file, and no {GGUF} one: give the folder that a model was saved into, or a {GGUF} file"
+            )
+        return str(path.resolve())
     if name in ALIASES:
         return ALIASES[name]
     parts = name.split("/")
     if len(parts) != 2 or name.startswith((".", "/", "~")) or not all(parts):
         raise MechintError(
-            f"unknown model {name!r}: expected a Hub id such as EleutherAI/pythia-70m, a folder, or"
+            f"unknown model {name!r}: expected a Hub id such as EleutherAI/pythia-70m, a folder, a {GGUF} file, or"
             f" builtin/pythia-tiny; {nearest(name, [*ALIASES, *BUILTIN_MODELS])}"
         )
     return name
+
+
+def _in_folder(folder: Path) -> Path:
+    """The model in a folder: the folder itself, or the GGUF file in it."""
+    if (folder / "config.json").is_file():
+        return folder
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() == GGUF)
+    if len(found) > 1:
+        raise MechintError(
+            f"{folder} holds {len(found)} {GGUF} files: give one of them, {', '.join(str(path) for path in found[:4])}"
+        )
+    if not found:
+        raise MechintError(
+            f"{folder} is a folder without config.json or a {GGUF} file: not a model saved with save_pretrained"
+        )
+    return found[0]
 
 
 def check_repo(repo_id: str, repo_type: Literal["model", "dataset"], revision: str | None = None) -> RepoState:
@@ -114,16 +140,16 @@ def hub_unreachable(what: str, flag: str, local: str, builtin: str) -> MechintEr
 
 
 def load_pretrained(
-    name: str, source: str, *, dtype: torch.dtype, revision: str | None = None
+    name: str, source: str, *, dtype: torch.dtype, revision: str | None = None, **placing: Any
 ) -> tuple[Any, Any, str | None]:
-    """The Hugging Face causal language model, its tokenizer and its commit, from a folder, the cache or the Hub.
+    """The causal language model, its tokenizer and its commit, from a folder, a file, the cache or the Hub.
 
-    The commit is None for a folder.
+    The commit is None for a folder or file. `placing` goes to `from_pretrained`, such as a device map.
 
     Raises:
-        MechintError: not found, unreachable, or not a causal language model.
+        MechintError: not found, unreachable, not a causal language model, or of an architecture that cannot be read.
     """
-    local = Path(source).is_dir()
+    local = Path(source).exists()
     offline, commit = local, None
     if not local:
         state = check_repo(source, "model", revision)
@@ -131,19 +157,69 @@ def load_pretrained(
         commit = state.sha or _cached_commit(source, revision)
         if commit is None:
             raise hub_unreachable(f"model {name}", "--model", "PATH/TO/FOLDER", BUILTIN_MODELS[0])
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # "Loading weights" says nothing that our own progress does not
     # Weights and tokenizer from one commit, even if the repository changes meanwhile.
     kwargs: dict[str, Any] = {"local_files_only": offline} | ({} if local else {"revision": commit})
+    if local and Path(source).is_file():
+        _check_gguf_reader(name)
+        source, kwargs["gguf_file"] = str(Path(source).parent), Path(source).name
     try:
-        with _quiet():
+        with _quiet(), _possible_token_ids():
             tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
-            hf_model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
+            config = AutoConfig.from_pretrained(source, **kwargs)
+            _drop_impossible_padding(config)
+            hf_model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **kwargs, **placing)
+        hf_model.config.architectures = hf_model.config.architectures or [type(hf_model).__name__]  # no GGUF says it
     except Exception as error:  # what a broken file makes the readers raise has no common class
-        raise MechintError(f"model {name} cannot be loaded from {source}: {one_line(error, 200)}") from error
+        what = kwargs.get("gguf_file", source)
+        raise MechintError(f"model {name} cannot be loaded from {what}: {one_line(error, 200)}") from error
     return hf_model, tokenizer, commit
+
+
+def _check_gguf_reader(name: str) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise MechintError(f"model {name} is a {GGUF} file, which the package gguf reads: pip install 'mechint[gguf]'")
+
+
+@contextlib.contextmanager
+def _possible_token_ids():
+    """Old GGUF files write 2^32 - 1 for "no padding token"; while the block lasts, transformers' reader of tokenizers
+    is not shown ids that no token has."""
+    try:
+        from transformers.integrations.gguf import reader
+    except ImportError:  # a version that reads tokenizers otherwise
+        yield
+        return
+    own = reader.read_gguf_metadata
+
+    def read(*args: Any, **kwargs: Any) -> Any:
+        metadata, *rest = own(*args, **kwargs)
+        tokens = metadata.get("tokenizer.ggml.tokens", ())
+        n_tokens = tokens if isinstance(tokens, int) else len(tokens)
+        impossible = [
+            key
+            for key, value in metadata.items()
+            if key.startswith("tokenizer.ggml.") and key.endswith("_token_id") and not 0 <= value < n_tokens
+        ]
+        return {key: value for key, value in metadata.items() if key not in impossible}, *rest
+
+    reader.read_gguf_metadata = read
+    try:
+        yield
+    finally:
+        reader.read_gguf_metadata = own
+
+
+def _drop_impossible_padding(config: Any) -> None:
+    """As `_possible_token_ids`, for the config: an embedding takes no padding id that is beyond its size."""
+    text = config.get_text_config(decoder=True)
+    for part in (config, text):
+        padding = getattr(part, "pad_token_id", None)
+        if padding is not None and not 0 <= padding < text.vocab_size:
+            part.pad_token_id = None
 
 
 def _cached_commit(repo_id: str, revision: str | None) -> str | None:

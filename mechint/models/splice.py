@@ -96,13 +96,16 @@ class Splice:
             return
         output = value if self._rest is None else (value, *self._rest)
         skipped = list(blocks)[: self.first]
+        shadowed = [vars(block).get("forward") for block in skipped]  # accelerate's, of a model with a device map
         for block in skipped:
             block.forward = lambda *args, **kwargs: output  # shadows the class's method
         try:
             yield
         finally:
-            for block in skipped:
+            for block, own in zip(skipped, shadowed, strict=True):
                 del block.forward
+                if own is not None:
+                    block.forward = own
 
 
 def make_splice(model: Any, hook_name: str, sample: list[int]) -> Splice | str:
@@ -111,6 +114,8 @@ def make_splice(model: Any, hook_name: str, sample: list[int]) -> Splice | str:
         return f"{type(model).__name__} is not a LanguageModel"
     if model.backend != "transformers":
         return "it runs through TransformerLens"
+    if "hook_resid_" not in hook_name:
+        return f"{hook_name} is not the residual stream itself"
     tokens = torch.tensor([sample[:PROOF_TOKENS]])
     try:
         splice = Splice(model, hook_name)
