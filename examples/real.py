@@ -38,7 +38,7 @@ class Steps:
         typed = ["mechint", *map(str, words)]
         print(f"\n$ {shlex.join(typed)}", flush=True)
         began = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "mechint.cli", *typed[1:]], cwd=ROOT)
+        done = subprocess.run([sys.executable, "-m", "mechint", *typed[1:]], cwd=ROOT)
         self.seconds[name] = time.perf_counter() - began
         if done.returncode:
             sys.exit(f"{name} ended with status {done.returncode}")

@@ -593,11 +593,13 @@ def _write_shards(
         mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file needs no line every half second
     )
 
-    def on_batch(contexts: int, tokens: int) -> None:
+    def on_batch(shard: _Shard, tokens_before: int, contexts: int, tokens: int) -> None:
+        """Texts count as done in proportion to the shard's tokens: one may be in several contexts."""
         nonlocal n_tokens
+        n_texts, done = shard.record["n_texts"], n_tokens - tokens_before
         n_tokens += tokens
         bar.set_postfix_str(f"{n_tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
-        bar.update(0)
+        bar.update(n_texts * (done + tokens) // shard.block.n_tokens - n_texts * done // shard.block.n_tokens)
 
     limit = _shards_behind(model.device)
     with (
@@ -610,9 +612,11 @@ def _write_shards(
             if not missing:  # behind a gap in a stream, which is read in order
                 bar.update(shard.record["n_texts"])
                 continue
-            rows = run_block(model, [target.hook for target in missing], shard.block, on_batch=on_batch)
+            count = functools.partial(on_batch, shard, n_tokens)
+            rows = run_block(model, [target.hook for target in missing], shard.block, on_batch=count)
+            if not shard.block.n_tokens:
+                bar.update(shard.record["n_texts"])
             writing.submit([functools.partial(_write_shard, shard, rows, target) for target in missing])
-            bar.update(shard.record["n_texts"])
             del rows  # its memory is free as soon as it is written
     return n_tokens, time.perf_counter() - started
 
