@@ -25,7 +25,7 @@ site.addsitedir(str(ROOT / "tests"))  # what is fetched is pinned there, for the
 HOOKS = ("blocks.9.hook_resid_post", "blocks.14.hook_resid_post")
 TRAINED = HOOKS[1]
 ARCHITECTURES = {"topk": ["--k", "32"], "standard": ["--lam", "1"]}
-TOKENS_A_TEXT = 45  # of this set, a little below what it has, so that there are enough texts
+TOKENS_A_TEXT = 100  # of this set, cut to 512 characters: a little below what it has, so that there are enough texts
 
 
 class Steps:
@@ -62,7 +62,7 @@ def main() -> None:
     texts = real.texts.relative_to(ROOT) / "161_agnews_0.csv.zst"
     run(
         *("collect", "collect", "--model", real.smollm2.relative_to(ROOT), "--hook", *HOOKS),
-        *("--dataset", texts, "--text-field", "prompt", "--max-chars", 0, "--num-texts", given.rows // TOKENS_A_TEXT),
+        *("--dataset", texts, "--text-field", "prompt", "--num-texts", given.rows // TOKENS_A_TEXT),
         *("--output", out / "activations"),
     )
     activations = out / "activations" / TRAINED

@@ -15,11 +15,12 @@ import pytest
 import torch
 from real_material import CannotFetch, Real, fetch, is_there
 
-from mechint.analysis import token_strings
 from mechint.data import open_activations
+from mechint.models import load_model
+from mechint.models.pieces import decoder, token_strings
 
 pytestmark = pytest.mark.slow
-N_TEXTS = 60
+N_TEXTS = 24
 MODELS = {"smollm2": ("blocks.9.hook_resid_post", "blocks.14.hook_resid_post"), "gemma3": ("blocks.9.hook_resid_post",)}
 
 
@@ -62,7 +63,7 @@ def collected(request: pytest.FixtureRequest, real: Real, tmp_path_factory: pyte
             real.texts / "161_agnews_0.csv.zst",
         ),
         *("--text-field", "prompt", "--num-texts", N_TEXTS),
-        *("--max-chars", 0, "--output", output, "--device", "cpu"),
+        *("--output", output, "--device", "cpu"),
     )
     return request.param, model, output, said
 
@@ -97,13 +98,11 @@ def test_rows_are_those_of_transformers(collected: Any):
 
 def test_tokens_are_shown_with_their_spaces(collected: Any, real: Real):
     name, _, output, _ = collected
-    from mechint.models import load_model
-
     activations = open_activations(next(iter(stores(name, output).values())))
     assert activations.tokens is not None and activations.text_ids is not None
     tokenizer = load_model(str(getattr(real, name)), device="cpu").tokenizer
     ids = activations.tokens[activations.text_ids == 3].tolist()
-    shown = "".join(token_strings(tokenizer, ids))
+    shown = "".join(token_strings(decoder(tokenizer), ids))
     assert shown.strip() == tokenizer.decode(ids).strip() and shown.count(" ") > 10
 
 
