@@ -96,7 +96,7 @@ build/constraints-tl4.txt: constraints.txt
 test-tl4: build/constraints-tl4.txt
 	$(MAKE) setup VENV=.venv-tl4 CONSTRAINTS=build/constraints-tl4.txt EXTRAS=dev
 	OMP_NUM_THREADS=1 .venv-tl4/bin/python -m pytest -q -n 2 --dist loadfile -m "slow or not slow" \
-	  tests/test_models.py tests/test_suffix.py tests/test_ablation.py tests/test_saelens_hooked.py
+	  tests/test_models.py tests/test_families.py tests/test_suffix.py tests/test_ablation.py tests/test_saelens_hooked.py
 
 # In an environment that holds the peers: that they train as the benchmarks call them, that SAELens's evaluation and API agree
 # with ours, and that what we write they load, and the reverse.

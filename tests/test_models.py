@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import HOOK
 
-from mechint.config import CollectConfig, canonical_hook
+from mechint.cli.flags import parse
+from mechint.config import CollectConfig, canonical_hook, layer_of_hook
 from mechint.errors import MechintError
 from mechint.models import LanguageModel, load_model
 from mechint.models.resolve import resolve_model
@@ -150,6 +151,8 @@ def test_auto_backend_follows_the_hook(tiny_neox_dir: Path):
 )
 def test_names_of_modules_are_understood(given: str, name: str):
     assert CollectConfig.from_dict({"hook": given}).hook == name
+    assert parse(CollectConfig, ["--hook", given], prog="collect").hook == name
+    assert layer_of_hook(given) == layer_of_hook(name)
 
 
 def test_a_module_alias_holds_what_the_module_gives(models, tokens):

@@ -85,7 +85,7 @@ def parse(
         raise MechintError(f"{what}; `{prog} --help` explains the flags")
     given = {word.split("=", 1)[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
     superseded = cls.superseded(given, dataclasses.asdict(config))
-    return dataclasses.replace(config, **dict.fromkeys(superseded)) if superseded else config
+    return (dataclasses.replace(config, **dict.fromkeys(superseded)) if superseded else config).canonical()
 
 
 def _from_home(word: str) -> str:

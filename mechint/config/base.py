@@ -83,9 +83,7 @@ class Config:
         for field in dataclasses.fields(cls):
             if field.name in renamed:
                 renamed[field.name] = _checked(field, renamed[field.name], source)
-        for name in {"hook", "hook_name"} & renamed.keys():
-            renamed[name] = _canonical(renamed[name])
-        return cls(**renamed)
+        return cls(**renamed).canonical()
 
     @classmethod
     def from_json(cls: type[ConfigT], path: str | Path) -> ConfigT:
@@ -103,6 +101,12 @@ class Config:
             key: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
             for key, value in dataclasses.asdict(self).items()
         }
+
+    def canonical(self: ConfigT) -> ConfigT:
+        """With hooks under TransformerLens's names where modules of Hugging Face's are named."""
+        given = {name: getattr(self, name) for name in ("hook", "hook_name") if hasattr(self, name)}
+        renamed = {name: _canonical(value) for name, value in given.items()}
+        return self if renamed == given else dataclasses.replace(self, **renamed)
 
     def with_overrides(self: ConfigT, **overrides: Any) -> ConfigT:
         """A copy with the given fields replaced; None means "leave as it is" and an unknown name is an error."""
@@ -236,7 +240,7 @@ def _canonical(given: Any) -> Any:
 
 def layer_of_hook(hook_name: str) -> int | None:
     """The layer in a hook name such as `blocks.3.hook_resid_post`; None for hooks outside the blocks."""
-    parts = hook_name.split(".")
+    parts = canonical_hook(hook_name).split(".")
     if len(parts) >= 3 and parts[0] == "blocks" and parts[1].isdigit():
         return int(parts[1])
     return None

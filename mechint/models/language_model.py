@@ -198,14 +198,15 @@ class LanguageModel:
         """Raise `MechintError` unless this model and backend have the hook."""
         if self.backend == "transformers" and self.on_transformers(hook_name):
             return
-        if (same := canonical_hook(hook_name)) != hook_name:
-            raise MechintError(f"hook {hook_name!r} is a module's name: here it is {same}")
-        layer = layer_of_hook(hook_name)
+        same = canonical_hook(hook_name)
+        layer = layer_of_hook(same)
         if layer is not None and 0 < self.n_layers <= layer:
             raise MechintError(
                 f"hook {hook_name!r}: {self.name} has {self.n_layers} layers, so the last block is"
                 f" blocks.{self.n_layers - 1}"
             )
+        if same != hook_name:
+            raise MechintError(f"hook {hook_name!r} is a module's name: here it is {same}")
         if self.backend == "transformers":
             layers = range(self.n_layers if self._structure else 0)
             plain = [f"blocks.{i}.hook_resid_{site}" for i in layers for site in ("pre", "post")]

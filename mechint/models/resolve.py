@@ -1,6 +1,7 @@
 """From a name to files: built-in, folder, GGUF file, or Hub repository; errors say how to go on without the Hub."""
 
 import contextlib
+import functools
 import importlib.util
 import logging
 from dataclasses import dataclass
@@ -167,7 +168,7 @@ def load_pretrained(
         _check_gguf_reader(name)
         source, kwargs["gguf_file"] = str(Path(source).parent), Path(source).name
     try:
-        with _quiet(), _possible_token_ids():
+        with _quiet(), _possible_token_ids(), _gguf_read_once() if "gguf_file" in kwargs else contextlib.nullcontext():
             tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
             config = AutoConfig.from_pretrained(source, **kwargs)
             _drop_impossible_padding(config)
@@ -211,6 +212,23 @@ def _possible_token_ids():
         yield
     finally:
         reader.read_gguf_metadata = own
+
+
+@contextlib.contextmanager
+def _gguf_read_once():
+    """transformers reads a GGUF file's header, with all its tokens, three times, and makes llama.cpp's table of names
+    once for each module: most of the time that loading takes. While the block lasts, both are made once."""
+    import gguf
+
+    names = ("GGUFReader", "get_tensor_name_map")
+    own = {name: getattr(gguf, name) for name in names}
+    for name in names:
+        setattr(gguf, name, functools.cache(own[name]))
+    try:
+        yield
+    finally:
+        for name in names:
+            setattr(gguf, name, own[name])
 
 
 def _drop_impossible_padding(config: Any) -> None:
