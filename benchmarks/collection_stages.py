@@ -93,8 +93,14 @@ def forward(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             started = time.process_time()
             wall["collect"].append(collect(config.with_overrides(output=folder / str(number)), progress=False).seconds)
             cpu["collect"].append(time.process_time() - started)
-        print("round", number, {name: f"{n_tokens / values[-1]:,.0f} tokens/s" for name, values in wall.items()},
-              flush=True)  # fmt: skip
+        speeds = {name: f"{n_tokens / values[-1]:,.0f} tokens/s" for name, values in wall.items()}
+        print(
+            "round",
+            number,
+            speeds,
+            {name: f"{values[-1]:.1f} s of processor" for name, values in cpu.items()},
+            flush=True,
+        )
     report: dict[str, Any] = {"tokens_a_round": n_tokens, "dtype": args.dtype, "threads": torch.get_num_threads()}
     for name in ("plain", "fast"):
         report[f"collect_over_{name}"] = {
