@@ -52,46 +52,67 @@ def seconds(work: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - started
 
 
+def timed(work: Callable[..., Any], *args: Any) -> tuple[float, float]:
+    """Seconds that passed, and of processor time of all threads, which other work on the machine changes little."""
+    started, spent = time.perf_counter(), time.process_time()
+    work(*args)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started, time.process_time() - spent
+
+
 def forward(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    rates: dict[str, list[float]] = {"plain": [], "fast": [], "collect": []}
     model = load_model(args.model, device=args.device, dtype=args.dtype, hook_name=args.hook)
+    config = CollectConfig(
+        model=args.model,
+        hook=args.hook,
+        dataset=args.dataset,
+        text_field=args.text_field,
+        num_texts=args.texts,
+        max_chars=args.max_chars,
+        dtype=args.dtype,
+        device=args.device,
+        output=folder / "acts",
+    )
+    blocks = planned(config, model)
+    n_tokens = sum(block.n_tokens for block in blocks)
+
+    def bare(fast: bool) -> None:
+        with FastLinear() if fast else contextlib.nullcontext():
+            for block in blocks:
+                for batch in block.batches:
+                    model.activations_at(batch.tokens, [args.hook])
+
+    wall: dict[str, list[float]] = {"plain": [], "fast": [], "collect": []}
+    cpu: dict[str, list[float]] = {"plain": [], "fast": [], "collect": []}
     for number in range(args.rounds + 1):  # the first only warms up
-        config = CollectConfig(
-            model=args.model,
-            hook=args.hook,
-            dataset=args.dataset,
-            text_field=args.text_field,
-            num_texts=args.texts,
-            max_chars=args.max_chars,
-            output=folder / str(number),
-            dtype=args.dtype,
-            device=args.device,
-        )
-        blocks = planned(config, model)
-        n_tokens = sum(block.n_tokens for block in blocks)
-
-        def bare(fast: bool, blocks: list[Any] = blocks) -> None:
-            with FastLinear() if fast else contextlib.nullcontext():
-                for block in blocks:
-                    for batch in block.batches:
-                        model.activations_at(batch.tokens, [args.hook])
-
-        took = {
-            "plain": seconds(lambda: bare(False), model.device),
-            "fast": seconds(lambda: bare(True), model.device),
-        }
+        for name, took, spent in (("plain", *timed(bare, False)), ("fast", *timed(bare, True))):
+            wall[name].append(took)
+            cpu[name].append(spent)
         with mock.patch.object(collecting, "load_model", lambda *_, **__: model):
-            took["collect"] = collect(config, progress=False).seconds
-        if number:
-            for name, value in took.items():
-                rates[name].append(n_tokens / value)
-            print("round", number, {name: f"{values[-1]:,.0f} tokens/s" for name, values in rates.items()}, flush=True)
+            started = time.process_time()
+            wall["collect"].append(collect(config.with_overrides(output=folder / str(number)), progress=False).seconds)
+            cpu["collect"].append(time.process_time() - started)
+        speeds = {name: f"{n_tokens / values[-1]:,.0f} tokens/s" for name, values in wall.items()}
+        print(
+            "round",
+            number,
+            speeds,
+            {name: f"{values[-1]:.1f} s of processor" for name, values in cpu.items()},
+            flush=True,
+        )
     report: dict[str, Any] = {"tokens_a_round": n_tokens, "dtype": args.dtype, "threads": torch.get_num_threads()}
     for name in ("plain", "fast"):
-        ratios = [ours / bare for ours, bare in zip(rates["collect"], rates[name], strict=True)]
-        report[f"collect_over_{name}"] = {"median_of_ratios": statistics.median(ratios), "of_best": max(
-            rates["collect"]) / max(rates[name])}  # fmt: skip
+        report[f"collect_over_{name}"] = {
+            "wall_median_of_ratios": middle_ratio(wall[name][1:], wall["collect"][1:]),
+            "wall_of_best": min(wall[name][1:]) / min(wall["collect"][1:]),
+            "processor_time_median_of_ratios": middle_ratio(cpu[name][1:], cpu["collect"][1:]),
+        }
     return report
+
+
+def middle_ratio(theirs: list[float], ours: list[float]) -> float:
+    return statistics.median(one / other for one, other in zip(theirs, ours, strict=True))
 
 
 def stages(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
