@@ -78,8 +78,8 @@ def test_folders_and_globs_are_read_in_the_order_of_names(tmp_path: Path):
     assert read(tmp_path) == read(f"{tmp_path}/?.*") == TEXTS[1:]
     assert read(f"{tmp_path}/*.jsonl") == TEXTS[2:]
     assert open_texts(str(tmp_path)).said == (
-        f"2 files of {tmp_path}, one text a file of .txt, one a record of the others; field text; 2 other files there"
-        " are not read (1 .csv, 1 .md)"
+        f"2 files of {tmp_path}, one text a file of .txt, one a record of the others; field text; not read there: 1"
+        " .csv, 1 .md"
     )
     (tmp_path / "sub").mkdir()
     write_texts(tmp_path / "sub", TEXTS, ".csv")

@@ -188,7 +188,7 @@ class FileTexts(InOrder):
         if self.left_out:
             kinds = Counter(file.suffix or file.name for file in self.left_out)
             listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4))
-            parts.append(f"{len(self.left_out)} other files there are not read ({listed})")
+            parts.append(f"not read there: {listed}")
         return "; ".join(part for part in parts if part)
 
     def _all(self) -> Iterator[Document]:
