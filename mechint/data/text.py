@@ -27,7 +27,11 @@ class TextSource(Protocol):
     """
 
     by_rank: bool
-    said: str  # what is read, for a person
+
+    @property
+    def said(self) -> str:
+        """What is read, for a person."""
+        ...
 
     def read(self, start: int, count: int) -> list[Document]:
         """Texts `start` to `start + count`, whole; fewer at the end of the source."""
