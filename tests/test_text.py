@@ -309,6 +309,8 @@ def bad(tmp_path: Path, kind: str) -> dict:
             return {"dataset": str(write_texts(tmp_path, TEXTS, ".txt")), "revision": "main"}
         case "tales split":
             return {"dataset": "builtin/tales", "split": "valid"}
+        case "tales unit":
+            return {"dataset": "builtin/tales", "unit": "line"}
         case "tales revision":
             return {"dataset": "builtin/tales", "revision": "main"}
         case _:
@@ -345,6 +347,7 @@ def bad(tmp_path: Path, kind: str) -> dict:
         ("local split", "local files have no splits"),
         ("local revision", "only data sets on the Hub have revisions"),
         ("tales split", "no split 'valid'; .*train, heldout"),
+        ("tales unit", "--unit line divides .txt files, and builtin/tales holds records"),
         ("tales revision", "only data sets on the Hub have revisions"),
         ("other", "unknown built-in data set 'builtin/tails'; nearest: builtin/tales"),
     ],

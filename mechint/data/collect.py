@@ -17,7 +17,7 @@ from mechint.config import CollectConfig, SAETrainConfig, layer_of_hook
 from mechint.data import store_write
 from mechint.data.contexts import Context, contexts_of
 from mechint.data.documents import Document
-from mechint.data.forecast import forecast, plural, treatment
+from mechint.data.forecast import forecast, plural, shard_note, treatment
 from mechint.data.local_text import is_local
 from mechint.data.norms import report_norms
 from mechint.data.pt_file import assemble_pt
@@ -364,17 +364,16 @@ def _forecast(config: CollectConfig, model: LanguageModel, shards: _Shards, sett
     contexts, counts = lay_out(config, model, read, first_id=0)
     n_texts, exact = shards.about()
     itemsize = 4 if config.output.suffix == ".pt" else DTYPES[config.dtype].itemsize
-    size, problem = forecast(
-        n_texts,
-        exact=exact,
-        rows_per_text=sum(sum(context.kept) for context in contexts) / len(documents),
-        bytes_per_row=settled["d_in"] * itemsize + 3 * 4,
-        output=config.output,
-    )
+    rate: dict[str, Any] = {
+        "rows_per_text": sum(sum(context.kept) for context in contexts) / len(documents),
+        "bytes_per_row": settled["d_in"] * itemsize + 3 * 4,
+    }
+    size, problem = forecast(n_texts, exact=exact, output=config.output, **rate)
     if problem is not None:
         raise problem
+    lines += [size, *shard_note(min(n_texts, config.texts_per_shard), **rate)]
     first = "" if n_texts <= len(documents) else "the first "
-    return [*lines, size, *treatment(counts, settled, first + plural(len(documents), "text"))]
+    return [*lines, *treatment(counts, settled, first + plural(len(documents), "text"))]
 
 
 def _write_shards(

@@ -6,6 +6,8 @@ from typing import Any
 
 from mechint.errors import MechintError
 
+LARGE_SHARD = 2 * 10**9  # bytes
+
 
 def forecast(
     n_texts: int, *, exact: bool, rows_per_text: float, bytes_per_row: int, output: Path
@@ -26,6 +28,21 @@ def forecast(
     fitting = int(free / max(rows_per_text * bytes_per_row, 1))
     advice = f"--num-texts {fitting} fits; or take --dtype bfloat16 or another --output"
     return line, MechintError(f"{size} do not fit into {output.parent}, where {in_bytes(free)} are free: {advice}")
+
+
+def shard_note(n_texts: int, *, rows_per_text: float, bytes_per_row: int) -> list[str]:
+    """What to do about shards that take more memory than most machines have to spare; nothing about others.
+
+    All rows of a shard are in memory at once, about twice over while it is written.
+    """
+    size = n_texts * rows_per_text * bytes_per_row
+    if size <= LARGE_SHARD:
+        return []
+    fewer = max(int(n_texts * LARGE_SHARD / size), 1)
+    return [
+        f"a shard of {plural(n_texts, 'text')} will take about {in_bytes(round(size))} of memory: --checkpoint-every"
+        f" {fewer} keeps it to {in_bytes(LARGE_SHARD)}"
+    ]
 
 
 def free_bytes(output: Path) -> int | None:
