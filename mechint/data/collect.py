@@ -204,10 +204,10 @@ def _collect(
             store_write.check_same(asked["fixed"], fixed, str(folder))
             settled = asked["info"]
         if ranks.rank == 0:
-            for note in _forecast(config, model, shards, settled):
-                on_note(note)
-        if ranks.rank == 0:
+            notes = _forecast(config, model, shards, settled)
             with store_write.only_writer(folder):
+                for note in notes:
+                    on_note(note)
                 asked = {"settings": settings, "fixed": fixed, "info": settled, "command": collect_command(config)}
                 store_write.begin_store(folder, asked)
                 ranks.barrier()
