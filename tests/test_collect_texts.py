@@ -269,6 +269,13 @@ def test_what_cannot_fit_on_the_disk_is_refused_before_anything_is_written(
     collect_quietly(*flags(tiny_neox_dir, texts_file, output, "--num-texts", fitting))
 
 
+def test_shards_that_do_not_fit_into_memory_are_said():
+    assert forecast.shard_note(512, rows_per_text=120.0, widths=[512], itemsize=4) == []
+    assert forecast.shard_note(500, rows_per_text=250_000.0, widths=[512], itemsize=4) == [
+        "a shard of 500 texts will take about 258 GB of memory: --checkpoint-every 3 keeps it to 2 GB"
+    ]
+
+
 def test_the_forecast_counts_the_texts_that_are_there(tiny_neox_dir: Path, tmp_path: Path):
     (tmp_path / "t.txt").write_text("the cat sat\n" * 1000)
     base = {"model": str(tiny_neox_dir), "hook": HOOK, "dataset": str(tmp_path / "t.txt"), "device": "cpu"}

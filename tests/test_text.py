@@ -78,8 +78,8 @@ def test_folders_and_globs_are_read_in_the_order_of_names(tmp_path: Path):
     assert read(tmp_path) == read(f"{tmp_path}/?.*") == TEXTS[1:]
     assert read(f"{tmp_path}/*.jsonl") == TEXTS[2:]
     assert open_texts(str(tmp_path)).said == (
-        f"2 files of {tmp_path}, one text a file of .txt, one a record of the others; field text; 2 other files there"
-        " are not read (1 .csv, 1 .md)"
+        f"2 files of {tmp_path}, one text a file of .txt, one a record of the others; field text; not read there: 1"
+        " .csv, 1 .md"
     )
     (tmp_path / "sub").mkdir()
     write_texts(tmp_path / "sub", TEXTS, ".csv")
@@ -309,6 +309,8 @@ def bad(tmp_path: Path, kind: str) -> dict:
             return {"dataset": str(write_texts(tmp_path, TEXTS, ".txt")), "revision": "main"}
         case "tales split":
             return {"dataset": "builtin/tales", "split": "valid"}
+        case "tales unit":
+            return {"dataset": "builtin/tales", "unit": "line"}
         case "tales revision":
             return {"dataset": "builtin/tales", "revision": "main"}
         case _:
@@ -345,6 +347,7 @@ def bad(tmp_path: Path, kind: str) -> dict:
         ("local split", "local files have no splits"),
         ("local revision", "only data sets on the Hub have revisions"),
         ("tales split", "no split 'valid'; .*train, heldout"),
+        ("tales unit", "--unit line divides .txt files, and builtin/tales holds records"),
         ("tales revision", "only data sets on the Hub have revisions"),
         ("other", "unknown built-in data set 'builtin/tails'; nearest: builtin/tales"),
     ],

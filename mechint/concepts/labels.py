@@ -90,7 +90,7 @@ def label_tales(
     by_text = _rows_by_text(activations, max_texts)
     parents = {concept: kind.parent for concept, kind in CONCEPTS.items()}
     builder = _Builder(
-        activations, activations.tokens.numpy(), by_text, parents, span_tokens, f"{TALES} {info['dataset_split']}"
+        activations, activations.tokens, by_text, parents, span_tokens, f"{TALES} {info['dataset_split']}"
     )
     max_chars = info.get("max_chars") or None
     numbers = list(by_text)
@@ -139,7 +139,7 @@ def label_stored(
                 f" {max(by_text)}{'' if len(by_text) == max(by_text) - min(by_text) + 1 else ', not all of them'}"
             )
     chosen = {number: by_text[number] for number in sorted(int(number) for number in file.texts)}
-    builder = _Builder(activations, activations.tokens.numpy(), chosen, file.parents, span_tokens, str(file.path))
+    builder = _Builder(activations, activations.tokens, chosen, file.parents, span_tokens, str(file.path))
     for number, text, offsets in _decoded(activations, tokenizer, chosen):
         spans = file.texts[number]
         _check_ends(file, spans, text, f"text {number}")
@@ -169,7 +169,7 @@ def label_texts(
     alone = block.text_ids.numpy()  # each text is one context
     by_text = _group(alone, block.positions.numpy(), alone, {"prepend_bos": inside.prepend_bos}, None)
     rows = found.activations[inside.hook_name]
-    builder = _Builder(rows, block.tokens.numpy(), by_text, file.parents, span_tokens, str(file.path))
+    builder = _Builder(rows, block.tokens, by_text, file.parents, span_tokens, str(file.path))
     encoded = _tokenized(inside.model.tokenizer, texts)
     late: list[Span] = []
     for number, (text, offsets) in enumerate(zip(texts, encoded.offset_mapping, strict=True)):
@@ -299,13 +299,14 @@ class _Builder:
     def __init__(
         self,
         rows: Activations | Tensor,
-        tokens: Int[np.ndarray, " n"],
+        tokens: Int[Tensor, " n"] | None,
         by_text: dict[int, TextRows],
         parents: dict[str, str | None],
         span_tokens: SpanTokens,
         source: str,
     ):
-        self.rows, self.tokens, self.by_text, self.parents = rows, tokens, by_text, dict(parents)
+        assert tokens is not None  # else there were no rows by text
+        self.rows, self.tokens, self.by_text, self.parents = rows, tokens.numpy(), by_text, dict(parents)
         self.span_tokens: SpanTokens = span_tokens
         self.source = source
         self.places = columns_of(parents)

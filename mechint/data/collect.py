@@ -22,7 +22,7 @@ from mechint.data import store_write
 from mechint.data.ahead import Behind, ahead
 from mechint.data.contexts import Context, contexts_of
 from mechint.data.documents import Document
-from mechint.data.forecast import forecast, plural, treatment
+from mechint.data.forecast import forecast, plural, shard_note, treatment
 from mechint.data.local_text import is_local
 from mechint.data.norms import report_norms
 from mechint.data.pt_file import assemble_pt
@@ -299,17 +299,19 @@ def _collect(
                 raise _not_aligned(target, targets[0], "model_sha256")
         records = [_asked(config, target, source, model, fixed) for target in targets]
         ready = _read_shards(config, model, shards)
-        first = next(ready, None)
+        first, notes = next(ready, None), []
         if ranks.rank == 0:
-            for note in _forecast(config, first, shards, [record["info"] for record in records]):
-                on_note(note)
+            notes = _forecast(config, first, shards, [record["info"] for record in records])
         ready = ready if first is None else itertools.chain([first], ready)
         with contextlib.ExitStack() as held:
             if ranks.rank == 0:
                 if len(config.hooks) > 1:
                     held.enter_context(store_write.only_writer(config.output))
-                for target, record in zip(targets, records, strict=True):
+                for target in targets:
                     held.enter_context(store_write.only_writer(target.folder))
+                for note in notes:
+                    on_note(note)
+                for target, record in zip(targets, records, strict=True):
                     store_write.begin_store(target.folder, record)
             ranks.barrier()
             n_tokens, seconds = _write_shards(model, ready, shards, targets, ranks, progress)
@@ -556,17 +558,18 @@ def _forecast(config: CollectConfig, shard: "_Shard | None", shards: _Shards, in
     n_texts, exact = shards.about()
     # shards become a .pt one at a time, in float32
     dtype = "float32" if config.output.suffix == ".pt" else config.dtype
-    size = forecast(
-        n_texts,
-        exact=exact,
-        rows_per_text=shard.block.n_rows / shard.record["n_texts"],
-        widths=[info["d_in"] for info in infos],
-        itemsize=DTYPES[dtype].itemsize,
-        output=config.output,
-    )
+    rate: dict[str, Any] = {
+        "rows_per_text": shard.block.n_rows / shard.record["n_texts"],
+        "widths": [info["d_in"] for info in infos],
+        "itemsize": DTYPES[dtype].itemsize,
+    }
+    lines += [
+        forecast(n_texts, exact=exact, output=config.output, **rate),
+        *shard_note(min(n_texts, config.texts_per_shard), **rate),
+    ]
     read = plural(shard.record["n_texts"], "text")
     first = read if n_texts <= shard.record["n_texts"] else f"the first {read}"
-    return [*lines, size, *treatment(shard.record["texts"], infos[0], first)]
+    return [*lines, *treatment(shard.record["texts"], infos[0], first)]
 
 
 def _write_shards(

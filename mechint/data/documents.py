@@ -63,8 +63,9 @@ def content_of(record: Any, field: str, where: str) -> Content:
             return ""
         if all(type(item) is int for item in found):
             mask = record.get("attention_mask")
-            masked = isinstance(mask, list) and len(mask) == len(found)
-            return [token for token, seen in zip(found, mask, strict=True) if seen] if masked else found
+            if isinstance(mask, list) and len(mask) == len(found):
+                return [token for token, seen in zip(found, mask, strict=True) if seen]
+            return found
         if all(isinstance(item, dict) and {"role", "content"} <= item.keys() for item in found):
             return found
         if all(item is None or isinstance(item, str) for item in found):

@@ -9,6 +9,7 @@ from mechint.errors import MechintError
 
 # Token, text, position and norm of each row.
 COLUMN_BYTES = 16
+LARGE_SHARD = 2 * 10**9  # bytes
 
 
 def forecast(
@@ -25,7 +26,7 @@ def forecast(
         MechintError: they cannot fit.
     """
     n_rows = round(n_texts * rows_per_text)
-    bytes_per_row = sum(width * itemsize + COLUMN_BYTES for width in widths)
+    bytes_per_row = _bytes_per_row(widths, itemsize)
     needed, (free, place) = n_rows * bytes_per_row, free_bytes(output)
     hooks = f" at each of {len(widths)} hooks" if len(widths) > 1 else ""
     size = f"{'' if exact else 'about '}{plural(n_texts, 'text')}, about {n_rows:,} vectors{hooks}, {in_bytes(needed)}"
@@ -40,6 +41,25 @@ def forecast(
             f" take {', '.join([*smaller, *fewer, 'another --output'])}"
         )
     return f"this will be {size}; {in_bytes(free)} are free there"
+
+
+def shard_note(n_texts: int, *, rows_per_text: float, widths: Sequence[int], itemsize: int) -> list[str]:
+    """What to do about shards that take more memory than most machines have to spare; nothing about others.
+
+    All rows of a shard, at every hook, are in memory at once, about twice over while it is written.
+    """
+    size = n_texts * rows_per_text * _bytes_per_row(widths, itemsize)
+    if size <= LARGE_SHARD:
+        return []
+    fewer = max(int(n_texts * LARGE_SHARD / size), 1)
+    return [
+        f"a shard of {plural(n_texts, 'text')} will take about {in_bytes(round(size))} of memory: --checkpoint-every"
+        f" {fewer} keeps it to {in_bytes(LARGE_SHARD)}"
+    ]
+
+
+def _bytes_per_row(widths: Sequence[int], itemsize: int) -> int:
+    return sum(width * itemsize + COLUMN_BYTES for width in widths)
 
 
 def free_bytes(output: Path) -> tuple[int | None, Path]:

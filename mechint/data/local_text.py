@@ -165,13 +165,13 @@ class FileTexts(InOrder):
         self.left_out = left_out or []
         self.kinds = [".txt" if plain else str(format_of(file)) for file in files]
         kinds = Counter(self.kinds)
-        plain = kinds.pop(".txt", 0)
-        if unit in ("line", "file") and not plain:
+        n_plain = kinds.pop(".txt", 0)
+        if unit in ("line", "file") and not n_plain:
             raise MechintError(f"--unit {unit} divides .txt files, and {dataset} holds records: leave --unit out")
-        if unit == "record" and plain:
+        if unit == "record" and n_plain:
             raise MechintError(f"--unit record: {dataset} holds .txt files, which are read by line or file")
         self.unit: Unit = unit or (
-            "record" if not plain else "line" if files == [Path(dataset).expanduser()] else "file"
+            "record" if not n_plain else "line" if files == [Path(dataset).expanduser()] else "file"
         )
         self.has_records = bool(kinds)
         self._file, self._progress = 0, Progress()
@@ -188,7 +188,7 @@ class FileTexts(InOrder):
         if self.left_out:
             kinds = Counter(file.suffix or file.name for file in self.left_out)
             listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4))
-            parts.append(f"{len(self.left_out)} other files there are not read ({listed})")
+            parts.append(f"not read there: {listed}")
         return "; ".join(part for part in parts if part)
 
     def _all(self) -> Iterator[Document]:

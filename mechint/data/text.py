@@ -27,7 +27,11 @@ class TextSource(Protocol):
     """
 
     by_rank: bool
-    said: str  # what is read, for a person
+
+    @property
+    def said(self) -> str:
+        """What is read, for a person."""
+        ...
 
     def read(self, start: int, count: int) -> list[Document]:
         """Texts `start` to `start + count`, whole; fewer at the end of the source."""
@@ -83,14 +87,16 @@ def open_texts(
             what cannot be read as text.
     """
     dataset = str(dataset)
-    if dataset.startswith("builtin/"):
-        if dataset not in BUILTIN:
-            raise MechintError(f"unknown built-in data set {dataset!r}; {nearest(dataset, BUILTIN)}")
-        _no_revision(dataset, revision)
-        return TaleTexts(split, seed)
-    if is_local(dataset):
+    if dataset.startswith("builtin/") and dataset not in BUILTIN:
+        raise MechintError(f"unknown built-in data set {dataset!r}; {nearest(dataset, BUILTIN)}")
+    if dataset not in BUILTIN and is_local(dataset):
         _no_revision(dataset, revision)
         return open_local(dataset, split, text_field, unit, max_chars)
+    if unit not in (None, "record"):
+        raise MechintError(f"--unit {unit} divides .txt files, and {dataset} holds records: leave --unit out")
+    if dataset in BUILTIN:
+        _no_revision(dataset, revision)
+        return TaleTexts(split, seed)
     from mechint.data.hub_text import HubTexts
 
     return HubTexts(dataset, split, revision, text_field, max_chars, rank, world_size, state)

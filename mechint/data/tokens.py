@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from mechint.data.documents import Chat, Document
 from mechint.errors import MechintError, one_line
@@ -41,17 +41,17 @@ def read_texts(
         MechintError: a chat and a tokenizer without a template, a token that the model has no embedding for; with the
             file and row.
     """
-    counts = dict.fromkeys(COUNTS, 0)
+    counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
     texts: list[str | list[int]] = []
     for content, where, n_blank in documents:
         counts["n_texts"] += 1
         counts["n_blank"] += n_blank
+        if isinstance(content, list) and isinstance(content[0], int):
+            counts["n_pretokenised"] += 1
+            texts.append(cast(list[int], content))
+            continue
         if isinstance(content, list):
-            if isinstance(content[0], int):
-                counts["n_pretokenised"] += 1
-                texts.append([token for token in content if isinstance(token, int)])
-                continue
-            content = rendered(model, content, where, prepend_bos=prepend_bos)
+            content = rendered(model, cast(Chat, content), where, prepend_bos=prepend_bos)
         kept = content[: max_chars or None]
         counts["n_chars"] += len(content)
         counts["n_cut"] += len(kept) < len(content)

@@ -16,6 +16,7 @@ from mechint.data import open_activations
 from mechint.data.batches import split_as
 from mechint.data.collect import collect_activations
 from mechint.data.text import open_texts
+from mechint.data.tokens import read_texts
 from mechint.errors import MechintError
 from mechint.eval import evaluate_texts, texts_from_rows
 from mechint.eval.reconstruction import measure_activity
@@ -141,15 +142,16 @@ class SAETrainingRunner:
                 raise MechintError("use_cached_activations needs cached_activations_path: a store made by mechint")
             return Path(cfg.cached_activations_path)
         model = load_model(cfg.model_name, device="cpu", hook_name=cfg.hook_name)
-        source = open_texts(cfg.dataset_path, max_chars=cfg.collect_config("x", 1).max_chars, seed=cfg.seed)
+        max_chars = cfg.collect_config("x", 1).max_chars
+        source = open_texts(cfg.dataset_path, max_chars=max_chars, seed=cfg.seed)
         try:
-            texts = source.read(0, SAMPLE)
+            documents = source.read(0, SAMPLE)
         finally:
             source.close()
-        if not texts:
+        if not documents:
             raise MechintError(f"{cfg.dataset_path} has no text")
-        sample = model.tokenize(texts, prepend_bos=cfg.prepend_bos, context_size=cfg.context_size)
-        lengths = [len(row) for row in sample]
+        sample = read_texts(model, documents, max_chars=max_chars, prepend_bos=cfg.prepend_bos).token_lists
+        lengths = [len(row) + 1 for row in sample]
         d_in = model.hook_width(cfg.hook_name)
         cfg.latents(d_in)  # widths that do not fit are known before anything is collected
         most = MOST_BYTES // (4 * d_in)

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechint.data.text import open_texts
+from mechint.data.tokens import read_texts
 from mechint.errors import MechintError
 from mechint.inside import centres, check_identity, read_hook, special_tokens
 from mechint.models import LanguageModel
@@ -273,12 +274,8 @@ class ActivationsStore:
             raise MechintError(f"the tokenizer of {self.language_model.name} has no {name} token: give an id, or None")
         return found[name]
 
-    def _tokenized(self, texts: list[str]) -> Iterator[list[int]]:
-        # of texts longer than the model's context too: they are cut into windows here
-        found = self.language_model.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-        ).input_ids
-        for row in found:
+    def _counted(self, token_lists: list[list[int]]) -> Iterator[list[int]]:
+        for row in token_lists:
             self.n_dataset_processed += 1
             if row:
                 yield list(row)
@@ -290,7 +287,7 @@ Opened = tuple[bool, Iterator[list[int]]]
 def _opener(dataset: Any) -> Callable[[ActivationsStore], Opened]:
     """What begins an epoch: whether rows are tokens already, and the rows."""
     if isinstance(dataset, (str, Path)):
-        open_texts(str(dataset), max_chars=2**31 - 1).close()  # a source that is not there is an error at once
+        open_texts(str(dataset)).close()  # a source that is not there is an error at once
         return lambda store: (False, _from_source(store, str(dataset)))
     if isinstance(dataset, (list, tuple)) and not dataset:
         raise MechintError("dataset holds no text")
@@ -315,12 +312,13 @@ def _opener(dataset: Any) -> Callable[[ActivationsStore], Opened]:
 
 
 def _from_source(store: ActivationsStore, dataset: str) -> Iterator[list[int]]:
-    source = open_texts(dataset, max_chars=2**31 - 1)
+    source = open_texts(dataset)
     start = 0
     try:
-        while texts := source.read(start, READ):
-            yield from store._tokenized(texts)
-            start += len(texts)
+        while documents := source.read(start, READ):
+            read = read_texts(store.language_model, documents, prepend_bos=store.prepend_bos)
+            yield from store._counted(read.token_lists)
+            start += len(documents)
     finally:
         source.close()
 
@@ -330,10 +328,10 @@ def _from_rows(store: ActivationsStore, rows: Iterable[Any], column: str | None)
     for row in rows:
         texts.append(row if column is None else row[column])
         if len(texts) == READ:
-            yield from store._tokenized(texts)
+            yield from store._counted(store.language_model.token_lists(texts))
             texts = []
     if texts:
-        yield from store._tokenized(texts)
+        yield from store._counted(store.language_model.token_lists(texts))
 
 
 def _ready_rows(store: ActivationsStore, rows: Iterable[Any], column: str) -> Iterator[list[int]]:
