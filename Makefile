@@ -7,7 +7,7 @@ EXTRAS ?= dev,notebooks
 # The newest TransformerLens that is supported beside the pinned one; the model tests run on both.
 TL4 = 4.3.0
 
-.PHONY: help setup pipeline test test-fast check fix bench bench-train bench-quality test-tl4 test-peers test-services demo-hub readme clean
+.PHONY: help setup pipeline test test-fast check fix bench bench-train bench-quality test-tl4 test-peers test-services real demo-hub readme clean
 
 help:
 	@echo "make pipeline   collect, train, evaluate, ablate and compare on the built-in model (minutes, no network)"
@@ -15,6 +15,7 @@ help:
 	@echo "make check      format, lint, types, import layers"
 	@echo "make bench      measure speed and memory against the original's way"
 	@echo "make bench-train, bench-quality   speed and quality of training against the peers"
+	@echo "make real       the pipeline on a real language model and real texts (20 minutes, fetches 370 MB once)"
 	@echo "make demo-hub   publish a run to a Hub on this machine, and load it back in a fresh process"
 	@echo "make readme     write docs/commands.md and the list in README.md anew from --help"
 	@echo "make test-peers the peers in an environment of their own: their trainers, files, evaluation and API against ours"
@@ -81,6 +82,11 @@ bench-quality: setup
 test-services: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/with_services.py $(BIN)/python -m pytest -q -n 2 --dist loadfile \
 	  -m "slow or not slow" tests/test_server_*.py
+
+# A real language model and real texts, fetched once into build/real: the pipeline on them, and what it measures.
+ROWS ?= 300000
+real: setup
+	$(BIN)/python examples/real.py --rows $(ROWS)
 
 # A Hub of its own on this machine: publishes the newest run there, or a small one made for it, and loads it back.
 demo-hub: setup
