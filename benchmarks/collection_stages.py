@@ -39,7 +39,7 @@ def planned(config: CollectConfig, model: Any) -> list[Block]:
     source, blocks = open_source(config), []
     for start in range(0, config.num_texts, config.texts_per_shard):
         texts = source.read(start, min(config.texts_per_shard, config.num_texts - start))
-        blocks.append(block_of(config, model, texts, start))
+        blocks.append(block_of(config, model, texts, start)[1])
     source.close()
     return blocks
 

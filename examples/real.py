@@ -63,7 +63,7 @@ def main() -> None:
     run(
         *("collect", "collect", "--model", real.smollm2.relative_to(ROOT), "--hook", *HOOKS),
         *("--dataset", texts, "--text-field", "prompt", "--num-texts", given.rows // TOKENS_A_TEXT),
-        *("--output", out / "activations"),
+        *("--dtype", "bfloat16", "--output", out / "activations"),
     )
     activations = out / "activations" / TRAINED
     for name, options in ARCHITECTURES.items():

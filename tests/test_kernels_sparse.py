@@ -365,13 +365,13 @@ def test_whole_runs_end_alike(case):
         sparsity = 3.0 if sae.has_l1 else 0.5  # such that every case ends sparse; some begin dense
         losses, active, fired = [], [], torch.zeros(256, dtype=torch.int64)
         routes = set()
-        for step in range(600):
-            x = batch(1000 * seed + step, rows=512)
+        for step in range(300):
+            x = batch(1000 * seed + step, rows=256)
             result = trainer.step(x, StepSettings(3e-3, 1.0, Objective(sparsity=sparsity)))
             routes.add(getattr(trainer, "route", "dense"))
-            if step >= 500:
+            if step >= 200:
                 losses.append(result.terms["loss"].item())
-                active.append(result.n_active.item() / 512)
+                active.append(result.n_active.item() / 256)
                 fired += result.fire_counts
         return [sum(losses) / 100, sum(active) / 100, float((fired == 0).sum())], routes
 

@@ -120,7 +120,7 @@ def test_threads_change_no_byte(tiny_neox_dir: Path, texts_file: Path, tmp_path:
     model, source = load_hooked(config), open_source(config)
     for number in range(7):
         texts = source.read(8 * number, min(8, 50 - 8 * number))
-        block = block_of(config, model, texts, 8 * number)
+        _, block, _ = block_of(config, model, texts, 8 * number)
         rows = run_block(model, [HOOK], block)
         norms = rows.checked_norms(HOOK)
         write_shard(tmp_path / "serial", number, activations=rows.activations[HOOK], tokens=block.tokens,

@@ -71,7 +71,7 @@ def summarise_norms(total: dict[str, Any], position_0_kept: bool) -> dict[str, A
         "position_0": {
             "kept": position_0_kept,
             "n": sum(start["bins"].values()),
-            "median": min(_median(start["bins"]), start["max"]),  # of the middle of a bin
+            "median": _median(start["bins"]),
             "max": start["max"],
         },
     }

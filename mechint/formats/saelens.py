@@ -86,7 +86,9 @@ def read(path: Path, said: dict[str, Any] | None = None) -> SAE:
     folder = path if path.is_dir() else path.parent
     config = folder / CFG_FILE
     cfg = said if said and not config.is_file() else {**(said or {}), **read_settings(config, "SAE configuration")}
-    tensors = read_safetensors(folder / WEIGHTS_FILE)[0]
+    # under another name it is a file that only a registry says anything of
+    weights = folder / WEIGHTS_FILE if path.is_dir() or path.name == CFG_FILE else path
+    tensors = read_safetensors(weights)[0]
     refuse_contradictions(cfg, config)
     if is_pre_6(cfg):
         cfg = as_6(cfg, config)
