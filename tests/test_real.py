@@ -119,7 +119,7 @@ def test_every_step_of_the_pipeline(collected: Any, tmp_path: Path):
     mechint("eval", tmp_path / "run", "--max-eval-texts", 3, "--resamples", 50)
     found = json.loads((tmp_path / "run" / "eval.json").read_text())
     # news is predicted far better than at random (ln 49,152 = 10.8), worse with the SAE, and worst with the mean
-    assert 2 < found["ce_clean"] < 5 and found["ce_clean"] < found["ce_sae"] < found["ce_mean"]
+    assert 2 < found["ce_clean"] < 7 and found["ce_clean"] < found["ce_sae"] < found["ce_mean"]
     mechint(*("rank", tmp_path / "run", "--num-texts", 3, "--exact-texts", 2, "--top", 3, "--control", 3, "--draws", 2))
     assert (tmp_path / "run" / "ranking.csv").is_file()
     mechint("report", tmp_path / "run")
