@@ -47,7 +47,7 @@ class Steps:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rows", type=int, default=300_000, help="activation vectors to collect at each hook")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps of 2,048 vectors")
+    parser.add_argument("--steps", type=int, default=800, help="training steps of 2,048 vectors")
     parser.add_argument("--expansion", type=int, default=8, help="latents per input dimension")
     given = parser.parse_args()
 
@@ -57,7 +57,8 @@ def main() -> None:
     for name, licence in LICENCES.items():
         print(f"{name}: {licence}")
     out = (FOLDER / "run").relative_to(ROOT)
-    shutil.rmtree(ROOT / out, ignore_errors=True)
+    for name in ARCHITECTURES:  # activations stay: collecting goes on where it stopped
+        shutil.rmtree(ROOT / out / name, ignore_errors=True)
     run = Steps()
     texts = real.texts.relative_to(ROOT) / "161_agnews_0.csv.zst"
     run(
@@ -74,7 +75,7 @@ def main() -> None:
         )
         run(f"eval {name}", "eval", out / name, "--max-eval-texts", 100)
     run("rank topk", "rank", out / "topk", "--num-texts", 40)
-    run("report", "report", out / "topk", out / "standard", "--output", out / "report.html")
+    run("report", "report", out / "topk", out / "standard", "--output", out / "report.html", "--overwrite")
     table = results(ROOT / out, run.seconds)
     (ROOT / out / "results.md").write_text(table)
     print(f"\n{table}\nreport: {out / 'report.html'}")
