@@ -112,10 +112,11 @@ def test_every_step_of_the_pipeline(collected: Any, tmp_path: Path):
     acts = output / "blocks.14.hook_resid_post"
     mechint(
         *("train", "--preset", "mechint", "--architecture", "topk", "--k", 32, "--expansion", 2, "--steps", 150),
-        *("--batch-size", 512, "--activations-path", acts, "--runs-root", tmp_path, "--run-name", "run"),
+        *("--batch-size", 512, "--val-fraction", 0.25, "--activations-path", acts),
+        *("--runs-root", tmp_path, "--run-name", "run"),
     )
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["left_out"]["multiple"] == 10 and summary["fvu"] < 0.6
+    assert summary["left_out"]["multiple"] == 10 and summary["fvu"] < 0.9  # 1 is what the mean alone reaches
     mechint("eval", tmp_path / "run", "--max-eval-texts", 3, "--resamples", 50)
     found = json.loads((tmp_path / "run" / "eval.json").read_text())
     # news is predicted far better than at random (ln 49,152 = 10.8), worse with the SAE, and worst with the mean
