@@ -1,4 +1,4 @@
-"""The whole pipeline on a real language model and real news: SmolLM2-135M, 4,000 items of AG News, layers 9 and 14.
+"""The whole pipeline on a real language model and real texts: SmolLM2-135M, news and more, layers 9 and 14.
 
     make real                       # fetches model and texts once, then runs; results lie in build/real
     make real ROWS=50000            # a smaller one
