@@ -199,7 +199,7 @@ def settings_at(config: CollectConfig, hook: str, world_size: int = 1) -> dict[s
     settings["model"] = config.model if config.model in BUILTIN_MODELS else location
     settings["texts_per_shard"] = config.texts_per_shard
     if config.dataset not in BUILTIN and not is_local(config.dataset):
-        settings["world_size"] = world_size  # a data set on the Hub is dealt out to the processes
+        settings["world_size"] = world_size  # a data set on the Hub is split over the processes
     return settings
 
 

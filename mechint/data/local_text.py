@@ -1,6 +1,7 @@
 """Texts from local files and folders, and from the built-in tales."""
 
 import glob
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,15 +71,16 @@ def _hidden(file: Path) -> bool:
     return any(part.startswith(".") for part in file.parts)
 
 
-class InOrder:
+class InOrder(ABC):
     """Reads a source of documents forward from any number on, from the first one again if it must go back."""
 
     by_rank = False
     _documents: Iterator[Document] | None = None
     _next = 0
 
+    @abstractmethod
     def _all(self) -> Iterator[Document]:
-        raise NotImplementedError
+        """Every document, from the first on."""
 
     def read(self, start: int, count: int) -> list[Document]:
         if self._documents is None or start < self._next:

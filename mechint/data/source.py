@@ -261,7 +261,7 @@ class Live:
         if position.get("texts", self._texts) != self._texts:
             raise MechintError(
                 f"the texts of {self._config.dataset} have changed since this position was noted: bring them back, or"
-                " begin anew"
+                " start again"
             )
         if "chunks" not in position:
             position = self._search(position["step"])
@@ -365,7 +365,7 @@ class Live:
         """Each block of texts and the place behind it."""
         source, config = open_source(self._config, state=start.state), self._config
         if source.fingerprint() != self._texts:
-            raise MechintError(f"the texts of {config.dataset} were changed while they are in use: begin anew")
+            raise MechintError(f"the texts of {config.dataset} were changed while they are in use: start again")
         try:
             text = start.text
             while text < config.num_texts:

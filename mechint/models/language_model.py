@@ -325,7 +325,7 @@ class LanguageModel:
     def _at(self, hook_name: str, act: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
         """While the block lasts, `act` sees the value at the hook, and replaces it unless it returns None."""
         module, goes_in = self._module_at(hook_name)
-        of_part = _PART_HOOK.fullmatch(hook_name) is not None  # which Falcon goes on to change in place
+        of_part = _PART_HOOK.fullmatch(hook_name) is not None  # Falcon then changes it in place
         if goes_in:
 
             def before(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
