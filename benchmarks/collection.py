@@ -67,7 +67,7 @@ def make_model(folder: Path, hidden_size: int = 512) -> None:
 
 
 def write_texts(path: Path, n_texts: int) -> None:
-    """Texts of at least CONTEXT tokens, one a line; `--context-size` cuts them to exactly that."""
+    """Texts of more than CONTEXT tokens, one a line; `--context-size` makes windows of that length of them."""
     from mechint.builtin.tales import tale
 
     lines = (" ".join(tale(3 * i + j).text for j in range(3)) for i in range(n_texts))
@@ -82,6 +82,13 @@ def originals_way(lens, tokens: torch.Tensor) -> tuple[float, list[torch.Tensor]
         _, cache = lens.run_with_cache(text[None], names_filter=lambda name: name == HOOK)
         rows.append(cache[HOOK][0].detach().cpu())
     return time.perf_counter() - started, rows
+
+
+def full_contexts(activations, n_contexts: int) -> torch.Tensor:
+    """The rows of the first contexts that are CONTEXT long; what is left of a text is a shorter one."""
+    contexts, lengths = activations.context_ids.unique_consecutive(return_counts=True)
+    whole = contexts[lengths == CONTEXT][:n_contexts]
+    return torch.isin(activations.context_ids, whole).nonzero().flatten()
 
 
 def memory(model: Path, texts: Path, folder: Path, n_texts: int) -> tuple[int, int]:
@@ -145,8 +152,9 @@ def run(folder: Path, args: argparse.Namespace) -> None:
             if number:
                 speeds[dtype].append(done.n_tokens / done.seconds)
             activations = open_activations(config.output)
-            rows[dtype] = activations.rows(torch.arange(args.texts_original * CONTEXT))
-            tokens = activations.tokens[: args.texts_original * CONTEXT].long().view(-1, CONTEXT)
+            places = full_contexts(activations, args.texts_original)
+            rows[dtype] = activations.rows(places)
+            tokens = activations.tokens[places].long().view(-1, CONTEXT)
         seconds, originals = originals_way(bridge, tokens)
         hooked_seconds = seconds if hooked is None else originals_way(hooked, tokens)[0]
         if number:

@@ -12,8 +12,9 @@ from mechint.config import CollectConfig, EvalConfig, SAETrainConfig
 from mechint.data import open_activations
 from mechint.data.batches import split_as, split_indices
 from mechint.data.collect import collect
-from mechint.eval import evaluate_checkpoint
+from mechint.eval import evaluate_checkpoint, texts_from_rows
 from mechint.eval.reconstruction import measure_rows
+from mechint.models import load_model
 from mechint.provenance import read_json
 from mechint.sae import load_sae
 from mechint.train.resolve import without_unsaid
@@ -115,3 +116,30 @@ def test_the_preset_leaves_them_out_and_older_runs_did_not(store: Path, tmp_path
     recorded = without_unsaid(settings(store, tmp_path, preset="mechint")).to_dict()
     del recorded["max_norm_multiple"]
     assert SAETrainConfig.from_dict(recorded).max_norm_multiple == 0
+
+
+def test_cross_entropy_with_outliers_left_as_they_are(store: Path, tmp_path: Path):
+    """Against an edit written out here, one text at a time through the whole model."""
+    assert main(asked(store, tmp_path, 100, MULTIPLE)) == 0
+    found = evaluate_checkpoint(EvalConfig(run_dir=tmp_path / "run", max_eval_texts=30, device="cpu"))
+    typical = found["without_outliers"]
+    activations, sae = open_activations(store), load_sae(tmp_path / "run")
+    model = load_model(activations.info["model_source"])
+    _, held_out = split_indices(activations, 0.25, 42)
+    losses: dict[float, list[torch.Tensor]] = {typical["norm_limit"]: [], float("inf"): []}
+    for text in texts_from_rows(activations, held_out, max_texts=30):
+        tokens = torch.tensor([text.tokens])
+        for limit, of_limit in losses.items():
+
+            def edit(value: torch.Tensor, limit: float = limit) -> torch.Tensor:
+                kept = value.norm(dim=-1) > limit
+                kept |= ~torch.tensor([text.seen])  # noqa: B023  (used before the next text)
+                return torch.where(kept[..., None], value, sae(value))
+
+            logits = model.logits_with(tokens, "blocks.0.hook_resid_pre", edit)
+            of_limit.append(torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="none"))
+    spared, flat = (float(torch.cat(of_limit).mean()) for of_limit in losses.values())
+    assert typical["ce_sae"] == pytest.approx(spared, rel=3e-6) and found["ce_sae"] == pytest.approx(flat, rel=3e-6)
+    assert spared != pytest.approx(flat, rel=5e-5)
+    for baseline in ("ce_clean", "ce_zero", "ce_mean"):
+        assert typical[baseline] == found[baseline]

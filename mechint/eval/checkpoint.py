@@ -106,7 +106,11 @@ def evaluate_checkpoint(config: EvalConfig, *, progress: bool = False) -> dict[s
         mean = result.pop("mean")
         if spliced is not None:
             inside, texts = spliced
-            found = evaluate_texts(inside, texts, mean=mean, **of_texts)
+            typical = result.get("without_outliers")
+            limit = None if typical is None else typical["norm_limit"]
+            found = evaluate_texts(inside, texts, mean=mean, norm_limit=limit, **of_texts)
+            if typical is not None:
+                result["without_outliers"] = typical | found.pop("ce_without_outliers")
             result |= {key: value for key, value in found.items() if key.startswith(OF_TEXTS)}
             result["ci95"] |= {key: value for key, value in found["ci95"].items() if key.startswith(OF_TEXTS)}
             result |= {key: value for key, value in found.items() if key.endswith("_special")}

@@ -21,6 +21,7 @@ def evaluate_texts(
     texts: Sequence[str] | Sequence[Text],
     *,
     mean: Float[Tensor, " d_out"] | None = None,
+    norm_limit: float | None = None,
     batch_size: int = 16,
     n_resamples: int = 1000,
     seed: int = 0,
@@ -33,6 +34,8 @@ def evaluate_texts(
         texts: strings, tokenised as the SAE's activations were made, or texts as `mechint.eval.language.Text`.
         mean: the mean activation of the training rows, at the hook that is replaced. Mean ablation puts it in, and
             `explained_variance_legacy` is about it; both are left out without it.
+        norm_limit: if given, `ce_without_outliers` holds the cross-entropies with activations of a larger norm left as
+            the model has them.
         n_resamples: resamples of texts for the 95 % intervals; 0 leaves them out.
 
     Returns:
@@ -66,12 +69,15 @@ def evaluate_texts(
         mean=mean,
         rows=rows,
         special=special_tokens(inside.model.tokenizer),
+        norm_limit=norm_limit,
         batch_size=batch_size,
         progress=progress,
     )
     found = {**summary_of(rows, KINDS["as_trained"]), **language_totals(sums), "n_texts_ce": len(read)}
     found |= activity_metrics(rows.fire_counts, found["n_val"])
     found |= {"l0_histogram": l0_histogram(rows.l0_counts)}
+    if norm_limit is not None:
+        found["ce_without_outliers"] = language_totals(sums, 1)
     return found | by_special_tokens(rows, sums, n_resamples=n_resamples, seed=seed, as_trained=True)
 
 

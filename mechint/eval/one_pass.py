@@ -8,6 +8,7 @@ then computed once for all texts. Both shortcuts are proved on the texts at hand
 whole model runs once for each of the edits.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -116,6 +117,7 @@ def run_texts(
     mean: Float[Tensor, " d_out"] | None = None,
     rows: ReconstructionSums | None = None,
     special: frozenset[int] = frozenset(),
+    norm_limit: float | None = None,
     baselines: Sequence[str] = BASELINES,
     batch_size: int = 16,
     progress: bool = False,
@@ -128,6 +130,8 @@ def run_texts(
         rows: if given, takes the reconstruction of the first SAE at every position, in four groups for each text:
             4 * group + 2 * (not seen by the SAE) + (special token).
         special: ids of special tokens.
+        norm_limit: if given, one more edit, counted as a further SAE: the first SAE, except that activations with a
+            larger norm keep the model's value.
         baselines: which of "zero" and "mean" to measure.
 
     Returns:
@@ -140,7 +144,10 @@ def run_texts(
         edits["mean"] = lambda value: mean.to(value).expand_as(value)
     hook_out, reads = written_hook(saes[0], hook_name), reads_of(saes[0], hook_name)
     groups, n_groups = text_groups(len(texts))
-    sums = LanguageSums(n_groups, len(saes), list(edits))
+    replacing = [(sae, rows if index == 0 else None, math.inf) for index, sae in enumerate(saes)]
+    if norm_limit is not None:
+        replacing.append((saes[0], None, norm_limit))
+    sums = LanguageSums(n_groups, len(replacing), list(edits))
     with torch.inference_mode():
         longest = max(texts, key=lambda text: len(text.tokens)).tokens
         splice = make_splice(model, hook_name, longest) if reads is None else "a transcoder replaces another hook"
@@ -159,9 +166,9 @@ def run_texts(
             targets = batch.tokens[numbers, positions + 1]
             clean = forward.clean(batch.tokens)[numbers, positions]
             edited = []
-            for index, sae in enumerate(saes):
-                kinds = 4 * of_text[:, None] + 2 * ~batch.seen + is_special.long()
-                edit = _Reconstruct(sae, batch, rows if index == 0 else None, kinds)
+            kinds = 4 * of_text[:, None] + 2 * ~batch.seen + is_special.long()
+            for sae, noted, limit in replacing:
+                edit = _Reconstruct(sae, batch, noted, kinds, limit)
                 edited.append(forward.edited(edit)[numbers, positions])
             edited += [forward.edited(_only_where(batch.seen, edit))[numbers, positions] for edit in per_text]
             compared = compare(clean, edited, forward.head, targets, fixed=fixed, positions=positions)
@@ -205,8 +212,15 @@ def fixed_baselines(
 class _Reconstruct:
     """The edit that puts in the SAE's reconstruction where the SAE was trained, and notes how good it is."""
 
-    def __init__(self, sae: SAE, batch: Batch, rows: ReconstructionSums | None, kinds: Int[Tensor, "batch pos"]):
-        self.sae, self.batch, self.rows, self.kinds = sae, batch, rows, kinds
+    def __init__(
+        self,
+        sae: SAE,
+        batch: Batch,
+        rows: ReconstructionSums | None,
+        kinds: Int[Tensor, "batch pos"],
+        norm_limit: float,
+    ):
+        self.sae, self.batch, self.rows, self.kinds, self.norm_limit = sae, batch, rows, kinds, norm_limit
 
     def __call__(
         self, value: Float[Tensor, "batch pos d_out"], read: Float[Tensor, "batch pos d_in"] | None = None
@@ -216,8 +230,11 @@ class _Reconstruct:
         x_hat, feature_acts = self.sae.run(target if read is None else read[used.to(value.device)].float())
         if self.rows is not None:
             self.rows.add(target, x_hat, feature_acts, self.kinds[used], self.batch.seen[used])
+        replaced = self.batch.seen[used].to(value.device)
+        if self.norm_limit < math.inf:
+            x_hat = torch.where(target.norm(dim=1, keepdim=True) > self.norm_limit, target, x_hat)
         edited = value.clone()
-        edited[self.batch.seen.to(value.device)] = x_hat[self.batch.seen[used].to(value.device)].to(value.dtype)
+        edited[self.batch.seen.to(value.device)] = x_hat[replaced].to(value.dtype)
         return edited
 
 
