@@ -387,6 +387,20 @@ def test_the_story_says_what_the_numbers_say():
     assert where("blocks.3.attn.hook_z") == "blocks.3.attn.hook_z"
 
 
+def test_outliers_do_not_make_the_headline():
+    """A run whose FVU is that of a few rows of extreme norm, against one that is worse on all others."""
+    typical = {"fvu": 0.137, "n_outliers": 15, "norm_limit": 1633.2}
+    facts = make_facts(l0=38.0, fvu=10.23, ci95={"fvu": [9.0, 11.0]}, without_outliers=typical)
+    told = story(facts, None, 0)
+    (tile,) = (tile for tile in told["tiles"] if tile["label"] == "of the variance is missed")
+    assert tile["value"] == "13.7 %" and "More than half" not in (told["caution"] or "")
+    assert "without the 15 whose norm is above 1.63e+03" in tile["meaning"] and "With them: 1023.0 %" in tile["meaning"]
+    worse = make_facts(l0=32.0, fvu=0.151, ci95={"fvu": [0.1, 20.0]}, without_outliers={**typical, "fvu": 0.145})
+    all_facts = [{**one, "name": name, "all_settings": {}} for name, one in (("topk", worse), ("standard", facts))]
+    text = compare_facts(all_facts, [make_sae(6), make_sae(9)], [None, None])["text"]
+    assert text == "topk is the sparsest (L0 32.0). standard leaves the least variance unexplained (0.137)."
+
+
 def test_the_story_warns_where_it_must():
     facts = make_facts(fvu=0.6, rows="heldout by row", ce_recovered_mean=0.5)
     arrays = {"fires": np.array([0, 0, 5, 5], np.uint32), "effect": np.array([4.0, 3.0, 2.0, 1.0], np.float32)}

@@ -377,6 +377,13 @@ def latent_concepts(run: Run | Reported) -> dict[int, tuple[str, float]]:
     return found
 
 
+def shown(quality: dict[str, Any], key: str) -> float | None:
+    """A metric as it is shown first. A few rows of extreme norm can make up all of an FVU, so that is the one without
+    outliers where there are any."""
+    rows = quality.get("without_outliers") if key == "fvu" else None
+    return number((rows or quality).get(key))
+
+
 def facts_text(facts: dict[str, Any]) -> str:
     """One sentence that says what the run is; the page's description."""
     quality = facts["quality"]
@@ -387,7 +394,7 @@ def facts_text(facts: dict[str, Any]) -> str:
     parts = []
     if (l0 := number(quality.get("l0"))) is not None:
         parts.append(f"L0 {l0:.1f}")
-    if (fvu := number(quality.get("fvu"))) is not None:
+    if (fvu := shown(quality, "fvu")) is not None:
         parts.append(f"{100 * fvu:.1f} % of the variance unexplained")
     if (recovered := number(quality.get("ce_recovered_mean"))) is not None:
         parts.append(f"{100 * recovered:.2f} % of the cross-entropy recovered against mean ablation")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mechint.compare import Matches, cosine_by_chance, match_directions
-from mechint.report.facts import number
+from mechint.report.facts import shown
 from mechint.report.latents import Look
 from mechint.report.style import share
 from mechint.sae import SAE
@@ -67,14 +67,14 @@ def _text(all_facts: Sequence[dict[str, Any]]) -> str:
         ("fvu", 1, "leaves the least variance unexplained ({:.3f})", "the variance left unexplained"),
         ("ce_recovered_mean", -1, "keeps the model's loss best ({:.4f} recovered)", "the cross-entropy recovered"),
     ):
-        known = [facts for facts in all_facts if number(facts["quality"].get(key)) is not None]
-        if len(known) < 2:
+        values = {i: value for i, facts in enumerate(all_facts) if (value := shown(facts["quality"], key)) is not None}
+        if len(values) < 2:
             continue
-        best, second = sorted(known, key=lambda facts: sign * facts["quality"][key])[:2]
-        if _overlap(best, second, key):
+        best, second = sorted(values, key=lambda i: sign * values[i])[:2]
+        if _overlap(all_facts[best], all_facts[second], key):
             undecided.append(what)
         else:
-            found.setdefault(best["name"], []).append(words.format(best["quality"][key]))
+            found.setdefault(all_facts[best]["name"], []).append(words.format(values[best]))
     sentences = [f"{name} {' and '.join(parts)}." for name, parts in found.items()]
     if undecided:
         sentences.append(
@@ -85,9 +85,10 @@ def _text(all_facts: Sequence[dict[str, Any]]) -> str:
 
 def _overlap(one: dict[str, Any], other: dict[str, Any], key: str) -> bool:
     """Whether the intervals of a metric overlap; False where one was not measured, unless the values are equal."""
+    values = [shown(facts["quality"], key) for facts in (one, other)]
     mine, theirs = ((facts["quality"].get("ci95") or {}).get(key) for facts in (one, other))
-    if mine is None or theirs is None:
-        return one["quality"][key] == other["quality"][key]
+    if mine is None or theirs is None or values != [one["quality"].get(key), other["quality"].get(key)]:
+        return values[0] == values[1]
     return mine[0] <= theirs[1] and theirs[0] <= mine[1]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mechint.report.facts import number
+from mechint.report.facts import number, shown
 from mechint.report.style import share
 
 DENSE = 0.1  # a latent that fires on more than this share of tokens is called dense
@@ -98,11 +98,15 @@ def _sparsity(facts: dict[str, Any], q: dict[str, Any]) -> dict[str, str] | None
 
 
 def _variance(q: dict[str, Any]) -> dict[str, str] | None:
-    if (fvu := number(q.get("fvu"))) is None:
+    if (fvu := shown(q, "fvu")) is None:
         return None
-    ci = interval(q, "fvu", lambda v: f"{100 * v:.1f}")
     better = f"Its squared error is {share(1 - fvu, 1)} below that of the mean." if fvu < 1 else "Worse than the mean."
-    return _tile(f"{100 * fvu:.1f} %", "of the variance is missed", f"FVU on held-out activations{ci}. {better}")
+    where = f" on held-out activations{interval(q, 'fvu', lambda v: f'{100 * v:.1f}')}"
+    if (typical := q.get("without_outliers")) is not None:
+        n, limit, with_them = typical["n_outliers"], typical["norm_limit"], number(q.get("fvu"))
+        where = f" on held-out activations without the {n:,} whose norm is above {limit:.3g}"
+        better += "" if with_them is None else f" With them: {100 * with_them:.1f} %."
+    return _tile(f"{100 * fvu:.1f} %", "of the variance is missed", f"FVU{where}. {better}")
 
 
 def _loss(q: dict[str, Any]) -> dict[str, str] | None:
@@ -170,7 +174,7 @@ def _cautions(facts: dict[str, Any], q: dict[str, Any], arrays: dict[str, np.nda
         )
     if arrays is not None and (dead := float((arrays["fires"] == 0).mean())) > 0.2:
         found.append(f"{share(dead, 1)} of the latents are dead: they take part in nothing below.")
-    fvu = number(q.get("fvu"))
+    fvu = shown(q, "fvu")
     if fvu is not None and fvu >= 0.5:
         found.append(
             "More than half of the variance is missed: what latents show here is a small part of the activation."

@@ -3,8 +3,13 @@
 const runClass = (index) => `c${(index % 6) + 1}`;
 const runKey = () => RUNS.map((run) => ({ cls: runClass(run.index), text: run.facts.name }));
 
+// A few rows of extreme norm can make up all of an FVU: where a run has such rows, that without them is shown first.
+const typicalFvu = (quality) => (quality.without_outliers || quality).fvu;
+const anyOutliers = () => RUNS.some((run) => run.facts.quality.without_outliers);
+
 const SIDE_ROWS = [
   ["l0", "L0", (v) => short(v), "latents active a token"],
+  ["typical", "variance left unexplained", (v) => percent(v), "without outlier rows, less is better"],
   ["fvu", "variance left unexplained", (v) => percent(v), "less is better"],
   ["ce_recovered_mean", "cross-entropy recovered, against the mean", percent4, "more is better"],
   ["kl_clean_sae", "KL to the untouched model, nats", (v) => short(v), "less is better"],
@@ -16,8 +21,9 @@ function sideBySide() {
   const compare = FACTS.compare;
   // made anew for each table: an element can stand in one place only
   const head = (first) => [{ name: first }, ...RUNS.map((run) => ({ name: el("a", { href: run.home }, run.facts.name), num: true }))];
-  const measured = SIDE_ROWS.filter(([key]) => RUNS.some((run) => known(run.facts.quality[key]))).map(([key, name, write, hint]) =>
-    [el("span", {}, name, el("span", { class: "faint" }, ` ${hint}`)), ...RUNS.map((run) => write(run.facts.quality[key]))]);
+  const value = (run, key) => (key === "typical" ? anyOutliers() ? typicalFvu(run.facts.quality) : null : run.facts.quality[key]);
+  const measured = SIDE_ROWS.filter(([key]) => RUNS.some((run) => known(value(run, key)))).map(([key, name, write, hint]) =>
+    [el("span", {}, name, el("span", { class: "faint" }, ` ${hint}`)), ...RUNS.map((run) => write(value(run, key)))]);
   const dead = ["dead latents", ...RUNS.map((run) => (run.latents ? whole(run.latents.fires.filter((n) => n === 0).length) : whole(run.facts.quality.dead_features)))];
   const coverage = RUNS.some((run) => known(run.facts.concepts?.summary?.coverage))
     ? [["concept coverage", ...RUNS.map((run) => (known(run.facts.concepts?.summary?.coverage) ? run.facts.concepts.summary.coverage.toFixed(2) : "\u2013"))]] : [];
@@ -29,7 +35,11 @@ function sideBySide() {
 }
 
 function frontier() {
-  const point = (run, key) => ({ x: run.facts.quality.l0, y: run.facts.quality[key], cls: runClass(run.index), r: 5, title: `${run.facts.name}: L0 ${short(run.facts.quality.l0)}, ${short(run.facts.quality[key])}`, label: RUNS.length <= 6 ? run.facts.name : null });
+  const point = (run, key) => {
+    const quality = run.facts.quality;
+    const y = key === "fvu" ? typicalFvu(quality) : quality[key];
+    return { x: quality.l0, y, cls: runClass(run.index), r: 5, title: `${run.facts.name}: L0 ${short(quality.l0)}, ${short(y)}`, label: RUNS.length <= 6 ? run.facts.name : null };
+  };
   const chart = (key, title, label, format) => {
     const items = RUNS.map((run) => point(run, key)).filter((p) => known(p.x) && known(p.y));
     if (items.length < 2) return null;
@@ -37,7 +47,7 @@ function frontier() {
       x: { label: "L0, active latents a token", domain: domainOf(items.map((p) => p.x), { air: 0.35 }).map((v) => Math.max(v, 0)) },
       y: { label, format, domain: domainOf(items.map((p) => p.y), { air: 0.3 }) }, marks: [{ kind: "points", items }] });
   };
-  const charts = [chart("fvu", "Sparsity against reconstruction", "variance left unexplained (down is better)", (v) => `${(100 * v).toFixed(2)} %`),
+  const charts = [chart("fvu", "Sparsity against reconstruction", `variance left unexplained${anyOutliers() ? ", without outlier rows" : ""} (down is better)`, (v) => `${(100 * v).toFixed(2)} %`),
     chart("ce_recovered_mean", "Sparsity against the model\u2019s loss", "cross-entropy recovered (up is better)", (v) => `${(100 * v).toFixed(3)} %`)].filter(Boolean);
   return charts.length ? section("frontier", "What sparsity costs", null, el("div", { class: "grid2" }, charts)) : null;
 }
