@@ -4,6 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
+from shapes import check_shapes
+
+check_shapes("mechint")
 
 # Tests never ask a real Hub; those that need one start tests/loopback_hub.py in a subprocess's environment.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -8,13 +8,14 @@ import json
 import sys
 from pathlib import Path
 
-from jaxtyping import install_import_hook
+from shapes import check_shapes
 
-with install_import_hook("mechint", "beartype.beartype"):
-    from small_run import in_float64
+check_shapes("mechint")
 
-    from mechint.config import SAETrainConfig
-    from mechint.train import train
+from small_run import in_float64  # noqa: E402
+
+from mechint.config import SAETrainConfig  # noqa: E402
+from mechint.train import train  # noqa: E402
 
 
 def main(jobs: Path) -> None:
