@@ -169,6 +169,10 @@ def test_kill_9_and_resume_is_exact(architecture: str, activations_path: Path, t
 
 @pytest.fixture
 def stopped_run(activations_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return stopped_at_57(activations_path, tmp_path, monkeypatch)
+
+
+def stopped_at_57(activations_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Path:
     """A run stopped after 57 of 120 steps: states of steps 57 and 40 are on the disk."""
     from mechint.train import loop
 
@@ -185,8 +189,8 @@ def stopped_run(activations_path: Path, tmp_path: Path, monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         patch.setattr(loop, "advance", stopping)
         with pytest.raises(Stopped):
-            train(config_for(activations_path, tmp_path), progress=False)
-    return tmp_path / "runs" / "a"
+            train(config_for(activations_path, root, **changes), progress=False)
+    return root / "runs" / "a"
 
 
 def test_a_state_cut_short_falls_back_to_the_one_before(stopped_run: Path, activations_path: Path, tmp_path: Path):
@@ -213,6 +217,30 @@ def test_resume_with_another_config_names_the_field(stopped_run: Path):
     (stopped_run / "config.json").write_text(json.dumps({**config, "learning_rate": 0.5}))
     with pytest.raises(MechintError, match=r"another learning_rate \(learning_rate was 0.003, is 0.5\)"):
         resume(stopped_run, progress=False)
+
+
+def test_a_state_of_an_earlier_version_is_gone_on_with(
+    activations_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It knew fewer settings and wrote shares as floats."""
+    settings: dict[str, Any] = {"warmup_steps": "5%", "resample_every": "25%", "batch_order": "counter"}
+    whole = train(config_for(activations_path, tmp_path, run_name="whole", **settings), progress=False)
+    stopped = stopped_at_57(activations_path, tmp_path, monkeypatch, **settings)
+
+    def as_written_then(config: dict[str, Any]) -> dict[str, Any]:
+        newer = ("max_norm_multiple", "saturation", "d_sae", "precision")
+        then = {key: value for key, value in config.items() if key not in newer}
+        return {**then, "warmup_steps": 0.05, "resample_every": 0.25}
+
+    config = stopped / "config.json"
+    config.write_text(json.dumps(as_written_then(json.loads(config.read_text()))))
+    state = stopped / "state" / "state.pt"
+    values = torch.load(state, weights_only=True)
+    torch.save({**values, "config": as_written_then(values["config"])}, state)
+    with pytest.warns(UserWarning, match="did not have these settings yet: .*max_norm_multiple 0.0"):
+        layout = resume(stopped, progress=False)
+    assert sha256(layout.checkpoint) == sha256(whole.checkpoint)
+    assert Run(layout.root).manifest["resumed_at"] == [57]
 
 
 def test_resume_on_changed_activations_is_refused(stopped_run: Path, activations_path: Path, tmp_path: Path):
@@ -264,10 +292,16 @@ def test_constant_schedule_decays_over_the_last_share():
 
 
 def test_steps_as_shares(activations_path: Path, tmp_path: Path):
-    config = config_for(activations_path, tmp_path, warmup_steps=0.05, lambda_warmup_steps=1.0)
+    config = config_for(activations_path, tmp_path, warmup_steps="5%", lambda_warmup_steps="100%", dead_after="0.5%")
     assert config.steps_of(config.warmup_steps) == 6 and config.steps_of(config.lambda_warmup_steps) == 120
+    assert config.dead_after_vectors == round(0.005 * 120 * config.batch_size)
     again = SAETrainConfig.from_dict(json.loads(json.dumps(config.to_dict())))
-    assert again == config and isinstance(again.lambda_warmup_steps, float)
+    assert again == config
+    one = config_for(activations_path, tmp_path, lambda_warmup_steps=1)
+    assert one.steps_of(one.lambda_warmup_steps) == 1
+    # what earlier versions wrote: a number with a decimal point is a share, 1.0 all of them
+    written = {**config.to_dict(), "warmup_steps": 0.05, "lambda_warmup_steps": 1.0, "dead_after": 0.005}
+    assert SAETrainConfig.from_dict(json.loads(json.dumps(written))) == config
 
 
 def test_free_decoder_is_folded_when_saved(activations_path: Path, tmp_path: Path):

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "mechint"
 
 # A file imports only from groups above its own. Groups on one line do not import one another.
 GROUPS = [
-    ["errors", "lazy", "locks"],
+    ["errors", "lazy", "locks", "streams"],
     ["provenance"],
     ["config"],
     ["huggingface"],

@@ -355,7 +355,7 @@ def test_steps_cost_what_they_cost_at_their_density(config: SAETrainConfig):
     assert step_seconds(100, 200, 3.0, 2.0, 1.5) == pytest.approx(100 * 2.5)
     assert step_seconds(150, 200, 3.0, 2.0, 1.5) == pytest.approx(100 * 2.5 + 50 * (2.0 + 1.75) / 2)
     assert step_seconds(50, 200, 3.0, 2.0, 1.5) == pytest.approx(50 * (3.0 + 2.5) / 2)
-    assert fall_steps(dataclasses.replace(config, epochs=10_000, lambda_warmup_steps=0.1)) == 1500
+    assert fall_steps(dataclasses.replace(config, epochs=10_000, lambda_warmup_steps="10%")) == 1500
     assert fall_steps(dataclasses.replace(config, epochs=10_000, lambda_warmup_steps=0)) == 100
     assert fall_steps(dataclasses.replace(config, epochs=40)) == 7500
 

@@ -260,7 +260,7 @@ def test_every_architecture_is_what_train_gives_alone(architecture: str, activat
         assert_same_run(sweep.path / name, alone)
 
 
-@pytest.mark.parametrize("order", ["counter", "torch"])
+@pytest.mark.parametrize("order", ["shuffle", "counter", "torch"])
 def test_each_batch_is_read_once_for_all_members_with_its_seed(order: str, activations_path: Path, tmp_path: Path):
     config = config_for(
         activations_path,

@@ -133,7 +133,7 @@ def test_legacy_config_file_gets_the_original_split_and_batches():
         del old[key]
     config = SAETrainConfig.from_dict(old)
     assert (config.split_by, config.batch_order, config.preset) == ("row", "torch", "mech-int")
-    assert SAETrainConfig.from_dict({"epochs": 5}).batch_order == "counter"
+    assert SAETrainConfig.from_dict({"epochs": 5}).batch_order == "shuffle"
     assert SAETrainConfig.from_dict({"steps": 5}).epochs == 5
 
 
@@ -172,7 +172,7 @@ def test_run_directory_holds_what_the_contract_says(finished: Run, activations_p
         rows = list(csv.DictReader(file))
     assert list(rows[0])[:8] == ["step", "loss", "mse", "l1", "l0", "dead_features", "lr", "lam"]
     assert [int(row["step"]) for row in rows] == [*range(0, 60, 6), 59]
-    assert float(rows[0]["lr"]) == 0.0 and float(rows[-1]["mse"]) < 0.5 * float(rows[0]["mse"])
+    assert float(rows[0]["lr"]) == 0.0 and float(rows[-1]["mse"]) < 0.6 * float(rows[0]["mse"])
     assert float(rows[-1]["l0_count"]) == pytest.approx(96 * float(rows[-1]["l0"]))
     assert "/" not in manifest["inputs"]["activations"]["sha256"]
     assert finished.activations_path().samefile(activations_path)
@@ -220,7 +220,7 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 60) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.0, 0.3, 0.9])
-@pytest.mark.parametrize("batch_order", ["counter", "torch"])
+@pytest.mark.parametrize("batch_order", ["shuffle", "counter", "torch"])
 def test_kill_and_resume_is_exact(activations_path: Path, tmp_path: Path, delay: float, batch_order: str):
     settings = {"epochs": 1500, "save_every": 50, "log_every": 7, "batch_order": batch_order, "batch_size": 512}
     torch.set_num_threads(1)  # as in the subprocess: the number of threads changes the order of sums

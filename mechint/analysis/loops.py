@@ -1,5 +1,7 @@
 """Compiled loops over active entries; `tables.py` has the same in numpy for platforms without numba."""
 
+from typing import no_type_check
+
 import numpy as np
 from numba import njit
 
@@ -7,6 +9,7 @@ _compiled = njit(nogil=True, cache=True, error_model="numpy")
 
 
 @_compiled
+@no_type_check
 def mixed(row, latent, seed):
     """31 well-mixed bits of a row and a latent (the finisher of splitmix64)."""
     z = np.uint64(row) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(latent) * np.uint64(0xD1B54A32D192ED03)
@@ -17,6 +20,7 @@ def mixed(row, latent, seed):
 
 
 @_compiled
+@no_type_check
 def replace_lowest(keys, values, key, value):
     """Put a key into a heap whose lowest stands first, in place of that one."""
     n, at = keys.shape[0], 0
@@ -36,6 +40,7 @@ def replace_lowest(keys, values, key, value):
 
 
 @_compiled
+@no_type_check
 def add_entries(
     first, last, row, n_rows, chunk, capacity, cols, values, ends, seed, low_bin,
     counts, sums, top_keys, top_values, sample_keys, sample_values, histogram,
@@ -73,6 +78,7 @@ def add_entries(
 
 
 @_compiled
+@no_type_check
 def rows_by_latent(places, row_starts, cols):
     """The row of each entry, by latent and then by row; `places`, where each latent's begin, is used up."""
     rows = np.empty(cols.shape[0], np.int32)
@@ -84,6 +90,7 @@ def rows_by_latent(places, row_starts, cols):
 
 
 @_compiled
+@no_type_check
 def partners(first, last, starts, rows, row_starts, cols, fired, counts, most, least, best, shares, both):
     """For latents `first:last` the `most` others with the highest Jaccard index; `counts` is room for one number a
     latent. Entries by latent are `rows[starts[j]:starts[j + 1]]`, by row `cols[row_starts[r]:row_starts[r + 1]]`."""

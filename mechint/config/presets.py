@@ -22,10 +22,10 @@ _MECHINT: dict[str, Any] = {
     "project_gradient": True,
     "schedule": "constant",
     "decay_share": 0.2,
-    "warmup_steps": 0.05,
+    "warmup_steps": "5%",
     "revive": "auxk",
     "aux_coefficient": 1.0,
-    "dead_after": 0.02,
+    "dead_after": "2%",
     "max_norm_multiple": 10.0,
 }
 
@@ -49,7 +49,7 @@ TRAIN_PRESETS: dict[str, dict[str, Any]] = {
         **_MECHINT,
         "l1_reduction": "sum",
         "l1_lambda": 0.6,
-        "lambda_warmup_steps": 0.1,
+        "lambda_warmup_steps": "10%",
     },
     # `mechint` with topk chosen.
     "mechint-topk": {**_MECHINT, "architecture": "topk", "k": 32.0, "decay_share": 0.6},
@@ -67,7 +67,7 @@ TRAIN_PRESETS: dict[str, dict[str, Any]] = {
         "schedule": "constant",
         "decay_share": 0.2,
         "warmup_steps": 0,
-        "lambda_warmup_steps": 0.05,
+        "lambda_warmup_steps": "5%",
         "batch_size": 2048,
     },
     # Anthropic, "Circuits Updates - January 2025", "Dictionary learning optimization techniques": tanh penalty with
@@ -89,7 +89,7 @@ TRAIN_PRESETS: dict[str, dict[str, Any]] = {
         "schedule": "constant",
         "decay_share": 0.2,
         "warmup_steps": 0,
-        "lambda_warmup_steps": 1.0,
+        "lambda_warmup_steps": "100%",
     },
     # Gao et al. 2024, "Scaling and evaluating sparse autoencoders", appendix A: TopK with AuxK 1/32 and k_aux about
     # d_in / 2, geometric-median b_dec, W_enc = W_dec^T, parallel gradient removed, constant learning rate.

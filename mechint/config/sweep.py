@@ -47,7 +47,7 @@ class SweepConfig(Config):
     config: Path | None = None
     """JSON file with settings of train, such as the config.json of a run."""
     settings: Annotated[tuple[str, ...], arg(aliases=["--set"])] = ()
-    """Any other setting of train, as NAME=VALUE: --set batch_size=1024 warmup_steps=0.05."""
+    """Any other setting of train, as NAME=VALUE: --set batch_size=1024 warmup_steps=5%."""
     name: Annotated[str | None, arg(aliases=["--run-name"])] = None
     """Name of the sweep's folder, which holds a run directory for each member; the date and time if not given."""
     runs_root: str = "runs"

@@ -1,8 +1,10 @@
 """Settings of `train_sae.py`."""
 
+import contextlib
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -33,6 +35,37 @@ ARCHITECTURE_OPTIONS = (
 )
 
 
+# Fields that are a number of steps (of vectors) or a share of all.
+SHARES = ("warmup_steps", "lambda_warmup_steps", "resample_every", "dead_after")
+
+
+def percent(share: float) -> str:
+    """A share as such a field has it: 0.05 is "5%"."""
+    return f"{(Decimal(repr(share)) * 100).normalize():f}%"
+
+
+def share_of(text: str) -> float:
+    """The other way round. Raises `ValueError` if `text` is no percentage."""
+    if not text.endswith("%"):
+        raise ValueError(text)
+    return float(Decimal(text[:-1]) / 100)
+
+
+def check_steps(flag: str, value: int | str) -> None:
+    """Raise `MechintError` unless this is a number of steps or a share of all."""
+    try:
+        good = value >= 0 if isinstance(value, int) else 0 <= share_of(value) <= 1
+    except (ValueError, ArithmeticError):
+        good = False
+    if good:
+        return
+    told = f"{flag} takes a whole number from 0, or a share from 0% to 100%, got {value}"
+    with contextlib.suppress(ValueError):
+        if 0 < float(value) <= 1:
+            told += f": write {percent(float(value))}"
+    raise MechintError(told)
+
+
 def architecture_names() -> list[str]:
     """The architectures there are: one file each in mechint/sae/architectures (read without importing torch)."""
     folder = Path(__file__).parent.parent / "sae" / "architectures"
@@ -46,7 +79,7 @@ TrainConfigT = TypeVar("TrainConfigT", bound="SAETrainConfig")
 class SAETrainConfig(Config):
     """Train a sparse autoencoder; by default the canonical one: ReLU, L1, decoder rows renormalised after each step.
 
-    Numbers of steps may also be given as a share of all steps, with a decimal point: 0.05 is the first twentieth.
+    Numbers of steps may also be given as a share of all steps: 5% is the first twentieth.
     """
 
     activations_path: str = "activations/activations_50000.pt"
@@ -72,13 +105,13 @@ class SAETrainConfig(Config):
     """Peak learning rate of Adam."""
     batch_size: int = 4096
     """Activation vectors a step."""
-    warmup_steps: int | float = 2000
+    warmup_steps: int | str = 2000
     """Steps over which the learning rate rises linearly from 0."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """After the warm-up: a cosine to 0, or constant and then linear to 0 over the last --decay-share."""
     decay_share: float = 0.2
     """Share of the steps, at the end, over which a constant learning rate falls to 0."""
-    lambda_warmup_steps: int | float = 5000
+    lambda_warmup_steps: int | str = 5000
     """Steps over which the sparsity weight rises linearly from 0; 0 means constant."""
     adam_beta1: float = 0.9
     """Adam's decay of the mean of gradients."""
@@ -108,13 +141,13 @@ class SAETrainConfig(Config):
     such rows would dominate the squared error; 0 keeps all."""
     revive: Literal["none", "auxk", "resample"] = "none"
     """What becomes of dead latents: auxk gives them a loss of their own, resample sets them anew."""
-    dead_after: int | float = 1_000_000
-    """A latent counts as dead when it was silent for this many vectors, or for this share of the training's."""
+    dead_after: int | str = 1_000_000
+    """A latent counts as dead when it was silent for this many vectors, or for this share of the training's (2%)."""
     k_aux: int | None = None
     """auxk: dead latents that reconstruct the residual of each vector; d_in / 2 if not given."""
     aux_coefficient: float = 1 / 32
     """auxk: weight of that term."""
-    resample_every: int | float = 0.1
+    resample_every: int | str = "10%"
     """resample: steps between two rounds; the last one is at half of the training."""
     widths: tuple[int, ...] | None = None
     """matryoshka_batchtopk: nested prefixes of the dictionary; d_sae / 16, / 8, / 4, / 2 and d_sae if not given."""
@@ -156,8 +189,9 @@ class SAETrainConfig(Config):
     """Vectors at once during evaluation."""
     split_by: Literal["text", "row"] = "text"
     """What is held out: whole texts, or single rows as the original did (rows of one text then land on both sides)."""
-    batch_order: Literal["counter", "torch"] = "counter"
-    """counter: the batch of step t depends on seed and t alone. torch: the original's sequential generator."""
+    batch_order: Literal["shuffle", "counter", "torch"] = "shuffle"
+    """shuffle: each row once an epoch, in another order each. counter: drawn with replacement. Both depend on seed and
+    step alone. torch: with replacement from the original's sequential generator."""
     preset: Preset = "none"
     """Named settings (docs/training.md): mechint, ours; mech-int, the original's split and batches; published ones."""
     save_every: int = 1000
@@ -217,9 +251,11 @@ class SAETrainConfig(Config):
         architecture = values.get("architecture")
         architecture = architecture if isinstance(architecture, str) else None
         own, others = preset_values(preset, architecture), of_others(preset, architecture)
-        if values.keys() >= ORIGINAL_KEYS:  # a whole config.json, maybe of a version that left no rows out
-            own.pop("max_norm_multiple", None)
-        values = {key: value for key, value in values.items() if key not in others or value != others[key]}
+        if values.keys() >= ORIGINAL_KEYS and not written_before:
+            own = {}  # a whole config.json: a setting that its version did not have is at its default
+        # files of earlier versions hold shares as numbers with a decimal point
+        old = {key: percent(values[key]) for key in SHARES if isinstance(values.get(key), float) and values[key] <= 1}
+        values = {key: value for key, value in (values | old).items() if key not in others or value != others[key]}
         return super().from_dict({**own, "preset": preset, **values}, source=source)
 
     @classmethod
@@ -235,20 +271,15 @@ class SAETrainConfig(Config):
     def __post_init__(self) -> None:
         if self.expansion is None and self.d_sae is None:
             object.__setattr__(self, "expansion", 8)
-        for name in ("activation_dim", "expansion", "d_sae", "epochs", "batch_size", "eval_batch_size", "dead_after"):
+        for name in ("activation_dim", "expansion", "d_sae", "epochs", "batch_size", "eval_batch_size"):
             value = getattr(self, name)
             require(value is None or value > 0, f"--{name.replace('_', '-')} must be at least 1, got {value}")
         self.check_width()
         for name in ("l1_lambda", "aux_coefficient", "save_every", "log_every", "max_norm_multiple"):
             value = getattr(self, name)
             require(value >= 0, f"--{name.replace('_', '-')} must not be negative, got {value}")
-        for name in ("warmup_steps", "lambda_warmup_steps", "resample_every", "dead_after"):
-            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
-            require(value >= 0, f"{flag} must not be negative, got {value}")
-            share = isinstance(value, float)
-            require(
-                not share or value <= 1, f"{flag} with a decimal point is a share of the steps, 0 to 1, got {value}"
-            )
+        for name in SHARES:
+            check_steps(f"--{name.replace('_', '-')}", getattr(self, name))
         for name in ("l1_lambda", "learning_rate", "aux_coefficient", "max_norm_multiple"):
             require(math.isfinite(getattr(self, name)), f"--{name.replace('_', '-')} must be a finite number")
         for name in ("adam_beta1", "adam_beta2"):
@@ -284,15 +315,16 @@ class SAETrainConfig(Config):
         if self.run_name is not None:
             check_run_name(self.run_name)
 
-    def steps_of(self, value: int | float) -> int:
-        """A number of steps: as it is, or as a share of all of them if it was given with a decimal point."""
-        return round(value * self.epochs) if isinstance(value, float) else value
+    def steps_of(self, value: int | str) -> int:
+        """A number of steps: as it is, or as a share of all of them."""
+        return value if isinstance(value, int) else round(share_of(value) * self.epochs)
 
     @property
     def dead_after_vectors(self) -> int:
         """`dead_after` as a number of vectors."""
-        share = isinstance(self.dead_after, float)
-        return max(1, round(self.dead_after * self.steps * self.batch_size)) if share else int(self.dead_after)
+        if isinstance(self.dead_after, int):
+            return max(1, self.dead_after)
+        return max(1, round(share_of(self.dead_after) * self.steps * self.batch_size))
 
     @property
     def architecture_options(self) -> dict[str, Any]:

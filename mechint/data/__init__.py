@@ -11,6 +11,7 @@ _PUBLIC = {
     "collect_activations": "mechint.data.collect",
     "iter_texts_from_path": "mechint.data.text",
     "CounterBatches": "mechint.data.batches",
+    "ShuffledBatches": "mechint.data.batches",
     "Live": "mechint.data.source",
     "Source": "mechint.data.source",
     "Stored": "mechint.data.source",

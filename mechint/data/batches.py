@@ -14,6 +14,11 @@ from mechint.config import SAETrainConfig
 from mechint.data.norms import outliers
 from mechint.data.store import Activations
 from mechint.errors import MechintError
+from mechint.streams import BATCHES, EPOCHS, philox
+
+# Of the permutation of an epoch: four of each half, as many as make a Feistel network hard to tell from random
+# (Luby and Rackoff 1988).
+ROUNDS = 8
 
 
 @runtime_checkable
@@ -79,13 +84,19 @@ def split_as(config: SAETrainConfig, activations: Activations) -> tuple[Int[Tens
     return train, val
 
 
-@final
-class CounterBatches:
-    """The batch of step t is a function of (seed, t): drawn with replacement by Philox4x64 keyed with the seed, with
-    the step as the high word of its counter. Resuming needs no generator state, and steps can be visited in any order.
+@runtime_checkable
+class BatchOrder(Protocol):
+    """Which rows each step sees."""
 
-    Philox: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". Its raw output is fixed by the paper, so
-    the stream does not depend on numpy's version. The remainder's bias is below n_rows / 2**64.
+    def indices(self, step: int) -> Int[Tensor, " batch"]: ...
+
+
+@final
+class ShuffledBatches:
+    """Every row once an epoch, each epoch in another order. A batch is a function of (seed, step), and no order is held
+    in memory: places are permuted by a Feistel network whose keys are those of the epoch, applied again where it leaves
+    the pool ("cycle walking", Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). The batch at the end of
+    an epoch is filled up from the next.
     """
 
     def __init__(self, indices: Int[Tensor, " n"], batch_size: int, seed: int):
@@ -93,7 +104,50 @@ class CounterBatches:
 
     def indices(self, step: int) -> Int[Tensor, " batch"]:
         """Row indices of the step, ascending: the order within a batch does not matter and reading is faster."""
-        raw = np.random.Philox(key=self.seed, counter=[0, 0, 0, step]).random_raw(self.batch_size)
+        n = len(self.pool)
+        epochs, places = np.divmod(np.arange(step * self.batch_size, (step + 1) * self.batch_size), n)
+        picks = [
+            permuted(places[epochs == epoch], n, philox(self.seed, EPOCHS, int(epoch)).random_raw(ROUNDS))
+            for epoch in np.unique(epochs)
+        ]
+        return self.pool[torch.from_numpy(np.concatenate(picks))].sort().values
+
+
+def permuted(places: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """Where a permutation of 0 .. n - 1 takes `places`; of `keys`, one a round, the lower 32 bits count."""
+    bits = max(2, (n - 1).bit_length())
+    low = bits // 2
+    masks = np.uint32((1 << low) - 1), np.uint32((1 << (bits - low)) - 1)
+    found = np.array(places, dtype=np.int64)
+    walking = np.arange(len(found))
+    while len(walking):
+        at = found[walking]
+        halves = [at.astype(np.uint32) & masks[0], (at >> low).astype(np.uint32)]
+        for number, key in enumerate(keys.astype(np.uint32)):
+            halves[number % 2] ^= _mixed(halves[1 - number % 2] ^ key) & masks[number % 2]
+        found[walking] = halves[0].astype(np.int64) | (halves[1].astype(np.int64) << low)
+        walking = walking[found[walking] >= n]
+    return found
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """The finaliser of MurmurHash3 (Appleby 2011)."""
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> np.uint32(16))
+
+
+@final
+class CounterBatches:
+    """The batch of step t is a function of (seed, t), drawn with replacement. The remainder's bias is below
+    n_rows / 2**64."""
+
+    def __init__(self, indices: Int[Tensor, " n"], batch_size: int, seed: int):
+        self.pool, self.batch_size, self.seed = indices, batch_size, seed
+
+    def indices(self, step: int) -> Int[Tensor, " batch"]:
+        """Row indices of the step, ascending: the order within a batch does not matter and reading is faster."""
+        raw = philox(self.seed, BATCHES, step).random_raw(self.batch_size)
         picks = torch.from_numpy((raw % np.uint64(len(self.pool))).astype(np.int64))
         return self.pool[picks].sort().values
 
@@ -125,10 +179,11 @@ class TorchBatches:
 
 
 def make_batches(
-    order: Literal["counter", "torch"], indices: Int[Tensor, " n"], batch_size: int, seed: int
-) -> CounterBatches | TorchBatches:
+    order: Literal["shuffle", "counter", "torch"], indices: Int[Tensor, " n"], batch_size: int, seed: int
+) -> BatchOrder:
     """The batch stream that a config's `batch_order` names."""
-    return (CounterBatches if order == "counter" else TorchBatches)(indices, batch_size, seed)
+    kinds = {"shuffle": ShuffledBatches, "counter": CounterBatches, "torch": TorchBatches}
+    return kinds[order](indices, batch_size, seed)
 
 
 # --- names of the first version, kept -------------------------------------------------------------------------------

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from mechint.config import CollectConfig
 from mechint.data.ahead import ahead
-from mechint.data.batches import CounterBatches, TorchBatches
+from mechint.data.batches import BatchOrder
 from mechint.data.collect import block_of, load_hooked, open_source, settings_at, store_fields
 from mechint.data.store import Activations
 from mechint.data.text import no_texts
 from mechint.data.windows import Block, run_block
 from mechint.errors import MechintError
 from mechint.models.language_model import LanguageModel
+from mechint.streams import LIVE, philox
 
 COLUMNS = ("tokens", "text_ids", "positions")
 
@@ -79,7 +80,7 @@ class Stored:
     def __init__(
         self,
         stores: Sequence[Activations],
-        batches: CounterBatches | TorchBatches,
+        batches: BatchOrder,
         device: str | torch.device = "cpu",
     ):
         for store in stores[1:]:
@@ -158,14 +159,14 @@ class _Held:
 
 @dataclass(frozen=True)
 class _Random:
-    """The random orders of one pass. Philox keyed with the seed: each order is a function of what it is of."""
+    """The random orders of one pass: each is a function of the seed and of what it is of."""
 
     seed: int
     number: int
 
     def _order(self, kind: int, chunk: int, n: int) -> np.ndarray:
         # sorting the raw output gives an order that does not depend on numpy's version
-        raw = np.random.Philox(key=self.seed, counter=[0, kind, chunk, self.number]).random_raw(n)
+        raw = philox(self.seed, LIVE, kind, chunk, self.number).random_raw(n)
         return np.argsort(raw, kind="stable")
 
     def halves(self, chunk: _Chunk) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mechint.sae import SAE
 from mechint.sae.base import MIN_DECODER_NORM
+from mechint.streams import RESAMPLING, philox
 
 # Norm of a new encoder column, as a share of the live ones' mean (Bricken et al. 2023).
 ENCODER_SHARE = 0.2
@@ -34,7 +35,7 @@ def resample(
 
     Bricken et al. 2023, "Towards Monosemanticity", appendix "Neuron resampling": a vector is drawn with probability
     proportional to its squared loss; the decoder row becomes its direction from b_dec, the encoder column the same with
-    a fifth of the live columns' mean norm, the bias 0; Adam forgets the latent. Drawn by Philox from (seed, step).
+    a fifth of the live columns' mean norm, the bias 0; Adam forgets the latent. Drawn from (seed, step).
     """
     n_dead, n_live = int(dead.sum()), int((~dead).sum())
     if n_dead == 0:
@@ -43,7 +44,7 @@ def resample(
     error = peers.gather_rows((sae.run(x)[0] - x).pow(2).sum(dim=1).double().square()).cpu().numpy()
     if not np.isfinite(error).all() or not error.sum() > 0:
         return 0
-    generator = np.random.Generator(np.random.Philox(key=seed, counter=[2, 0, 0, step]))
+    generator = np.random.Generator(philox(seed, RESAMPLING, step))
     rows = torch.zeros_like(dead, dtype=torch.int64)
     rows[dead] = torch.from_numpy(generator.choice(len(error), size=n_dead, p=error / error.sum())).to(rows.device)
     own_dead = peers.mine(dead)

@@ -257,7 +257,7 @@ def measure_miniature(
 
 def _revival(config: SAETrainConfig, expected_dead: float) -> int:
     """AuxK's arrays of [batch, dead latents]."""
-    if config.revive != "auxk" or config.steps * config.batch_size < config.dead_after:
+    if config.revive != "auxk" or config.steps * config.batch_size < config.dead_after_vectors:
         return 0
     return int(6 * config.batch_size * expected_dead * config.num_features * FLOAT)
 
@@ -293,7 +293,7 @@ def scaled_options(config: SAETrainConfig, shrink: float) -> dict[str, Any]:
 
 def miniature_objective(config: SAETrainConfig, sae: SAE, expected_dead: float, shrink: float) -> Objective:
     """What a step minimises while `expected_dead` of the latents are being revived, where the config revives any."""
-    seen_enough = config.steps * config.batch_size >= config.dead_after
+    seen_enough = config.steps * config.batch_size >= config.dead_after_vectors
     dead = torch.arange(sae.d_sae) < expected_dead * sae.d_sae
     revives = config.revive == "auxk" and seen_enough
     wants_dead = revives or sae.wants_dead

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechint.config import SAETrainConfig
-from mechint.data.batches import CounterBatches, TorchBatches, make_batches
+from mechint.data.batches import BatchOrder, make_batches
 from mechint.data.store import Activations
 from mechint.eval.reconstruction import MAX_BLOCK_ELEMENTS
 from mechint.eval.sums import ReconstructionSums
@@ -273,13 +273,13 @@ def _reading(config: SAETrainConfig, activations: Activations | None, n_rows: in
         picks = torch.randint(count, (config.batch_size,), generator=torch.Generator().manual_seed(0))
         taken = _timed(lambda: pool.index_select(0, picks))
         return taken, taken / config.batch_size * n_rows / 2
-    batches = make_batches("counter", torch.arange(n_rows), config.batch_size, config.seed)
+    batches = make_batches("shuffle", torch.arange(n_rows), config.batch_size, config.seed)
     taken = statistics.median(_timed(functools.partial(_read_batch, activations, batches, step)) for step in range(3))
     some = min(n_rows, 16384)
     return taken, _timed(lambda: next(activations.batches(some)).sum()) / some * n_rows
 
 
-def _read_batch(activations: Activations, batches: CounterBatches | TorchBatches, step: int) -> Tensor:
+def _read_batch(activations: Activations, batches: BatchOrder, step: int) -> Tensor:
     return activations.rows(batches.indices(step))
 
 

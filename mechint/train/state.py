@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mechint.config import SAETrainConfig
 from mechint.errors import MechintError, one_line
 from mechint.provenance import atomic_path
 from mechint.sae import SAE
@@ -74,8 +75,9 @@ def load_state(state: TrainState, path: Path, *, config: dict[str, Any], activat
         MechintError: both are missing or broken, or they belong to another training (which setting differs is said).
     """
     values = _read_newest(path)
-    if changed := [key for key, value in config.items() if values["config"].get(key) != value]:
-        was = "; ".join(f"{key} was {values['config'].get(key)!r}, is {config[key]!r}" for key in changed[:3])
+    saved = SAETrainConfig.from_dict(values["config"], source=str(path)).to_dict()
+    if changed := [key for key, value in config.items() if saved[key] != value]:
+        was = "; ".join(f"{key} was {saved[key]!r}, is {config[key]!r}" for key in changed[:3])
         raise MechintError(
             f"{path} is the state of a stopped training with another {', '.join(changed)} ({was}): go on with the"
             " settings it had, or move it away"
@@ -84,6 +86,10 @@ def load_state(state: TrainState, path: Path, *, config: dict[str, Any], activat
         raise MechintError(
             f"{path} was trained on other activations (sha256 {values['activations_sha256'][:12]}, now"
             f" {activations_sha256[:12]}): restore them, or start a new run"
+        )
+    if newer := [f"{key} {saved[key]!r}" for key in config if key not in values["config"]]:
+        warnings.warn(
+            f"{path} is of an earlier version, which did not have these settings yet: {', '.join(newer)}", stacklevel=2
         )
     state.sae.load_state_dict(values["sae"])
     state.optimizer.load_state_dict(values["optimizer"])

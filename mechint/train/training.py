@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechint.config import SAETrainConfig
-from mechint.data.batches import CounterBatches, TorchBatches, make_batches
+from mechint.data.batches import BatchOrder, make_batches
 from mechint.data.norms import outliers
 from mechint.data.store import Activations
 from mechint.errors import MechintError
@@ -59,7 +59,7 @@ class Training:
     val_indices: Int[Tensor, " n_val"]
     state: TrainState
     kernel: Kernel
-    batches: CounterBatches | TorchBatches
+    batches: BatchOrder
     log: MetricsLog
     team: Team = field(default_factory=Team)
     started: float = field(default_factory=time.perf_counter)

@@ -1,5 +1,7 @@
 """Compiled loops of the sparse kernel that differ by architecture: which entries stay, and their gradients."""
 
+from typing import no_type_check
+
 import numpy as np
 
 from mechint.kernels.cpu.loops import (
@@ -16,6 +18,7 @@ from mechint.kernels.cpu.vector import LANES, from_bfloat16, settle, stream_64
 
 
 @compiled
+@no_type_check
 def _reached_by(values, n, k, low, high, halvings):
     """A number that at least k of `values[:n]` reach, as at least k do `low` and fewer `high`: within so many halvings
     of their distance of the k-th largest, and between it and the next if that comes sooner."""
@@ -37,6 +40,7 @@ def _reached_by(values, n, k, low, high, halvings):
 
 
 @compiled
+@no_type_check
 def kth_largest(values, n, k):
     """The k-th largest of `values[:n]`, finite and k <= n. By halving their range: passes without a branch take less
     time than a selection, of whose branches every other is guessed wrong."""
@@ -56,6 +60,7 @@ def kth_largest(values, n, k):
 
 
 @compiled
+@no_type_check
 def _floor_of_top(line, narrow, b_enc, norms, error, k, groups):
     """A number that at least k pre-activations of the row reach: the k-th largest of the maxima of disjoint groups of
     lower bounds, to within a few halvings of their range."""
@@ -88,6 +93,7 @@ def _floor_of_top(line, narrow, b_enc, norms, error, k, groups):
 
 
 @compiled
+@no_type_check
 def _narrow_to_top(line, narrow, b_enc, norms, error, k, cut, cols, start, stop, lower, upper):
     """Of candidates above `cut`, those that may be among the k largest; -1 where some may lie below `cut`."""
     n = stop - start
@@ -117,6 +123,7 @@ def _narrow_to_top(line, narrow, b_enc, norms, error, k, cut, cols, start, stop,
 
 
 @compiled
+@no_type_check
 def find_top(values, narrow, first, last, slices, W_enc, b_enc, biases, norms, errors, k, base, limit, cols, pre, ends):
     """The positive ones among each row's k largest pre-activations; between equal ones the lower columns stay.
 
@@ -174,6 +181,7 @@ def find_top(values, narrow, first, last, slices, W_enc, b_enc, biases, norms, e
 
 
 @compiled
+@no_type_check
 def histogram(base, n, pre, bins):
     """Counts of positive entries by the upper 16 bits of their float32, which order them."""
     bins[:] = 0
@@ -183,6 +191,7 @@ def histogram(base, n, pre, bins):
 
 
 @compiled
+@no_type_check
 def collect_bin(base, n, pre, which, out):
     """Entries that fall into one bin of `histogram`."""
     bits = pre.view(np.int32)
@@ -195,6 +204,7 @@ def collect_bin(base, n, pre, which, out):
 
 
 @compiled
+@no_type_check
 def keep_from(first, last, base, cut, equal, cols, pre, ends):
     """Keep the entries above `cut` and the first `equal` of those equal to it. Returns how many stayed."""
     position = base
@@ -216,6 +226,7 @@ def keep_from(first, last, base, cut, equal, cols, pre, ends):
 
 
 @compiled
+@no_type_check
 def finish_relu(base, n, cols, acts, grad, l1, saturation, counts):
     """d loss / d pre of ReLU latents with a penalty f / (1 + saturation f) of weight `l1` an entry; counts per latent;
     sum of the penalties."""
@@ -230,6 +241,7 @@ def finish_relu(base, n, cols, acts, grad, l1, saturation, counts):
 
 
 @compiled
+@no_type_check
 def jump(base, n, cols, pre, threshold, acts):
     """feature_acts of JumpReLU: pre above its threshold, else 0. Returns how many are above."""
     above = 0
@@ -241,6 +253,7 @@ def jump(base, n, cols, pre, threshold, acts):
 
 
 @compiled
+@no_type_check
 def finish_jump(
     first,
     last,
@@ -299,6 +312,7 @@ def finish_jump(
 
 
 @compiled
+@no_type_check
 def gate(base, n, cols, pre, b_gate, gain, b_mag, acts):
     """feature_acts of a gated SAE where the gate `pre` is open. Returns how many are above 0."""
     above = 0
@@ -311,6 +325,7 @@ def gate(base, n, cols, pre, b_gate, gain, b_mag, acts):
 
 
 @compiled
+@no_type_check
 def finish_gate(base, n, cols, pre, acts, grad, by_gate, gain, l1, counts, fired, own, moment):
     """Gradients of gated entries: of u = (x - b_dec) @ W_enc into `grad`; of mag, summed by latent, into `own`, and
     times feature_acts into `moment`. Returns the sum of the gates."""
@@ -333,6 +348,7 @@ def finish_gate(base, n, cols, pre, acts, grad, by_gate, gain, l1, counts, fired
 
 
 @compiled
+@no_type_check
 def decode_nested(x, b_dec, W_dec, first, last, base, cols, acts, ends, widths, slices, grad, squares):
     """As `decode_rows` for nested prefixes `widths`: `squares[i]` is the sum of squared errors of prefix i, `slices[i]`
     the gradient that its latents see, summed over the prefixes that contain them. All prefixes' slices do not fit the

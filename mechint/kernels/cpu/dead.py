@@ -5,6 +5,8 @@ the cache from its pre-activations to their gradients, products use oneDNN where
 input, which autograd would form, is left out.
 """
 
+from typing import no_type_check
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -103,6 +105,7 @@ KEPT, BELOW = 1, 2  # bits: among the k largest (and above 0 where that counts);
 
 
 @compiled
+@no_type_check
 def choose(pre, kept, acts, bias, k, relu, levels, counts):
     """Adds the bias to `pre`; the k largest of each row into `acts`, where `relu` only those above 0. Of equal ones
     the first win. Where there are `levels`, counts what lies below them and returns the sum of the distances."""
@@ -138,6 +141,7 @@ def choose(pre, kept, acts, bias, k, relu, levels, counts):
 
 
 @compiled
+@no_type_check
 def back(grad, kept, with_acts, push, sums):
     """d loss / d acts into d loss / d pre, in place, and its sums by latent; without `with_acts` there is none."""
     sums[:] = 0

@@ -5,7 +5,7 @@ which autograd forms, is left out (d loss / d b_dec comes from the sums of d pre
 architectures that start dense: standard, jumprelu and gated.
 """
 
-from typing import Any
+from typing import Any, no_type_check
 
 import numpy as np
 import torch
@@ -158,6 +158,7 @@ def gain_of(sae: Any) -> np.ndarray:
 
 
 @compiled
+@no_type_check
 def activate(kind, pre, acts, gate, bias, level, gain, fired):
     """Form feature_acts; `pre` becomes the pre-activation with its bias (gated: the open gate). Counts per latent;
     returns the sum of what the penalty weighs."""
@@ -204,6 +205,7 @@ def activate(kind, pre, acts, gate, bias, level, gain, fired):
 
 
 @compiled
+@no_type_check
 def finish(kind, pre, acts, grad, gate_grad, level, gain, scale, weight, tanh, db, own, moment):
     """d loss / d pre into `pre` (gated: of u), and sums over the rows per latent. Returns the sum of tanh penalties."""
     zero, one = np.float32(0.0), np.float32(1.0)

@@ -13,6 +13,7 @@ Every sum has a fixed order, and no two threads write the same number: results d
 
 import hashlib
 from pathlib import Path
+from typing import no_type_check
 
 import numpy as np
 from numba import njit
@@ -41,6 +42,7 @@ _FILES = sorted(Path(__file__).parent.glob("*.py"))
 _STAMP = hashlib.sha256(b"".join(path.read_bytes() for path in _FILES)).hexdigest()
 
 
+@no_type_check
 def compiled(function):
     """`numba.njit`, kept on disk. numba would look at the function's own file alone to see whether what it kept is
     still good, but functions of other files are compiled into it: here a change in any of them counts."""
@@ -59,6 +61,7 @@ _SLACK = 1.0001  # for the rounding of the bounds themselves
 
 
 @compiled
+@no_type_check
 def measure_latents(W_enc, b_enc, narrow, first, last, W_narrow, norms):
     """Per latent: encoder column in bfloat16, and its norm. Returns the largest relative rounding error of a column,
     NaN if any number is not finite."""
@@ -86,6 +89,7 @@ def measure_latents(W_enc, b_enc, narrow, first, last, W_narrow, norms):
 
 
 @compiled
+@no_type_check
 def prepare_rows(x, b_dec, narrow, first, last, x_narrow, x_wide, slices, errors, worst_latent):
     """Centre rows `first:last`: into slices, and for the encoder product as bfloat16 or float32. `errors[r]` times the
     norm of a latent's column bounds how far the bfloat16 product is from the float32 one. False if not all finite."""
@@ -120,6 +124,7 @@ def prepare_rows(x, b_dec, narrow, first, last, x_narrow, x_wide, slices, errors
 
 
 @compiled
+@no_type_check
 def centred(slices, r, row):
     """Row r of the slices, in one piece."""
     for s in range(slices.shape[0]):
@@ -128,6 +133,7 @@ def centred(slices, r, row):
 
 
 @compiled
+@no_type_check
 def dots(row, rows, cols, out, first, last):
     """out[e] = <row, rows[cols[e]]>."""
     row_at, rows_at, bytes_a_row = row.ctypes.data, rows.ctypes.data, 4 * rows.shape[1]
@@ -142,6 +148,7 @@ def dots(row, rows, cols, out, first, last):
 
 
 @compiled
+@no_type_check
 def add_rows(row, rows, cols, coefs, first, last):
     """row += sum of coefs[e] * rows[cols[e]]."""
     row_at, rows_at, bytes_a_row = row.ctypes.data, rows.ctypes.data, 4 * rows.shape[1]
@@ -156,6 +163,7 @@ def add_rows(row, rows, cols, coefs, first, last):
 
 
 @compiled
+@no_type_check
 def dots_twice(row, other, rows, cols, out, other_out, first, last):
     """`dots` of two vectors with the same rows, which are read once; the same bits as one by one."""
     row_at, other_at, rows_at, bytes_a_row = row.ctypes.data, other.ctypes.data, rows.ctypes.data, 4 * rows.shape[1]
@@ -177,6 +185,7 @@ def dots_twice(row, other, rows, cols, out, other_out, first, last):
 
 
 @compiled
+@no_type_check
 def add_rows_twice(row, other, rows, cols, coefs, others, first, last):
     """`add_rows` to two rows, each with its own coefficients; the same bits as one by one."""
     row_at, other_at, rows_at, bytes_a_row = row.ctypes.data, other.ctypes.data, rows.ctypes.data, 4 * rows.shape[1]
@@ -192,6 +201,7 @@ def add_rows_twice(row, other, rows, cols, coefs, others, first, last):
 
 
 @compiled
+@no_type_check
 def by_tiles(add, lines, rows, cols, values, first, last, base, ends):
     """`add_rows` of `values` (or `dots` into them, where not `add`) for all entries of `lines`, rows `first:last`.
 
@@ -219,6 +229,7 @@ def by_tiles(add, lines, rows, cols, values, first, last, base, ends):
 
 
 @compiled
+@no_type_check
 def candidates(values, narrow, biases, norms, error, cut, cols, position):
     """Columns of a row whose pre-activation may be above their bound by more than `cut`; NaN counts as above.
     Room for 16 more than are found has to be there."""
@@ -245,6 +256,7 @@ def candidates(values, narrow, biases, norms, error, cut, cols, position):
 
 
 @compiled
+@no_type_check
 def find_above(
     values, narrow, first, last, slices, W_enc, b_enc, bound, biases, norms, errors, lines, base, limit, cols, pre, ends
 ):
@@ -290,6 +302,7 @@ def find_above(
 
 
 @compiled
+@no_type_check
 def minus_row(x, b_dec, r, line):
     """b_dec - x[r], padded with zeros: what a reconstruction is added to."""
     d_in = x.shape[1]
@@ -300,6 +313,7 @@ def minus_row(x, b_dec, r, line):
 
 
 @compiled
+@no_type_check
 def scaled(line, scale):
     """Multiplies an error by `scale`, to d mse / d x_hat. Returns its sum of squares before."""
     squares = np.float32(0.0)
@@ -311,6 +325,7 @@ def scaled(line, scale):
 
 
 @compiled
+@no_type_check
 def into_slices(line, r, slices):
     for s in range(slices.shape[0]):
         for k in range(64):
@@ -318,11 +333,13 @@ def into_slices(line, r, slices):
 
 
 @compiled
+@no_type_check
 def is_tiled(first, last, base, ends):
     return ends[last - 1] - base >= TILED_ABOVE * (last - first)
 
 
 @compiled
+@no_type_check
 def decode_rows(x, b_dec, W_dec, first, last, lines, base, cols, acts, ends, slices, grad):
     """Reconstruct rows from their entries, write d mse / d x_hat into slices and d mse / d acts into `grad`. Returns
     the sum of squared errors."""
@@ -350,6 +367,7 @@ def decode_rows(x, b_dec, W_dec, first, last, lines, base, cols, acts, ends, sli
 
 
 @compiled
+@no_type_check
 def decode_twice(x, b_dec, W_dec, first, last, lines, base, cols, acts, others, ends, slices, grad, other_grad):
     """`decode_rows` of `acts`, and of `others` into `other_grad`, the decoder's rows read once for both; the second
     leaves no slices. Returns both sums of squared errors."""
@@ -375,6 +393,7 @@ def decode_twice(x, b_dec, W_dec, first, last, lines, base, cols, acts, others, 
 
 
 @compiled
+@no_type_check
 def column_sums(slices, first, last, out):
     """out[slice, k] = sum over rows, for d loss / d b_dec."""
     for s in range(slices.shape[0]):
@@ -386,6 +405,7 @@ def column_sums(slices, first, last, out):
 
 
 @compiled
+@no_type_check
 def place_entries(counts, starts):
     """`counts [chunk, latent]` to where each chunk's entries of a latent begin, by latent and then by chunk;
     `starts [latent + 1]` where each latent's do."""
@@ -400,6 +420,7 @@ def place_entries(counts, starts):
 
 
 @compiled
+@no_type_check
 def scatter_entries(first, last, base, cols, acts, grad, ends, places, rows, coefs):
     """A chunk's entries to their places by latent; `rows` and `coefs` are the records as int32 and as float32."""
     start = base
@@ -415,6 +436,7 @@ def scatter_entries(first, last, base, cols, acts, grad, ends, places, rows, coe
 
 
 @compiled
+@no_type_check
 def weight_gradient(slices, s, first, last, starts, rows, which, out):
     """Columns of slice s of the gradient rows `first:last`: sum over a latent's records of coefficient `which` times
     the slice's row. Returns the sum of squares."""
@@ -435,6 +457,7 @@ def weight_gradient(slices, s, first, last, starts, rows, which, out):
 
 
 @compiled
+@no_type_check
 def bias_gradient(W_enc, first, last, starts, coefs, grad, partial):
     """d loss / d b_enc of latents `first:last`, and what they take from d loss / d b_dec: `W_enc @ grad`."""
     partial[:] = 0.0
@@ -453,6 +476,7 @@ def bias_gradient(W_enc, first, last, starts, coefs, grad, partial):
 
 
 @compiled
+@no_type_check
 def adam_rows(weight, grad, mean, square, first, last, clip, betas, eps, step_size, root, unit, least):
     """torch.optim.Adam on rows `first:last`, the gradient times `clip`; rows back to unit norm where `unit`.
 

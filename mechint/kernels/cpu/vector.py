@@ -7,6 +7,8 @@ them). Products and sums may be fused; nothing is assumed about NaN or infinity.
 Arguments named `*_at` are addresses in bytes. Nothing is checked here: the callers in `loops` own the bounds.
 """
 
+from typing import no_type_check
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -20,18 +22,21 @@ _VECTOR = ir.VectorType(_F32, LANES)
 _FUSE = ("contract",)
 
 
+@no_type_check
 def _at(builder, address, offset, kind):
     if offset:
         address = builder.add(address, ir.Constant(_I64, offset))
     return builder.inttoptr(address, kind.as_pointer())
 
 
+@no_type_check
 def _load(builder, address, offset, kind, align):
     value = builder.load(_at(builder, address, offset, kind))
     value.align = align
     return value
 
 
+@no_type_check
 def _store(builder, value, address, offset, align=4, past_cache=None):
     store = builder.store(value, _at(builder, address, offset, value.type))
     store.align = align
@@ -39,6 +44,7 @@ def _store(builder, value, address, offset, align=4, past_cache=None):
         store.set_metadata("nontemporal", past_cache)
 
 
+@no_type_check
 def _splat(builder, scalar):
     kind = ir.VectorType(scalar.type, LANES)
     first = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(_I32, 0))
@@ -46,10 +52,12 @@ def _splat(builder, scalar):
     return builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), zeros)
 
 
+@no_type_check
 def _fma(builder, a, b, c):
     return builder.fadd(builder.fmul(a, b, flags=_FUSE), c, flags=_FUSE)
 
 
+@no_type_check
 def _lane_sum(builder, vector):
     width = LANES
     while width > 1:
@@ -61,6 +69,7 @@ def _lane_sum(builder, vector):
     return builder.extract_element(vector, ir.Constant(_I32, 0))
 
 
+@no_type_check
 def _sum_of_rows(builder, starts, rows, entries_at, coefs, n, entry_bytes, coef_offset):
     """For each of the addresses `coefs`, its `starts` (vectors) + sum over entries of coef * row[index], held in
     registers throughout; a row is read once for all of them. `rows` is the address and the bytes of a row."""
@@ -94,6 +103,7 @@ def _sum_of_rows(builder, starts, rows, entries_at, coefs, n, entry_bytes, coef_
     return results
 
 
+@no_type_check
 def _make_add_rows(n_vectors, entry_bytes, coef_offset):
     """out[:16 n_vectors] += sum over entries of coef * row[index]."""
 
@@ -114,6 +124,7 @@ def _make_add_rows(n_vectors, entry_bytes, coef_offset):
     return add_rows
 
 
+@no_type_check
 def _make_add_rows_twice(n_vectors):
     """`add_rows` for two rows of sums with coefficients of their own, which read the added rows once."""
 
@@ -134,6 +145,7 @@ def _make_add_rows_twice(n_vectors):
     return add_rows_twice
 
 
+@no_type_check
 def _make_sum_rows(n_vectors, entry_bytes, coef_offset):
     """out[:16 n_vectors] = sum over entries of coef * row[index]. Returns the sum of the squares of what is stored."""
 
@@ -156,6 +168,7 @@ def _make_sum_rows(n_vectors, entry_bytes, coef_offset):
     return sum_rows
 
 
+@no_type_check
 def _dots(builder, vectors_at, rows_at, row_bytes, indices_at, outs_at, n_blocks, n_rows):
     """outs[v][i] = <vectors[v], rows[index[i]]> over `n_blocks` blocks of 64 floats, for i < n_rows."""
     starts = []
@@ -192,6 +205,7 @@ def _dots(builder, vectors_at, rows_at, row_bytes, indices_at, outs_at, n_blocks
             _store(builder, _lane_sum(builder, end), out_at, 4 * i)
 
 
+@no_type_check
 def _make_dots(n_rows):
     @intrinsic
     def dots(typing_context, vector_at, rows_at, row_bytes, indices_at, out_at, n_blocks):
@@ -205,6 +219,7 @@ def _make_dots(n_rows):
     return dots
 
 
+@no_type_check
 def _make_dots_twice(n_rows):
     @intrinsic
     def dots_twice(typing_context, vector_at, other_at, rows_at, row_bytes, indices_at, out_at, other_out_at, n_blocks):
@@ -219,12 +234,14 @@ def _make_dots_twice(n_rows):
     return dots_twice
 
 
+@no_type_check
 def _bfloat16_lanes(builder, address):
     bits = builder.zext(_load(builder, address, 0, ir.VectorType(_I16, LANES), 2), ir.VectorType(_I32, LANES))
     shift = ir.Constant(ir.VectorType(_I32, LANES), [16] * LANES)
     return builder.bitcast(builder.shl(bits, shift), _VECTOR)
 
 
+@no_type_check
 def _pack(context, builder, values, condition, address):
     """Store the lanes for which `condition` holds one behind the other; 64 bytes are written. Returns their number."""
     mask_kind = ir.VectorType(ir.IntType(1), LANES)
@@ -241,6 +258,7 @@ def _pack(context, builder, values, condition, address):
     return builder.zext(builder.ctpop(builder.bitcast(condition, _I16)), _I64)
 
 
+@no_type_check
 def _make_pack_above(lanes):
     """Write `first + i` for the lanes i >= `skip` whose upper bound `v + relative |v| + bias + error * scale` is above
     `cut`, or NaN, one behind the other. 64 bytes are written; returns how many are good."""
@@ -272,6 +290,7 @@ def _make_pack_above(lanes):
 
 
 @intrinsic
+@no_type_check
 def stream_64(typing_context, source_at, target_at):
     """Copy 64 floats past the cache; `target_at` is a multiple of 64 bytes. `settle` before others read them."""
 
@@ -286,6 +305,7 @@ def stream_64(typing_context, source_at, target_at):
 
 
 @intrinsic
+@no_type_check
 def settle(typing_context):
     """Stores past the cache are done before anything that comes after."""
 
@@ -297,6 +317,7 @@ def settle(typing_context):
 
 
 @intrinsic
+@no_type_check
 def from_bfloat16(typing_context, bits):
     """The float32 of a bfloat16 given as uint16."""
 
@@ -307,6 +328,7 @@ def from_bfloat16(typing_context, bits):
 
 
 @intrinsic
+@no_type_check
 def to_bfloat16(typing_context, value):
     """The nearest bfloat16 (ties to even) as uint16. Not for NaN."""
 
@@ -319,6 +341,7 @@ def to_bfloat16(typing_context, value):
     return types.uint16(types.float32), generate
 
 
+@no_type_check
 def _float32_lanes(builder, address):
     return _load(builder, address, 0, _VECTOR, 4)
 

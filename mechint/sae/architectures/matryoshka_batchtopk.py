@@ -18,6 +18,7 @@ from mechint.errors import MechintError
 from mechint.sae.architectures.batchtopk import BatchSelecting
 from mechint.sae.losses import add_auxk, mean_squared_error
 from mechint.sae.objective import Loss, Objective
+from mechint.streams import PREFIXES, philox
 
 
 @final
@@ -75,6 +76,6 @@ def draw_widths(d_sae: int, count: int, seed: int, step: int) -> tuple[int, ...]
     lengths = np.arange(1, d_sae)
     cdf = 1.0 - (lengths + 1.0) ** -0.5  # shifted by one so that length 1 has a share
     share = np.diff(cdf, prepend=0.0)
-    generator = np.random.Generator(np.random.Philox(key=seed, counter=[1, 0, 0, step]))
+    generator = np.random.Generator(philox(seed, PREFIXES, step))
     picked = generator.choice(lengths, size=min(count - 1, len(lengths)), replace=False, p=share / share.sum())
     return (*(int(length) for length in sorted(picked)), d_sae)
