@@ -85,19 +85,19 @@ def compare_step(reference: DenseKernel, pool: Tensor, rows: int, settings: Step
 
 
 def _compare_buffers(sae: SAE, reference: SAE, cut_error: Tensor) -> None:
-    """Float64 means of the cuts: a part of the newest comes in, and that part and the cut may be float32."""
+    """Means of the cuts: a part of the newest, which may be rounded, comes in, and the mean itself is float32."""
     found, expected = dict(sae.named_buffers()), dict(reference.named_buffers())
     assert found.keys() == expected.keys() and found.keys() <= {"cut_mean", "cut_weight"}
     for name, value in expected.items():
         error = cut_error + U * value.abs() if name == "cut_mean" else torch.tensor(U)
-        _close(found[name], value, CUT_RATE * ROOM * error, name)
+        _close(found[name], value, ROOM * (CUT_RATE * error + 2 * U * value.abs()), name)
 
 
 @torch.no_grad()
 def take_over(reference: DenseKernel, kernel: Any) -> None:
     """The reference's state into the kernel, in place, and what float32 makes of it back into the reference."""
     for q, p in zip(reference.sae.buffers(), kernel.sae.buffers(), strict=True):
-        p.copy_(q)
+        _copy_both(q, p)
     for q, p in zip(reference.sae.parameters(), kernel.sae.parameters(), strict=True):
         _copy_both(q, p)
         for name, value in reference.optimizer.state[q].items():

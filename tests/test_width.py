@@ -207,3 +207,9 @@ def test_a_plan_names_the_setting_to_lower(
     assert "--d-sae to" in (said := capsys.readouterr().err) and "(now 90001)" in said
     fits = int(said.split("--d-sae to ")[1].split()[0])
     assert plan.main([*words, "--d-sae", str(int(0.9 * fits))]) == 0
+
+
+def test_a_config_file_without_a_width_takes_that_of_the_activations(here: Path, store: Path):
+    Path("few.json").write_text(json.dumps({"expansion": 2, "batch_size": 64}))
+    config = run(store, "e", "--config", "few.json")
+    assert (config["activation_dim"], config["d_sae"]) == (D_IN, 2 * D_IN)

@@ -154,6 +154,14 @@ def said_once() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
+def settings_file(argv: Sequence[str]) -> dict[str, Any]:
+    """What the JSON file of `--config` says; nothing if none is given."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--config")
+    known, _ = early.parse_known_args([_from_home(word) for word in argv])
+    return {} if known.config is None else _read_settings(Path(known.config))
+
+
 def flag_given(argv: Sequence[str], *flags: str) -> bool:
     """Whether one of the flags stands on the command line, as `--flag value` or `--flag=value`."""
     return any(word.split("=", 1)[0].replace("_", "-") in flags for word in argv)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mechint.cli.flags import command, flag_given, is_first_process, parse, said_once
+from mechint.cli.flags import command, flag_given, is_first_process, parse, said_once, settings_file
 from mechint.config import SAETrainConfig, preset_values
 from mechint.errors import MechintError
 
@@ -29,7 +29,9 @@ def main(argv: Sequence[str]) -> int:
         settings = {name: value for name, value in flags.to_dict().items() if name != "resume"}
         if flags.resume is not None:
             check_same_settings(flags.resume, argv)
-        elif not flag_given(argv, "--activation-dim", "--d-in", "--config"):
+        elif not flag_given(argv, "--activation-dim", "--d-in") and not {"activation_dim", "d_in"} & {
+            *settings_file(argv)
+        }:
             from mechint.data import open_activations
 
             settings["activation_dim"] = open_activations(flags.activations_path).d_in

@@ -1,5 +1,6 @@
 """Evaluating an SAE on stored activations: one pass over the training rows, one over the held-out rows."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -243,12 +244,13 @@ def without_outliers(
 def _prepared(
     sae: SAE, activations: Float[Tensor, "n d_in"] | Activations, batch_size: int, device: str | torch.device | None
 ) -> tuple[SAE, int]:
-    """The SAE on `device`, and a batch size that keeps feature_acts within MAX_BLOCK_ELEMENTS."""
+    """The SAE on `device`, a copy if it is on another, and a batch size that keeps feature_acts within
+    MAX_BLOCK_ELEMENTS."""
     d_in = activations.shape[1] if isinstance(activations, Tensor) else activations.d_in
     if d_in != sae.d_in:
         raise MechintError(
             f"the activations are {d_in} wide (d_in), the SAE expects {sae.d_in}: they do not belong together"
         )
-    if device is not None:
-        sae = sae.to(device)
+    if device is not None and torch.device(device).type != sae.W_enc.device.type:
+        sae = copy.deepcopy(sae).to(device)
     return sae, max(1, min(batch_size, MAX_BLOCK_ELEMENTS // sae.d_sae))

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechint.sae.tensors import in_float64
+
 # What is summed over rows; `n` counts them.
 COLUMNS = (
     "n",
@@ -91,7 +93,7 @@ class ReconstructionSums:
         l0 = of_rows if counted is None else of_rows[counted.cpu()]
         self.l0_counts += torch.bincount(l0, minlength=self.d_sae + 1)
         f_abs = torch.linalg.vector_norm(feature_acts, 1, dim=1)
-        x, x_hat = _double(x), _double(x_hat)
+        x, x_hat = in_float64(x), in_float64(x_hat)
         if self.centre is None:
             self.centre = x.mean(dim=0).cpu()
         deviation = x - self.centre.to(x.device)
@@ -198,7 +200,3 @@ def count_both(
             active *= counted[rows].to(active)[:, None]
         of_latents += active.sum(dim=0).long()
     return of_latents.cpu(), of_rows.cpu()
-
-
-def _double(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
-    return (x.cpu() if x.device.type == "mps" else x).double()  # mps has no float64

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mechint.errors import MechintError
 from mechint.sae.base import SAE
+from mechint.sae.tensors import in_float64
 
 # Weiszfeld's iteration ends when the estimate moves by less than this share of the data's spread.
 MEDIAN_TOLERANCE = 1e-5
@@ -48,7 +49,7 @@ def input_scale(sample: Float[Tensor, "n d_in"], how: Literal["none", "mean-norm
     """The factor that makes the mean norm of `sample` (or of its distance from its mean) sqrt(d_in); 1 for "none"."""
     if how == "none":
         return 1.0
-    rows = sample.double()
+    rows = in_float64(sample)
     if how == "centred-norm":
         rows = rows - rows.mean(dim=0)
     norm = rows.norm(dim=1).mean().item()
@@ -63,10 +64,10 @@ def centre(sample: Float[Tensor, "n d_in"], how: Literal["zero", "mean", "median
     2023), by Weiszfeld's iteration in float64."""
     if how == "zero":
         return torch.zeros_like(sample[0])
-    rows = sample.double()
+    rows = in_float64(sample)
     point = rows.mean(dim=0)
     if how == "mean":
-        return point.to(sample.dtype)
+        return point.to(sample)
     for _ in range(MEDIAN_MAX_ITERATIONS):
         distances = (rows - point).norm(dim=1)
         spread = distances.median().clamp_min(1e-300)  # the mean would be an outlier's
@@ -75,7 +76,7 @@ def centre(sample: Float[Tensor, "n d_in"], how: Literal["zero", "mean", "median
         step, point = (moved - point).norm(), moved
         if step < MEDIAN_TOLERANCE * spread:
             break
-    return point.to(sample.dtype)
+    return point.to(sample)
 
 
 @torch.no_grad()

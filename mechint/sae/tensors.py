@@ -10,6 +10,11 @@ from torch import Tensor, nn
 from mechint.errors import MechintError
 
 
+def in_float64(x: Tensor) -> Tensor:
+    """`x` in float64, on the CPU where its device has none (Apple's GPUs)."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def widths_of(tensors: Mapping[str, Any], source: str | Path) -> tuple[int, int, int]:
     """`(d_in, d_sae, d_out)` of the weights."""
     for name, value in tensors.items():

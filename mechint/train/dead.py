@@ -41,7 +41,7 @@ def resample(
     if n_dead == 0:
         return 0
     peers = sae.peers
-    error = peers.gather_rows((sae.run(x)[0] - x).pow(2).sum(dim=1).double().square()).cpu().numpy()
+    error = peers.gather_rows((sae.run(x)[0] - x).pow(2).sum(dim=1)).cpu().double().square().numpy()
     if not np.isfinite(error).all() or not error.sum() > 0:
         return 0
     generator = np.random.Generator(philox(seed, RESAMPLING, step))

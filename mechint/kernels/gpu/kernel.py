@@ -178,7 +178,7 @@ class ManualKernel:
         if isinstance(self.sae, JumpReLUSAE):
             self.sae.threshold.clamp_min_(0.0)
         if isinstance(self.sae, BatchSelecting) and cut is not None:
-            rate = torch.where(go & cut.isfinite(), CUT_RATE, 0.0).double()
+            rate = torch.where(go & cut.isfinite(), CUT_RATE, 0.0)
             self.sae.cut_mean.mul_(1 - rate).add_(torch.where(rate > 0, rate * cut, 0.0))
             self.sae.cut_weight.mul_(1 - rate).add_(rate)
         return norm

@@ -38,7 +38,7 @@ class BatchSelecting(SAE):
         super().__init__(*args, **settings)
         # cut_mean / cut_weight is the mean; the weight starts at 0 so that the first batches count in full
         for name in ("cut_mean", "cut_weight"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.float64, device=self.W_enc.device))
+            self.register_buffer(name, torch.zeros((), dtype=self.W_enc.dtype, device=self.W_enc.device))
         self.last_cut: Tensor | None = None  # of the batch that the next `constrain` belongs to
 
     def check_options(self) -> None:
@@ -70,7 +70,7 @@ class BatchSelecting(SAE):
         """Take the last batch's cut into the running mean too; a batch without a positive entry has none."""
         super().constrain()
         if self.last_cut is not None:
-            self.cut_mean.mul_(1 - CUT_RATE).add_(CUT_RATE * self.last_cut.double())
+            self.cut_mean.mul_(1 - CUT_RATE).add_(CUT_RATE * self.last_cut)
             self.cut_weight.mul_(1 - CUT_RATE).add_(CUT_RATE)
             self.last_cut = None
 
