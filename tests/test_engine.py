@@ -114,6 +114,8 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(
         extra["prefixes"] = 3
     if architecture == "jumprelu":
         extra |= {"pre_act_coefficient": 1e-3}
+    if ARCHITECTURES[architecture].has_penalty:
+        extra["target_l0"] = 6.0
     torch.set_num_threads(1)
     whole = train(config_for(activations_path, tmp_path, architecture, run_name="whole", **extra), progress=False)
     from mechint.train import loop

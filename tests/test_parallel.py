@@ -50,7 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
         "dead_after": 500,
         "init_l0": 1.0,
     },
-    "gated": {"architecture": "gated", "init_l0": 1.0, **AUXK},
+    "gated": {"architecture": "gated", "init_l0": 1.0, "target_l0": 3.0, **AUXK},
     "matryoshka": {"architecture": "matryoshka_batchtopk", "k": 6.0, **AUXK},
     "matryoshka-drawn": {"architecture": "matryoshka_batchtopk", "k": 6.0, "prefixes": 3},
     "resample": {"architecture": "topk", "k": 2.0, "revive": "resample", "resample_every": 40, "dead_after": 1000},

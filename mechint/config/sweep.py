@@ -12,16 +12,17 @@ from mechint.config.train import Preset, SAETrainConfig
 from mechint.errors import MechintError, nearest
 
 # What a grid may vary: fields of SAETrainConfig, in the order in which they name a member.
-AXES = ("architecture", "expansion", "d_sae", "l1_lambda", "k", "learning_rate", "seed")
+AXES = ("architecture", "expansion", "d_sae", "l1_lambda", "target_l0", "k", "learning_rate", "seed")
 
 
 @dataclass(frozen=True)
 class SweepConfig(Config):
     """Train one SAE for each combination of the values given, over one reading of the activations.
 
-    --architecture, --expansion, --d-sae, --lam, --k, --learning-rate and --seed take several values each; what does not
-    apply to an architecture (--k to standard, --lam to topk) is left out there. --expansion and --d-sae are one axis:
-    given both, all their widths are trained. All other settings are those of train: from --config, --preset and --set.
+    --architecture, --expansion, --d-sae, --lam, --target-l0, --k, --learning-rate and --seed take several values each;
+    what does not apply to an architecture (--k to standard, --lam to topk) is left out there. --expansion and --d-sae
+    are one axis: given both, all their widths are trained. All other settings are those of train: from --config,
+    --preset and --set.
     """
 
     activations_path: str | None = None
@@ -34,6 +35,8 @@ class SweepConfig(Config):
     """Numbers of latents; need not be multiples of d_in."""
     l1_lambda: Annotated[tuple[float, ...] | None, arg(aliases=["--lam"])] = None
     """Weights of the sparsity penalty, for the architectures that have one."""
+    target_l0: tuple[float, ...] | None = None
+    """L0s to reach by steering that weight, for the same."""
     k: tuple[float, ...] | None = None
     """Active latents a vector, for topk, batchtopk and matryoshka_batchtopk."""
     learning_rate: Annotated[tuple[float, ...] | None, arg(aliases=["--lr"])] = None

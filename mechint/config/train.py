@@ -156,7 +156,8 @@ class SAETrainConfig(Config):
     penalty: Literal["step", "tanh", "quadratic"] | None = None
     """jumprelu: number of active latents, sum of tanh(c f), or squared distance of L0 from --target-l0."""
     target_l0: float | None = None
-    """jumprelu with --penalty quadratic: the L0 to reach."""
+    """The L0 to reach: the weight of the penalty starts at --lam and is steered there during training. (jumprelu with
+    --penalty quadratic: the penalty itself is the distance.)"""
     bandwidth: float | None = None
     """jumprelu: width around the threshold through which it learns. 0.05 if not given."""
     init_threshold: float | None = None
@@ -299,6 +300,7 @@ class SAETrainConfig(Config):
             raise MechintError(f"unknown --architecture {self.architecture!r}; {nearest(self.architecture, names)}")
         require(self.k is None or self.k > 0, f"--k must be above 0, got {self.k}")
         require(self.k_aux is None or self.k_aux > 0, f"--k-aux must be at least 1, got {self.k_aux}")
+        require(self.target_l0 is None or self.target_l0 > 0, f"--target-l0 must be above 0, got {self.target_l0}")
         require(self.init_l0 is None or self.init_l0 > 0, f"--init-l0 must be above 0, got {self.init_l0}")
         require(self.init_decoder_norm > 0, f"--init-decoder-norm must be above 0, got {self.init_decoder_norm}")
         require(
@@ -320,6 +322,11 @@ class SAETrainConfig(Config):
         return value if isinstance(value, int) else round(share_of(value) * self.epochs)
 
     @property
+    def steers_l0(self) -> bool:
+        """Whether the weight of the penalty is steered towards `target_l0`, which is not part of the penalty itself."""
+        return self.target_l0 is not None and self.penalty != "quadratic"
+
+    @property
     def dead_after_vectors(self) -> int:
         """`dead_after` as a number of vectors."""
         if isinstance(self.dead_after, int):
@@ -330,6 +337,8 @@ class SAETrainConfig(Config):
     def architecture_options(self) -> dict[str, Any]:
         """What the architecture's class is made with, beside the widths."""
         given = {name: getattr(self, name) for name in ARCHITECTURE_OPTIONS if getattr(self, name) is not None}
+        if self.steers_l0:
+            del given["target_l0"]
         return given | dict(word.split("=", 1) for word in self.option)
 
     def check_width(self) -> None:

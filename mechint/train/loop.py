@@ -16,16 +16,14 @@ from mechint.config import SAETrainConfig
 from mechint.data.ranks import launcher
 from mechint.data.store import open_activations
 from mechint.data.watch import RankLost
-from mechint.errors import MechintError, nearest
+from mechint.errors import MechintError
 from mechint.kernels import StepResult
-from mechint.kernels.choose import KERNELS
 from mechint.runs import Run
-from mechint.sae import build_sae
 from mechint.train.feed import Feed
 from mechint.train.layout import Layout, layout_of, legacy_layout, make_layout, run_layout
 from mechint.train.parallel import Team
 from mechint.train.plan import check_memory
-from mechint.train.resolve import resolve, split
+from mechint.train.resolve import check_architecture, resolve, split
 from mechint.train.signals import Stopped, stop_signals
 from mechint.train.state import has_state
 from mechint.train.team import join, make_team
@@ -92,14 +90,6 @@ def _common_layout(team: Team, config: SAETrainConfig) -> tuple[Layout, bool]:
         return layout, resumed
     root, resumed = json.loads(team.ranks.tell(None))
     return legacy_layout(config) if config.legacy_layout else run_layout(Path(root)), resumed
-
-
-def check_architecture(config: SAETrainConfig) -> None:
-    """Raise `MechintError` for what the architecture or the kernels refuse, before a directory is made."""
-    if config.kernel not in KERNELS:
-        raise MechintError(f"unknown --kernel {config.kernel!r}; {nearest(config.kernel, KERNELS)}")
-    with torch.device("meta"):
-        build_sae(config.architecture, config.activation_dim, config.num_features, options=config.architecture_options)
 
 
 def run(training: Training, *, progress: bool = True) -> Layout:

@@ -2,11 +2,15 @@
 
 from typing import Any
 
+import torch
+
 from mechint.config import SAETrainConfig, layer_of_hook, said
 from mechint.data.batches import split_as
 from mechint.data.store import Activations
-from mechint.errors import MechintError
+from mechint.errors import MechintError, nearest
+from mechint.kernels.choose import KERNELS
 from mechint.provenance import detect_device
+from mechint.sae import build_sae
 
 # What is recorded of where the activations are from. Nothing here changes how an SAE is trained.
 RECORDED = (
@@ -70,3 +74,24 @@ def split(config: SAETrainConfig, activations: Activations) -> tuple[Any, Any]:
             " or collect more texts"
         )
     return splits
+
+
+def check_architecture(config: SAETrainConfig) -> None:
+    """Raise `MechintError` for what the architecture or the kernels refuse, before a directory is made."""
+    if config.kernel not in KERNELS:
+        raise MechintError(f"unknown --kernel {config.kernel!r}; {nearest(config.kernel, KERNELS)}")
+    with torch.device("meta"):
+        sae = build_sae(
+            config.architecture, config.activation_dim, config.num_features, options=config.architecture_options
+        )
+    if config.target_l0 is None or not config.steers_l0:
+        return
+    if not sae.has_penalty:
+        raise MechintError(
+            f"--target-l0 steers the weight of a penalty, and {config.architecture} has none: --k"
+            f" {config.target_l0:g} is its L0"
+        )
+    if config.target_l0 > config.num_features:
+        raise MechintError(f"--target-l0 {config.target_l0:g} is more than the {config.num_features} latents there are")
+    if config.l1_lambda == 0:
+        raise MechintError("--target-l0 steers the weight that --lam starts at, which must be above 0")

@@ -19,6 +19,7 @@ from mechint.config import SAETrainConfig
 from mechint.errors import MechintError, one_line
 from mechint.provenance import atomic_path
 from mechint.sae import SAE
+from mechint.train.l0 import Steering
 
 
 @dataclass
@@ -29,6 +30,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     last_fired: Int[Tensor, " d_sae"]  # step at which each latent was last active, -1 for never
     input_scale: float = 1.0
+    steering: Steering = dataclasses.field(default_factory=Steering)
     step: int = 0  # steps done
     training_seconds: float = 0.0
     metrics_size: int = 0  # bytes of metrics.csv when the state was saved; what comes behind will be written again
@@ -50,6 +52,7 @@ def save_state(state: TrainState, path: Path, *, config: dict[str, Any], activat
         "optimizer": state.optimizer.state_dict(),
         "last_fired": state.last_fired,
         "input_scale": state.input_scale,
+        "steering": dataclasses.asdict(state.steering),
         "training_seconds": state.training_seconds,
         "metrics_size": state.metrics_size,
         "resumed_at": state.resumed_at,
@@ -95,6 +98,7 @@ def load_state(state: TrainState, path: Path, *, config: dict[str, Any], activat
     state.optimizer.load_state_dict(values["optimizer"])
     state.last_fired.copy_(values["last_fired"])
     state.input_scale = values["input_scale"]
+    state.steering = Steering(**values.get("steering", {}))  # earlier versions steered nothing
     state.step = values["step"]
     state.training_seconds = values["training_seconds"]
     state.metrics_size = values["metrics_size"]

@@ -4,17 +4,14 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from mechint.config import SAETrainConfig, SweepConfig, preset_values
 from mechint.config.sweep import AXES, flag_of
 from mechint.config.train import ARCHITECTURE_OPTIONS
 from mechint.data.store import Activations
 from mechint.errors import MechintError
 from mechint.kernels.choose import KERNELS
-from mechint.sae import build_sae
 from mechint.sae.base import SAE, find_architecture
-from mechint.train.resolve import resolve, split
+from mechint.train.resolve import check_architecture, resolve, split
 
 # How the value of an axis stands in a member's name.
 LABELS = {
@@ -22,6 +19,7 @@ LABELS = {
     "expansion": "{}x",
     "d_sae": "{}latents",
     "l1_lambda": "lam{:.8g}",
+    "target_l0": "L0-{:.8g}",
     "k": "k{:.8g}",
     "learning_rate": "lr{:.8g}",
     "seed": "seed{}",
@@ -69,12 +67,16 @@ def plan_members(config: SweepConfig, base: SAETrainConfig, activations: Activat
             raise MechintError(
                 f"{option}={value!r} of the settings applies to none of {', '.join(classes)}: leave it out"
             )
+    if base.steers_l0 and not any(cls.has_penalty for cls in classes.values()):
+        raise MechintError(f"target_l0 of the settings applies to none of {', '.join(classes)}: leave it out")
     widths = _widths(grid, base.activation_dim)
     several = {axis for axis, values in grid.items() if len(values) > 1} | (set(WIDTHS) if len(widths) > 1 else set())
     plans: list[Plan] = []
     for name, cls in classes.items():
         settings = base.to_dict() | config.preset_for(name) | {"architecture": name}
         settings |= {option: None for option in ARCHITECTURE_OPTIONS if option not in cls.options}
+        if base.steers_l0 and cls.has_penalty:
+            settings["target_l0"] = base.target_l0
         settings["option"] = [word for word in base.option if word.split("=", 1)[0] in cls.options]
         axes = [
             [(axis, value) for value in values]
@@ -88,8 +90,7 @@ def plan_members(config: SweepConfig, base: SAETrainConfig, activations: Activat
                 under = settings | dict.fromkeys(base.superseded(chosen, settings))
                 member = SAETrainConfig.from_dict({**under, **chosen, "runs_root": folder, "run_name": label})
                 member = member.with_latents(member.num_features)
-                with torch.device("meta"):
-                    build_sae(name, member.activation_dim, member.num_features, options=member.architecture_options)
+                check_architecture(member)
             except MechintError as error:
                 raise MechintError(f"member {label}: {error}") from None
             values = {axis: getattr(member, axis) for axis in AXES if _applies(axis, cls)}
@@ -130,7 +131,7 @@ def _widths(grid: dict[str, list[Any]], d_in: int) -> list[tuple[str, int]]:
 def _applies(axis: str, cls: type[SAE]) -> bool:
     if axis == "k":
         return "k" in cls.options
-    return cls.has_penalty if axis == "l1_lambda" else True
+    return cls.has_penalty if axis in ("l1_lambda", "target_l0") else True
 
 
 def _label(values: dict[str, Any], several: set[str], taken: set[str]) -> str:

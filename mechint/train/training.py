@@ -7,7 +7,7 @@ import math
 import os
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -48,6 +48,15 @@ IDENTITY_KEYS = ("model_name", "model_source", "hook_name", "processing", "prepe
 ACTIVATION_KEYS = ("model_revision", "model_sha256", "tokenizer_sha256", "d_vocab", "dtype", "keep_bos", "context_size")
 
 
+class Unread(NamedTuple):
+    """What a step left on the device."""
+
+    step: int
+    lr: float
+    loss: Tensor
+    n_active: Tensor
+
+
 @dataclass
 class Training:
     """A training between two steps. Everything that changes is in `state` (and on disk)."""
@@ -64,7 +73,7 @@ class Training:
     team: Team = field(default_factory=Team)
     started: float = field(default_factory=time.perf_counter)
     seconds_before: float = 0.0  # of training, before this process took it up
-    unread: list[tuple[int, Tensor]] = field(default_factory=list)  # steps and losses that nobody has looked at yet
+    unread: list[Unread] = field(default_factory=list)  # of steps that nobody has looked at yet
 
     @property
     def is_done(self) -> bool:
@@ -171,14 +180,14 @@ def advance(training: Training, x: Float[Tensor, "batch d_in"]) -> StepResult:
     step = state.step
     if state.input_scale != 1.0:
         x = x * state.input_scale
-    lr, lam = learning_rate_at(config, step), sparsity_at(config, step)
+    lr, lam = learning_rate_at(config, step), sparsity_at(config, step) * math.exp(state.steering.log_weight)
     objective = make_objective(training, lam)
     resampling_due = config.revive == "resample" and _resampling_due(config, step)
     result = training.kernel.step(x, StepSettings(lr, config.max_grad_norm, objective))
     # a copy: a GPU's graph writes to the same place each step
-    training.unread.append((step, result.terms["loss"].detach().clone()))
+    training.unread.append(Unread(step, lr, result.terms["loss"].detach().clone(), result.n_active))
     if len(training.unread) >= READ_EVERY.get(x.device.type, 1) or step + 1 == config.steps:
-        read_losses(training)
+        read(training)
     state.last_fired[result.fire_counts > 0] = step
     if resampling_due:
         resample(state.sae, state.optimizer, _dead(training, step + 1), x, seed=config.seed, step=step)
@@ -187,16 +196,22 @@ def advance(training: Training, x: Float[Tensor, "batch d_in"]) -> StepResult:
     return result
 
 
-def read_losses(training: Training) -> None:
-    """Look at the losses since the last look. Raises `MechintError` if one is not finite."""
+def read(training: Training) -> None:
+    """Look at the losses since the last look, and at the L0s where they steer the penalty. Raises `MechintError` if a
+    loss is not finite."""
     unread, training.unread = training.unread, []
-    losses = torch.stack([loss for _, loss in unread]).tolist() if unread else []
-    for (step, _), loss in zip(unread, losses, strict=True):
+    if not unread:
+        return
+    config = training.config
+    for one, loss in zip(unread, torch.stack([one.loss for one in unread]).tolist(), strict=True):
         if not math.isfinite(loss):
             raise MechintError(
-                f"the loss is {loss} at step {step}: lower --learning-rate or --lam;"
+                f"the loss is {loss} at step {one.step}: lower --learning-rate or --lam;"
                 f" the last good state is in {training.layout.state.parent}"
             )
+    if config.steers_l0:
+        for one, n_active in zip(unread, torch.stack([one.n_active for one in unread]).tolist(), strict=True):
+            training.state.steering.look(config, n_active / config.batch_size, step=one.step, lr=one.lr)
 
 
 def make_objective(training: Training, lam: float) -> Objective:
@@ -227,7 +242,7 @@ def _resampling_due(config: SAETrainConfig, step: int) -> bool:
 
 def save(training: Training) -> None:
     """Write the state that a stopped run goes on from. Raises `MechintError` rather than save after a bad loss."""
-    read_losses(training)
+    read(training)
     state, layout = training.state, training.layout
     state.training_seconds = training.seconds_before + time.perf_counter() - training.started
     state.metrics_size = layout.metrics.stat().st_size if layout.metrics.is_file() else 0
