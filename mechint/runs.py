@@ -116,6 +116,8 @@ class Run:
         Raises `MechintError` if they are in neither place.
         """
         places = [Path(self.config.activations_path)]
+        if self.config.live is not None:  # the held-out rows, wherever the run has gone since
+            places.insert(0, self.path / places[0].name)
         if self.is_done and (recorded := self.manifest.get("inputs", {}).get("activations", {}).get("path")):
             places.insert(0, self.path / recorded)
         for place in places:

@@ -12,7 +12,7 @@ import re
 import sys
 import time
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -152,6 +152,19 @@ def said_once() -> Iterator[None]:
             raise
         time.sleep(SILENT_SECONDS)
         raise SystemExit(2) from None
+
+
+def split_flags(argv: Sequence[str], names: Collection[str]) -> tuple[list[str], list[str]]:
+    """The words of the command line without the flags of these names and their values, and those."""
+    others: list[str] = []
+    found: list[str] = []
+    into = others
+    for word in argv:
+        if word.startswith("--"):
+            name = word[2:].split("=", 1)[0].replace("-", "_")
+            into = found if name in names or name.removeprefix("no_") in names else others
+        into.append(word)
+    return others, found
 
 
 def settings_file(argv: Sequence[str]) -> dict[str, Any]:

@@ -6,14 +6,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mechint.cli.flags import command, flag_given, is_first_process, parse, said_once, settings_file
-from mechint.config import SAETrainConfig, preset_values
+from mechint.cli.flags import command, flag_given, is_first_process, parse, said_once, settings_file, split_flags
+from mechint.config import CollectConfig, SAETrainConfig, preset_values
 from mechint.errors import MechintError
+
+# Flags of collect that say what a training straight from a model reads, beside those that train has itself.
+OF_COLLECT = (
+    *("split", "revision", "text_field", "unit", "context_size", "bos_every_window", "pack", "keep_bos"),
+    *("dtype", "backend", "device_map", "model_revision", "checkpoint_every"),
+)
 
 
 @dataclass(frozen=True)
 class TrainFlags(SAETrainConfig):
-    __doc__ = SAETrainConfig.__doc__
+    """Train a sparse autoencoder; by default the canonical one: ReLU, L1, decoder rows renormalised after each step.
+
+    On stored activations (--activations-path), or straight from a model: --model and --dataset, --hook or --layer, and
+    any flag of `mechint collect` that says how texts are read. Numbers of steps may also be given as a share of all
+    steps: 5% is the first twentieth.
+    """
 
     resume: Path | None = None
     """Go on with a stopped run: its directory. Settings come from the run; another value for one is an error."""
@@ -22,13 +33,39 @@ class TrainFlags(SAETrainConfig):
         """What is wrong is known once d_in is, which the activations may say: the config that is made then checks."""
 
 
+def straight_from_a_model(argv: Sequence[str]) -> tuple[list[str], dict[str, Any] | None]:
+    """The words for train, and the settings of collect if no store is named but a model and texts are.
+
+    Raises:
+        MechintError: flags that belong to only one of the two ways.
+    """
+    own, reading = split_flags(argv, OF_COLLECT)
+    stored = flag_given(own, "--activations-path", "--resume") or "activations_path" in settings_file(own)
+    model, texts = flag_given(own, "--model", "--model-name"), flag_given(own, "--dataset", "--dataset-name")
+    if stored or not (model and texts):
+        if reading:
+            raise MechintError(
+                f"{reading[0].split('=')[0]} says how texts are read, in a training straight from a model: give --model"
+                " and --dataset" + (" and no --activations-path" if stored else "")
+            )
+        return own, None
+    known = {*CollectConfig.field_names(), *CollectConfig.aliases(), "model_name", "hook_name", "dataset_name"}
+    shared = split_flags(own, known - {"preset", "batch_size", "output"})[1]
+    asked = parse(CollectConfig, [*shared, *reading], prog="train_sae.py").to_dict()
+    left_out = {"output", "preset", "batch_size", "device", "layer", "layers"}
+    return own, {name: value for name, value in asked.items() if name not in left_out}
+
+
 @command
 def main(argv: Sequence[str]) -> int:
     with said_once():
+        argv, live = straight_from_a_model(argv)
         flags = parse(TrainFlags, argv, prog="train_sae.py", presets=preset_values, config_file=True)
         settings = {name: value for name, value in flags.to_dict().items() if name != "resume"}
         if flags.resume is not None:
             check_same_settings(flags.resume, argv)
+        elif live is not None:
+            settings |= {"live": live, "num_texts": live["num_texts"]}
         elif not flag_given(argv, "--activation-dim", "--d-in") and not {"activation_dim", "d_in"} & {
             *settings_file(argv)
         }:

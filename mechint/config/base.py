@@ -165,6 +165,8 @@ def _fitted(kind: Any, value: Any) -> Any:
             with contextlib.suppress(TypeError):
                 return _fitted(option, value)
         raise TypeError
+    if origin is dict and isinstance(value, dict):
+        return value
     if origin is Literal and isinstance(value, str) and value in options:
         return value
     if origin is tuple and isinstance(value, (list, tuple)):
@@ -194,6 +196,8 @@ def _described(kind: Any) -> str:
         return "one of " + ", ".join(map(repr, options))
     if origin is tuple:
         return "a list"
+    if origin is dict:
+        return "an object"
     return {types.NoneType: "null", Path: "a path"}.get(kind) or f"of type {kind.__name__}"
 
 

@@ -8,6 +8,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import tyro
 from tyro.conf import arg
 
 from mechint.config.base import DEFAULT_HOOK, Config, Processing, Unsaid, UnsaidInt, check_run_name, require
@@ -84,6 +85,10 @@ class SAETrainConfig(Config):
 
     activations_path: str = "activations/activations_50000.pt"
     """What to train on: a store folder, or a .pt tensor."""
+    live: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
+    """Settings of collect for a training straight from a model: `activations_path` then holds the held-out rows."""
+    buffer_rows: int = 262_144
+    """Straight from a model: rows that are held on the device, to draw batches from."""
     activation_dim: Annotated[int, arg(aliases=["--d-in"])] = 512
     """Width of the activations, d_in; taken from the activations if not given."""
     expansion: Annotated[int | None, arg(help_behavior_hint="(8 if neither this nor --d-sae is given)")] = None
@@ -272,7 +277,7 @@ class SAETrainConfig(Config):
     def __post_init__(self) -> None:
         if self.expansion is None and self.d_sae is None:
             object.__setattr__(self, "expansion", 8)
-        for name in ("activation_dim", "expansion", "d_sae", "epochs", "batch_size", "eval_batch_size"):
+        for name in ("activation_dim", "expansion", "d_sae", "epochs", "batch_size", "eval_batch_size", "buffer_rows"):
             value = getattr(self, name)
             require(value is None or value > 0, f"--{name.replace('_', '-')} must be at least 1, got {value}")
         self.check_width()

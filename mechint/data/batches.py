@@ -72,13 +72,17 @@ def split_indices(
 
 
 def split_as(config: SAETrainConfig, activations: Activations) -> tuple[Int[Tensor, " n_train"], Int[Tensor, " n_val"]]:
-    """`split_indices` with the settings of a training. Rows above `max_norm_multiple` times the median norm, if one is
+    """`split_indices` with the settings of a training; of one straight from a model, all rows are held out, and dead
+    latents are those that are silent on them. Rows above `max_norm_multiple` times the median norm, if one is
     set, are in neither training nor what counts as trained on; held out rows stay as they are.
 
     Raises:
         MechintError: as `split_indices`.
     """
-    train, val = split_indices(activations, config.val_fraction, config.seed, config.split_by)
+    if config.live is not None:  # what is stored is what was held out
+        train = val = torch.arange(activations.n_rows)
+    else:
+        train, val = split_indices(activations, config.val_fraction, config.seed, config.split_by)
     if config.max_norm_multiple:
         train = train[~outliers(activations.norms, config.max_norm_multiple).is_outlier[train]]
     return train, val

@@ -145,10 +145,15 @@ def _as_the_original(config: SAETrainConfig, output: str | Path, checkpoint_ever
 
 
 def collect(
-    config: CollectConfig, *, progress: bool = True, on_note: Callable[[str], None] = lambda note: None
+    config: CollectConfig,
+    *,
+    progress: bool = True,
+    on_note: Callable[[str], None] = lambda note: None,
+    model: LanguageModel | None = None,
 ) -> Collected:
     """As `collect_activations`, with what the command reports. `on_note` is given, before the work begins, what is
-    read, what will be left out of it, and how much the result will be."""
+    read, what will be left out of it, and how much the result will be. `model` is the one that `config` names, if it is
+    loaded already."""
     with process_group() as ranks:
         advice = f"finished shards are kept; go on with: {collect_command(config)}"
         if ranks.watch is not None:
@@ -156,7 +161,7 @@ def collect(
         try:
             targets = _targets(config, ranks)
             already = all(target.info is not None for target in targets)
-            n_tokens, seconds = (0, 0.0) if already else _collect(config, targets, ranks, progress, on_note)
+            n_tokens, seconds = (0, 0.0) if already else _collect(config, targets, ranks, progress, on_note, model)
             ranks.barrier()
             # the other processes may not see the first one's files yet, where they share a disk over a network
             infos = [_finished_info(target) if ranks.rank == 0 else target.info or {} for target in targets]
@@ -280,6 +285,7 @@ def _collect(
     ranks: Ranks,
     progress: bool,
     on_note: Callable[[str], None],
+    model: LanguageModel | None,
 ) -> tuple[int, float]:
     """Make the shards that are missing, and of them the results. Returns the tokens that went through the model, and
     the seconds it took."""
@@ -292,7 +298,7 @@ def _collect(
         shards = _Shards(config, source, finished, ranks)
         # the commit that it was begun with, if the newest one is another by now
         revision = begun["info"]["model_revision"] if begun else config.model_revision
-        model = load_hooked(config.with_overrides(device=ranks.device(config.device), model_revision=revision))
+        model = model or load_hooked(config.with_overrides(device=ranks.device(config.device), model_revision=revision))
         fixed = {"model_sha256": model.weights_sha256(), "texts": source.fingerprint()}
         for target in whole:
             if (target.info or {}).get("model_sha256") != fixed["model_sha256"]:

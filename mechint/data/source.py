@@ -155,6 +155,7 @@ class _Held:
     chunk: _Chunk
     rows: dict[str, Tensor]
     columns: dict[str, Tensor]
+    norms: Tensor  # of each row, the largest at any hook
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,7 @@ class Live:
         batch_size: int,
         buffer_rows: int = 2**18,
         seed: int = 0,
+        first_text: int = 0,
         model: LanguageModel | None = None,
     ):
         """
@@ -212,6 +214,7 @@ class Live:
             batch_size: rows a batch.
             buffer_rows: rows held on the device, in the model's number format; at most two blocks of texts more.
             seed: of the order.
+            first_text: number of the text that a pass begins with; those before it are held out.
             model: the one that `config` names, if it is loaded already.
 
         Raises:
@@ -222,22 +225,29 @@ class Live:
             raise MechintError(
                 f"batches of {batch_size} rows out of a buffer of {buffer_rows}: there must be at least 1 and 2"
             )
+        if first_text >= config.num_texts:
+            raise MechintError(
+                f"the first {first_text} texts are held out, and --num-texts {config.num_texts} leaves none to train on"
+            )
         self._batch_size, self._buffer_rows, self._seed = batch_size, buffer_rows, seed
+        self._first = _Start(first_text)
+        self.norm_limit: float | None = None
+        self.left_out: dict[str, int] = {}
         self._config, source = config, open_source(config)
         self._texts = source.fingerprint()
         if source.describe()["text_source"] == "hub":  # the newest commit may be another one tomorrow
             self._config = config.with_overrides(revision=source.describe()["dataset_revision"])
-        self._model = model or load_hooked(config)
+        self.model = model or load_hooked(config)
         self.hook_names = config.hooks
         self.info = {
-            hook: store_fields(config, hook, settings_at(config, hook), source, self._model) for hook in config.hooks
+            hook: store_fields(config, hook, settings_at(config, hook), source, self.model) for hook in config.hooks
         }
         source.close()
         self.d_in = {hook: info["d_in"] for hook, info in self.info.items()}
         self._chunks: Generator[_Chunk] | None = None
         self._step = 0
         self._rows_seen = False
-        self._begin(0, _Start(), 0)
+        self._begin(0, self._first, 0)
 
     @property
     def position(self) -> dict[str, Any]:
@@ -249,6 +259,8 @@ class Live:
             "offset": self._offset,
             "chunks": starts,
             "texts": self._texts,
+            "norm_limit": self.norm_limit,
+            "left_out": dict(self.left_out),
         }
 
     def seek(self, position: dict[str, Any]) -> None:
@@ -268,14 +280,16 @@ class Live:
             position = self._search(position["step"])
         before, current = (None if start is None else _Start(**start) for start in position["chunks"])
         first = position["period"] - (before is not None)
-        self._begin(position["pass"], before or current or _Start(), max(first, 0))
+        self.norm_limit = position.get("norm_limit")
+        self._begin(position["pass"], before or current or self._first, max(first, 0))
         while self._period < position["period"]:
             self._advance()
         self._step, self._offset = position["step"], position["offset"]
+        self.left_out = dict(position.get("left_out", {}))
         self._rows_seen |= self._step > 0
 
     def next_batch(self) -> Batch:
-        device = self._model.device
+        device = self.model.device
         rows = {hook: torch.empty(self._batch_size, width, device=device) for hook, width in self.d_in.items()}
         columns = {name: torch.empty(self._batch_size, dtype=torch.int32) for name in COLUMNS}
         filled = 0
@@ -306,6 +320,37 @@ class Live:
         if self._chunks is not None:
             self._chunks.close()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the buffer takes: two chunks, each of up to half of it and a block of texts."""
+        size = self.model.hf_model.dtype.itemsize
+        return 2 * (self._buffer_rows // 2) * sum(self.d_in.values()) * size
+
+    def sample(self, hook: str, n_rows: int) -> Float[Tensor, "n d_in"]:
+        """Up to that many of the rows that come next, in float32 on the CPU; they come all the same."""
+        while not len(self._order):
+            self._advance()
+        held = torch.cat([held.rows[hook] for held in (self._before, self._current) if held is not None])
+        order = torch.from_numpy(self._order)
+        places = torch.linspace(0, len(order) - 1, min(n_rows, len(order))).long()
+        return held[order[places].sort().values.to(held.device)].float().cpu()
+
+    def leave_out(self, norm_limit: float) -> None:
+        """From here on, no row whose norm is larger at any hook."""
+        self.norm_limit = norm_limit
+        self._order = self._without_outliers(self._order)
+
+    def _without_outliers(self, order: np.ndarray) -> np.ndarray:
+        """The rows of a period that may be given; those that are left out are counted by token."""
+        if self.norm_limit is None or not len(order):
+            return order
+        held = [one for one in (self._before, self._current) if one is not None]
+        is_far = (torch.cat([one.norms for one in held]) > self.norm_limit).numpy()[order]
+        tokens = torch.cat([one.columns["tokens"] for one in held])
+        for token in tokens[torch.from_numpy(order[is_far])].tolist():
+            self.left_out[str(token)] = self.left_out.get(str(token), 0) + 1
+        return order[~is_far]
+
     # --- passes, periods and chunks ----------------------------------------------------------------------------------
 
     def _begin(self, number: int, start: _Start, chunk: int) -> None:
@@ -324,30 +369,32 @@ class Live:
         if chunk is None and self._current is None:
             if not self._rows_seen:
                 raise no_texts(self._config.dataset)
-            self._begin(self._pass + 1, _Start(), 0)
+            self._begin(self._pass + 1, self._first, 0)
             return
         self._before, self._current = self._current, None  # frees the chunk before that one
         self._current = None if chunk is None else self._run(chunk)
         self._period += 1
         random = _Random(self._seed, self._pass)
-        self._order = random.period(*(held.chunk if held else None for held in (self._before, self._current)))
-        self._offset = 0
+        order = random.period(*(held.chunk if held else None for held in (self._before, self._current)))
+        self._order, self._offset = self._without_outliers(order), 0
         self._rows_seen |= len(self._order) > 0
 
     def _run(self, chunk: _Chunk) -> _Held:
         """Put a chunk through the model."""
         rows: dict[str, Tensor] = {}
+        norms = torch.zeros(chunk.n_rows)
         start = 0
         for block in chunk.blocks:
-            found = run_block(self._model, self.hook_names, block, device=self._model.device)
+            found = run_block(self.model, self.hook_names, block, device=self.model.device)
+            own = slice(start, start + block.n_rows)
             for hook, values in found.activations.items():
-                found.checked_norms(hook)
+                norms[own] = torch.maximum(norms[own], found.checked_norms(hook).float().cpu())
                 if hook not in rows:
                     rows[hook] = values.new_empty(chunk.n_rows, values.shape[1])
-                rows[hook][start : start + block.n_rows] = values
+                rows[hook][own] = values
             start += block.n_rows
         columns = {name: torch.cat([getattr(block, name) for block in chunk.blocks]) for name in COLUMNS}
-        return _Held(chunk, rows, columns)
+        return _Held(chunk, rows, columns, norms)
 
     def _read_chunks(self, start: _Start, number: int) -> Generator[_Chunk]:
         """The chunks of a pass from `start` on, the first of them being `number`. Texts are read and tokenised on
@@ -374,7 +421,7 @@ class Live:
                 texts = source.read(text, wanted)
                 if not texts:
                     return
-                _, block, _ = block_of(config, self._model, texts, text)
+                _, block, _ = block_of(config, self.model, texts, text)
                 text += len(texts)
                 yield block, _Start(text, source.state())
                 if len(texts) < wanted:
@@ -386,7 +433,7 @@ class Live:
         """The position of a step, without its `texts`. Every pass has the same chunks."""
         row, periods, rows_before = step * self._batch_size, [], 0
         before: _Chunk | None = None
-        with contextlib.closing(self._read_chunks(_Start(), 0)) as chunks:
+        with contextlib.closing(self._read_chunks(self._first, 0)) as chunks:
             for chunk in itertools.chain(chunks, [None]):
                 starts = [asdict(each.start) if each else None for each in (before, chunk)]
                 periods.append((rows_before, starts))

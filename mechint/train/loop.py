@@ -3,13 +3,15 @@
 What one step does is in `mechint.kernels`, what surrounds it for one SAE in `mechint.train.training`.
 """
 
+import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from mechint.config import SAETrainConfig
@@ -18,9 +20,11 @@ from mechint.data.store import open_activations
 from mechint.data.watch import RankLost
 from mechint.errors import MechintError
 from mechint.kernels import StepResult
+from mechint.provenance import detect_device
 from mechint.runs import Run
 from mechint.train.feed import Feed
 from mechint.train.layout import Layout, layout_of, legacy_layout, make_layout, run_layout
+from mechint.train.live import described, hold_out, open_live, with_held_out
 from mechint.train.parallel import Team
 from mechint.train.plan import check_memory
 from mechint.train.resolve import check_architecture, resolve, split
@@ -46,6 +50,8 @@ def train(config: SAETrainConfig, *, progress: bool = True) -> Layout:
             last saved state.
         Stopped: Ctrl-C or SIGTERM; the state is saved first.
     """
+    if config.live is not None:
+        return _train_live(config, progress=progress)
     with join() as ranks:
         activations = open_activations(config.activations_path)
         config = resolve(config, activations)
@@ -57,6 +63,23 @@ def train(config: SAETrainConfig, *, progress: bool = True) -> Layout:
         layout, resumed = _common_layout(team, config)
         with out_of_memory(config):
             return run(prepare(config, activations, splits, layout, resumed=resumed, team=team), progress=progress)
+
+
+def _train_live(config: SAETrainConfig, *, progress: bool) -> Layout:
+    """`train` with the rows of a model that runs beside it."""
+    config = with_held_out(SAETrainConfig.from_dict({**config.to_dict(), "device": detect_device(config.device)}))
+    live = open_live(config)
+    with contextlib.closing(live), out_of_memory(config):
+        config = described(config, live)
+        check_architecture(config)
+        layout = make_layout(config)
+        activations = hold_out(live, config, layout, progress=progress)
+        texts = config.num_texts
+        config = resolve(config.with_overrides(activations_path=str(activations.path)), activations)
+        config = config.with_overrides(num_texts=texts)
+        check_memory(config, activations, held=live.nbytes)
+        splits = split(config, activations)
+        return run(prepare(config, activations, splits, layout, resumed=False, live=live), progress=progress)
 
 
 def resume(run_dir: str | Path, *, progress: bool = True) -> Layout:
@@ -73,10 +96,10 @@ def resume(run_dir: str | Path, *, progress: bool = True) -> Layout:
         activations.verify()
         config = stopped.config
         team = make_team(ranks, config, resumed=True)
-        with out_of_memory(config):
-            training = prepare(
-                config, activations, split(config, activations), layout_of(stopped), resumed=True, team=team
-            )
+        with out_of_memory(config), contextlib.ExitStack() as held:
+            live = None if config.live is None else held.enter_context(contextlib.closing(open_live(config)))
+            splits = split(config, activations)
+            training = prepare(config, activations, splits, layout_of(stopped), resumed=True, team=team, live=live)
             return run(training, progress=progress)
 
 
@@ -116,11 +139,11 @@ def steps(training: Training, *, progress: bool) -> None:
         save(training)
     bar = tqdm(total=config.steps, initial=state.step, unit="step", desc="train", disable=not progress)
     training.log.write = tqdm.write if progress else print
-    feed = Feed(training.activations, config.device)
+    next_rows = reader(training)
     shown, shown_step = time.perf_counter(), state.step
     with stop_signals() as team.stop_asked, bar:
         while not training.is_done:
-            result = advance(training, feed.rows(team.deal(training.batches.indices(state.step))))
+            result = advance(training, next_rows())
             bar.update()
             now = time.perf_counter()
             if progress and now - shown > REFRESH_SECONDS:
@@ -133,6 +156,17 @@ def steps(training: Training, *, progress: bool) -> None:
                 raise Stopped(resume_command(training))
             if config.save_every and state.step % config.save_every == 0 and not training.is_done:
                 save(training)
+
+
+def reader(training: Training) -> Callable[[], Tensor]:
+    """What gives the rows of the next step, on the device that trains."""
+    config, state, team, live = training.config, training.state, training.team, training.live
+    assert config.device is not None
+    if live is not None:
+        (hook,) = live.hook_names
+        return lambda: live.next_batch().activations[hook].to(config.device)
+    feed = Feed(training.activations, config.device)
+    return lambda: feed.rows(team.deal(training.batches.indices(state.step)))
 
 
 def rescue(training: Training) -> str:

@@ -9,6 +9,7 @@ These are plain collectives rather than DTensor: what a TopK needs is a choice a
 DTensor would bring the whole `[batch, d_sae]` to each.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, final
 
@@ -24,7 +25,7 @@ from mechint.sae import SAE
 from mechint.sae.base import find_architecture
 from mechint.sae.peers import Peers, Top
 from mechint.train.parallel import SharedKernel, Team, check_same, top_of_all
-from mechint.train.state import TrainState
+from mechint.train.state import PLAIN_FIELDS, TrainState
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # What an evaluation takes beside the weights, with some to spare.
@@ -89,7 +90,7 @@ class LatentTeam(Team):
                     mine = {key: self._share(name, values[key]).to(parameter.device) for key in MOMENTS}
                     state.optimizer.state[parameter] = {"step": values["step"].clone(), **mine}
             state.last_fired.copy_(whole.last_fired)
-            for key in ("input_scale", "step", "training_seconds", "metrics_size", "resumed_at"):
+            for key in PLAIN_FIELDS:
                 setattr(state, key, getattr(whole, key))
 
         self._in_turns(share)
@@ -161,16 +162,8 @@ class LatentTeam(Team):
         assert self._make is not None
         with torch.device("meta"):
             sae = self._make()
-        return TrainState(
-            sae,
-            _adam_like(state.optimizer, sae),
-            torch.full((sae.d_sae,), -1),
-            state.input_scale,
-            state.step,
-            state.training_seconds,
-            state.metrics_size,
-            state.resumed_at,
-        )
+        optimizer, last_fired = _adam_like(state.optimizer, sae), torch.full((sae.d_sae,), -1)
+        return dataclasses.replace(state, sae=sae, optimizer=optimizer, last_fired=last_fired)
 
     def _in_turns(self, work: Callable[[], Any]) -> Any:
         """One process after the other, so that the whole dictionary is in main memory once."""

@@ -124,13 +124,13 @@ def make_plan(
     return Plan(config, n_rows, kernel, memory, available, disk, free, speed, startup, expected_dead or 0.0)
 
 
-def check_memory(config: SAETrainConfig, activations: Activations) -> None:
+def check_memory(config: SAETrainConfig, activations: Activations, *, held: int = 0) -> None:
     """Raise `MechintError` for a training that cannot fit into this machine; costs some hundredths of a second.
 
-    `config.device` must be set.
+    `config.device` must be set. `held`: bytes of memory that something else will take beside the training.
     """
     assert config.device is not None
-    predict = _predictor(activations, activations.n_rows, resident_memory(), kernel_name(config), EXPECTED_DEAD)
+    predict = _predictor(activations, activations.n_rows, resident_memory() + held, kernel_name(config), EXPECTED_DEAD)
     available = tuple(
         _within_reach(place.device if place.device == "cpu" else config.device) for place in predict(config)
     )

@@ -68,7 +68,7 @@ def _check_same(config: SAETrainConfig, key: str, recorded: Any, activations: Ac
 def split(config: SAETrainConfig, activations: Activations) -> tuple[Any, Any]:
     """`(train, held-out)` row indices. Raises `MechintError` if a batch is larger than what there is to train on."""
     splits = split_as(config, activations)
-    if config.batch_size > len(splits[0]):
+    if config.live is None and config.batch_size > len(splits[0]):
         raise MechintError(
             f"--batch-size {config.batch_size} is more than the {len(splits[0])} rows there are to train on: lower it,"
             " or collect more texts"

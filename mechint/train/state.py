@@ -31,10 +31,18 @@ class TrainState:
     last_fired: Int[Tensor, " d_sae"]  # step at which each latent was last active, -1 for never
     input_scale: float = 1.0
     steering: Steering = dataclasses.field(default_factory=Steering)
+    source: dict[str, Any] | None = None  # position of a live source of rows
+    variance: float | None = None  # of the rows, a dimension; what the log's fvu is relative to
     step: int = 0  # steps done
     training_seconds: float = 0.0
     metrics_size: int = 0  # bytes of metrics.csv when the state was saved; what comes behind will be written again
     resumed_at: list[int] = dataclasses.field(default_factory=list)
+
+
+# What is no tensor, and the same in every process.
+PLAIN_FIELDS = tuple(
+    field.name for field in dataclasses.fields(TrainState) if field.name not in ("sae", "optimizer", "last_fired")
+)
 
 
 def previous_path(path: Path) -> Path:
@@ -53,6 +61,8 @@ def save_state(state: TrainState, path: Path, *, config: dict[str, Any], activat
         "last_fired": state.last_fired,
         "input_scale": state.input_scale,
         "steering": dataclasses.asdict(state.steering),
+        "source": state.source,
+        "variance": state.variance,
         "training_seconds": state.training_seconds,
         "metrics_size": state.metrics_size,
         "resumed_at": state.resumed_at,
@@ -99,6 +109,8 @@ def load_state(state: TrainState, path: Path, *, config: dict[str, Any], activat
     state.last_fired.copy_(values["last_fired"])
     state.input_scale = values["input_scale"]
     state.steering = Steering(**values.get("steering", {}))  # earlier versions steered nothing
+    state.source = values.get("source")
+    state.variance = values.get("variance")
     state.step = values["step"]
     state.training_seconds = values["training_seconds"]
     state.metrics_size = values["metrics_size"]

@@ -16,6 +16,7 @@ from torch import Tensor
 from mechint.config import SAETrainConfig
 from mechint.data.batches import BatchOrder, make_batches
 from mechint.data.norms import outliers
+from mechint.data.source import Live
 from mechint.data.store import Activations
 from mechint.errors import MechintError
 from mechint.eval.reconstruction import Activity, evaluate_rows, without_outliers
@@ -27,6 +28,7 @@ from mechint.sae import SAE, Objective, build_sae, save_checkpoint
 from mechint.sae.init import centre, fit_encoder, input_scale, set_density, tie_encoder
 from mechint.train.dead import dead_latents, resample
 from mechint.train.layout import Layout
+from mechint.train.live import first_rows
 from mechint.train.log import MetricsLog
 from mechint.train.parallel import Team
 from mechint.train.schedule import learning_rate_at, penalty_weight, sparsity_at
@@ -71,6 +73,7 @@ class Training:
     batches: BatchOrder
     log: MetricsLog
     team: Team = field(default_factory=Team)
+    live: Live | None = None
     started: float = field(default_factory=time.perf_counter)
     seconds_before: float = 0.0  # of training, before this process took it up
     unread: list[Unread] = field(default_factory=list)  # of steps that nobody has looked at yet
@@ -88,24 +91,33 @@ def prepare(
     *,
     resumed: bool,
     team: Team | None = None,
+    live: Live | None = None,
 ) -> Training:
-    """A training at its first step, or where its saved state left it; config.json is written. `team`: the processes
-    that train this SAE together, all of which call this; one alone if not given."""
+    """A training at its first step, or where its saved state left it; config.json is written.
+
+    Args:
+        team: the processes that train this SAE together, all of which call this; one alone if not given.
+        live: where rows come from, if not from `activations`, which are then the held-out ones.
+    """
     team = team or Team()
     assert config.device is not None, "resolve() fills the device"
     sae = make_sae(config, activations, team)
     optimizer = make_optimizer(sae, config)
     state = TrainState(sae, optimizer, torch.full((sae.d_sae,), -1, device=config.device))
-    sample = _sample(activations, splits[0], 8192 if resumed else SAMPLE_ROWS)
     if resumed:
         known = {"config": config.to_dict(), "activations_sha256": activations.sha256}
         team.load(state, lambda whole: load_state(whole, layout.state, **known))
         if team.writes and layout.metrics.is_file() and layout.metrics.stat().st_size > state.metrics_size:
             os.truncate(layout.metrics, state.metrics_size)  # rows of steps that will be done again
-    else:
-        state.input_scale = initialise(sae, config, sample)
+        if live is not None and state.source is not None:
+            live.seek(state.source)
+    if not resumed or state.variance is None:
+        n_rows = 8192 if resumed else SAMPLE_ROWS
+        sample = _sample(activations, splits[0], n_rows) if live is None else first_rows(live, config, n_rows)
+        if not resumed:
+            state.input_scale = initialise(sae, config, sample)
+        state.variance = sample[:: max(1, len(sample) // 8192)][:8192].var(dim=0, correction=0).mean().item()
     team.check(state)
-    variance = sample[:: max(1, len(sample) // 8192)][:8192].var(dim=0, correction=0).mean().item()
     if team.writes:
         write_json(layout.config, config.to_dict())
     return Training(
@@ -122,8 +134,9 @@ def prepare(
             ),
         ),
         make_batches(config.batch_order, splits[0], config.batch_size, config.seed),
-        MetricsLog(config, layout.metrics, variance=max(variance, 1e-30), writes=team.writes),
+        MetricsLog(config, layout.metrics, variance=max(state.variance, 1e-30), writes=team.writes),
         team,
+        live,
         seconds_before=state.training_seconds,
     )
 
@@ -245,6 +258,7 @@ def save(training: Training) -> None:
     read(training)
     state, layout = training.state, training.layout
     state.training_seconds = training.seconds_before + time.perf_counter() - training.started
+    state.source = None if training.live is None else training.live.position
     state.metrics_size = layout.metrics.stat().st_size if layout.metrics.is_file() else 0
     training.team.check(state)
     write_state(training, training.team.whole(state))
@@ -281,7 +295,7 @@ def finish(training: Training) -> dict[str, Any]:
             layout.root,
             config,
             summary,
-            inputs={"activations": _describe(training.activations, layout)},
+            inputs={"activations": _describe(config, training.activations, layout)},
             device=config.device,
             kernel=training.kernel.name,
             resumed_at=state.resumed_at,
@@ -340,6 +354,8 @@ def _summary(training: Training, sae: SAE) -> dict[str, Any]:
         summary = {key: value for key, value in summary.items() if key not in OF_FREQUENCY}
     if config.max_norm_multiple:
         summary["left_out"] = _left_out(training)
+    if training.live is not None:
+        summary["n_train"] = config.steps * config.batch_size
     summary |= {"dead_features": n_dead, "dead_fraction": n_dead / sae.d_sae}
     summary["total_seconds"] = training.seconds_before + time.perf_counter() - training.started
     return summary
@@ -348,6 +364,10 @@ def _summary(training: Training, sae: SAE) -> dict[str, Any]:
 def _left_out(training: Training) -> dict[str, Any]:
     """How many training rows were left out for their norm, above which, and what tokens they are most often."""
     activations, multiple = training.activations, training.config.max_norm_multiple
+    if training.live is not None:
+        limit, counted = training.live.norm_limit, training.live.left_out
+        most = dict(sorted(counted.items(), key=lambda item: -item[1])[:TOKENS_NAMED])
+        return {"n_rows": sum(counted.values()), "multiple": multiple, "norm_limit": limit, "tokens": most}
     limit, is_outlier = outliers(activations.norms, multiple)
     is_outlier[training.val_indices] = False
     tokens: dict[str, int] = {}
@@ -358,7 +378,7 @@ def _left_out(training: Training) -> dict[str, Any]:
     return {"n_rows": int(is_outlier.sum()), "multiple": multiple, "norm_limit": limit, "tokens": tokens}
 
 
-def _describe(activations: Activations, layout: Layout) -> dict[str, Any]:
+def _describe(config: SAETrainConfig, activations: Activations, layout: Layout) -> dict[str, Any]:
     """The activations' place and hashes, for the manifest: text -> activations -> weights, by hash."""
     info = activations.info
     return {
@@ -366,6 +386,7 @@ def _describe(activations: Activations, layout: Layout) -> dict[str, Any]:
         "path": os.path.relpath(activations.path, layout.root),
         "sha256": activations.sha256,
         "n_rows": activations.n_rows,
+        **({"live": config.live} if config.live is not None else {}),
         **{key: info.get(key) for key in ("dataset_name", "dataset_revision", "texts_sha256")},
         **{key: info.get(key) for key in ("model_source", "model_revision", "model_sha256")},
     }
