@@ -102,7 +102,7 @@ def main() -> None:
     # Train
     saes: dict[str, SAE] = {}
     for name, cfg in configs(given.folder, given.tokens).items():
-        runner = SAETrainingRunner(cfg, activations_root=given.folder / "activations")
+        runner = SAETrainingRunner(cfg)
         saes[name] = runner.run()
         metrics = {key: round(value, 3) for key, value in runner.metrics().items() if value is not None}
         print(f"{name}: {metrics}, in {runner.run_dir}")

@@ -185,7 +185,8 @@ def test_it_is_refused_unless_padding_is_asked_for(name: str, tmp_path: Path, ca
     place = out.with_name("sae.pt.certificate.json") if name == "saev" else out / "certificate.json"
     record = json.loads(place.read_text())
     assert record["added_latents"] == 8 and record["weights_equal"] and record["holds"]
-    assert record["encode_difference"] == record["decode_difference"] == 0.0
+    # the same sums in float64, over eight more latents that add nothing
+    assert max(record["encode_difference"], record["decode_difference"]) < 1e-14
     assert any("last 8 latents are of zeros" in note for note in record["notes"])
     # what the tool computes from the file
     back = read(name, out)

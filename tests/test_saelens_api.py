@@ -396,7 +396,7 @@ def test_the_flat_form_becomes_our_settings():
     assert (train.revive, train.dead_after, train.track, train.log_every) == ("auxk", 5000 * 4096, "wandb", 100)
     assert (train.runs_root, train.save_every) == ("checkpoints", train.epochs // 6)
     said = " ".join(cfg.notes)
-    assert "AuxK" in said and "n_batches_in_buffer" in said and "feature_sampling_window" in said
+    assert "AuxK" in said and "held out" in said and "feature_sampling_window" in said
 
 
 def test_the_nested_form_becomes_our_settings():
@@ -534,10 +534,7 @@ def test_the_runner_in_the_nested_form(
         "verbose": False,
     }
     nested = TopKTrainingSAEConfig(d_in=128, d_sae=256, k=8)
-    runner = SAETrainingRunner(
-        LanguageModelSAERunnerConfig(sae=nested, logger=LoggingConfig(run_name="mine"), **given),
-        activations_root=tmp_path / "activations",
-    )
+    runner = SAETrainingRunner(LanguageModelSAERunnerConfig(sae=nested, logger=LoggingConfig(run_name="mine"), **given))
     with pytest.raises(MechintError, match="call run"):
         runner.metrics()
     sae = runner.run()
@@ -552,8 +549,6 @@ def test_the_runner_in_the_nested_form(
     # log10 of frequencies whose sum is L0
     assert float((10 ** sae.sparsity.double()).sum()) == pytest.approx(8, abs=0.5)
     assert torch.equal(SAE.load_from_disk(tmp_path / "out").W_dec, sae.W_dec)
-    # other settings of the training use the same activations again
-    stores = list((tmp_path / "activations").iterdir())
     wandb = StandInWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setenv("WANDB_PROJECT", "of-the-user")
@@ -561,17 +556,19 @@ def test_the_runner_in_the_nested_form(
     logged: dict[str, Any] = {"log_to_wandb": True, "wandb_project": "sae-training", "wandb_entity": "lab"}
     logged |= {"wandb_log_frequency": 5, "run_name": "logged", "output_path": None}
     other = LanguageModelSAERunnerConfig(architecture="gated", d_sae=256, **{**given, **logged})
-    SAETrainingRunner(other, activations_root=tmp_path / "activations").run()
+    SAETrainingRunner(other).run()
     assert (wandb.asked["project"], wandb.asked["entity"], wandb.asked["name"]) == ("sae-training", "lab", "logged")
     assert wandb.asked["finished"] and wandb.rows == 5  # of 20 steps each fifth, and the last
     assert os.environ["WANDB_PROJECT"] == "of-the-user" and "WANDB_ENTITY" not in os.environ
-    assert list((tmp_path / "activations").iterdir()) == stores
-    by_path = {**given, "use_cached_activations": True, "cached_activations_path": str(stores[0])}
-    again = SAETrainingRunner(LanguageModelSAERunnerConfig(sae=nested, **by_path)).run()
-    assert torch.equal(again.W_enc, sae.W_enc)  # the same seed, the same activations
+    again = SAETrainingRunner(LanguageModelSAERunnerConfig(sae=nested, **given)).run()
+    assert torch.equal(again.W_enc, sae.W_enc)  # the same seed, the same texts
+    stored = str(tmp_path / "runs" / "mine" / "heldout")
+    by_path = {**given, "use_cached_activations": True, "cached_activations_path": stored, "training_tokens": 512}
+    assert SAETrainingRunner(LanguageModelSAERunnerConfig(sae=nested, **by_path)).run().d_sae == 256
+    runs = len(list((tmp_path / "runs").iterdir()))
     with pytest.raises(MechintError, match="is 128 wide"):
-        SAETrainingRunner(LanguageModelSAERunnerConfig(d_in=64, **given), activations_root=tmp_path / "none").run()
-    assert not (tmp_path / "none").exists()
+        SAETrainingRunner(LanguageModelSAERunnerConfig(d_in=64, **given)).run()
+    assert len(list((tmp_path / "runs").iterdir())) == runs
 
 
 # --- Neuronpedia ------------------------------------------------------------------------------------------------------

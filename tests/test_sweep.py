@@ -17,6 +17,7 @@ from small_run import rows_without_rate
 
 from mechint.cli.sweep import main, table_text
 from mechint.config import TRAIN_PRESETS, SAETrainConfig, SweepConfig, preset_values
+from mechint.config.presets import learning_rate_for
 from mechint.config.train import architecture_names
 from mechint.data.store import open_activations
 from mechint.errors import MechintError
@@ -155,7 +156,10 @@ def test_members_have_what_the_preset_says_for_their_architecture(activations_pa
         return [[getattr(member.config, name) for name in names] for member in found]
 
     own = [preset_values("mechint", name) for name in grid["architecture"]]
-    assert members(name="a") == [[values.get(name) for name in names] for values in own]
+    found = members(name="a")
+    assert [row[1:] for row in found] == [[values.get(name) for name in names[1:]] for values in own]
+    d_sae = start(config_for(activations_path, tmp_path, name="e", **grid))[0].members[0].config.num_features
+    assert [row[0] for row in found] == [learning_rate_for(name, d_sae) for name in grid["architecture"]]
     assert len({tuple(row) for row in members(name="b")}) == 3
     # what is said for all of them holds for all of them
     assert [row[0] for row in members(name="c", learning_rate=(0.25,))] == [0.25] * 3

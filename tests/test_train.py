@@ -17,6 +17,7 @@ import torch
 from small_run import in_float64, rows_without_rate
 
 from mechint.config import SAETrainConfig
+from mechint.config.presets import learning_rate_for
 from mechint.errors import MechintError
 from mechint.provenance import set_global_seed
 from mechint.runs import Run, verify
@@ -105,6 +106,18 @@ def reference_training(rows: np.ndarray, config: SAETrainConfig, weights: dict[s
             weights[name] -= lr * m_hat / (np.sqrt(v_hat) + 1e-8)
         weights["W_dec"] /= np.maximum(np.linalg.norm(weights["W_dec"], axis=1, keepdims=True), 1e-12)
     return losses
+
+
+def test_the_presets_learning_rate_follows_the_width():
+    """7e-3 up to 1,024 latents, then by the square root; what is given is kept, and a saved config says it."""
+    rates = {latents: learning_rate_for("topk", latents) for latents in (256, 1024, 4096, 4608, 16384)}
+    assert rates == {256: 7e-3, 1024: 7e-3, 4096: 3.5e-3, 4608: 3.3e-3, 16384: 1.75e-3}
+    assert learning_rate_for("matryoshka_batchtopk", 1024) == 3e-3 == learning_rate_for("matryoshka_batchtopk", 4096)
+    asked = SAETrainConfig.from_dict({"preset": "mechint", "activation_dim": 512, "expansion": 8})
+    assert asked.learning_rate is None and asked.peak_learning_rate == 3.5e-3
+    assert asked.with_learning_rate().learning_rate == 3.5e-3
+    assert asked.with_overrides(learning_rate=0.25).with_learning_rate().peak_learning_rate == 0.25
+    assert SAETrainConfig.from_dict({"activation_dim": 512}).learning_rate == 3e-4
 
 
 def test_mech_int_preset_is_the_original_for_a_hundred_steps(activations_path: Path, tmp_path: Path):

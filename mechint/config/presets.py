@@ -17,7 +17,7 @@ _MECHINT: dict[str, Any] = {
     "init": "fitted",
     "b_dec_init": "mean",
     "normalize_inputs": "mean-norm",
-    "learning_rate": 7e-3,
+    "learning_rate": None,  # by the width, see `learning_rate_for`
     "adam_beta2": 0.99,
     "project_gradient": True,
     "schedule": "constant",
@@ -35,11 +35,19 @@ _MECHINT_BY_ARCHITECTURE: dict[str, dict[str, Any]] = {
     "standard": {"saturation": 1.0},
     "topk": {"decay_share": 0.6},
     "batchtopk": {"decay_share": 0.8},
-    "matryoshka_batchtopk": {"learning_rate": 3e-3, "decay_share": 0.8},
+    "matryoshka_batchtopk": {"decay_share": 0.8},
     # Weights that give an L0 near 32 at d_in 128. bandwidth is in units of the normalised pre-activations.
     "jumprelu": {"bandwidth": 0.5, "l1_lambda": 0.12},
     "gated": {"l1_lambda": 0.9},
 }
+
+
+def learning_rate_for(architecture: str, d_sae: int) -> float:
+    """The peak learning rate of `mechint`: 7e-3 up to 1,024 latents, then falling with the square root of their number.
+    Matryoshka's is 3e-3 at most: its narrow prefixes are small dictionaries with the gradients of all."""
+    by_width = 7e-3 * min(1.0, (1024 / d_sae) ** 0.5)
+    return float(f"{min(by_width, 3e-3 if architecture == 'matryoshka_batchtopk' else 1.0):.3g}")
+
 
 TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "none": {},

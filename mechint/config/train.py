@@ -12,7 +12,7 @@ import tyro
 from tyro.conf import arg
 
 from mechint.config.base import DEFAULT_HOOK, Config, Processing, Unsaid, UnsaidInt, check_run_name, require
-from mechint.config.presets import ORIGINAL_KEYS, TRAIN_PRESETS, of_others, preset_values
+from mechint.config.presets import ORIGINAL_KEYS, TRAIN_PRESETS, learning_rate_for, of_others, preset_values
 from mechint.errors import MechintError, nearest
 
 Preset = Literal[
@@ -106,7 +106,7 @@ class SAETrainConfig(Config):
     squared errors, as in papers, and means the same at every width."""
     epochs: Annotated[int, arg(aliases=["--steps"])] = 50_000
     """Optimiser steps, one random batch each (called epochs for historical reasons)."""
-    learning_rate: Annotated[float, arg(aliases=["--lr"])] = 3e-4
+    learning_rate: Annotated[float | None, arg(aliases=["--lr"], help_behavior_hint="(3e-4; mechint: by d_sae)")] = 3e-4
     """Peak learning rate of Adam."""
     batch_size: int = 4096
     """Activation vectors a step."""
@@ -287,11 +287,13 @@ class SAETrainConfig(Config):
         for name in SHARES:
             check_steps(f"--{name.replace('_', '-')}", getattr(self, name))
         for name in ("l1_lambda", "learning_rate", "aux_coefficient", "max_norm_multiple"):
-            require(math.isfinite(getattr(self, name)), f"--{name.replace('_', '-')} must be a finite number")
+            value = getattr(self, name)
+            require(value is None or math.isfinite(value), f"--{name.replace('_', '-')} must be a finite number")
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"--{name.replace('_', '-')} must be at least 0 and below 1, got {value}")
-        require(self.learning_rate > 0, f"--learning-rate must be above 0, got {self.learning_rate}")
+        lr = self.learning_rate
+        require(lr is None or lr > 0, f"--learning-rate must be above 0, got {self.learning_rate}")
         require(0 <= self.decay_share <= 1, f"--decay-share is a share of the steps, 0 to 1, got {self.decay_share}")
         require(0 <= self.seed < 2**63, f"--seed must be at least 0 and below 2**63, got {self.seed}")
         require(self.max_grad_norm > 0, f"--max-grad-norm must be above 0, got {self.max_grad_norm}")
@@ -367,6 +369,16 @@ class SAETrainConfig(Config):
         """A copy with this many latents, said in both ways where d_in divides it."""
         whole = d_sae % self.activation_dim == 0
         return replace(self, d_sae=d_sae, expansion=d_sae // self.activation_dim if whole else None)
+
+    def with_learning_rate(self: "TrainConfigT") -> "TrainConfigT":
+        """A copy that says its learning rate, where the preset leaves it to the width."""
+        return replace(self, learning_rate=self.peak_learning_rate)
+
+    @property
+    def peak_learning_rate(self) -> float:
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return learning_rate_for(self.architecture, self.num_features)
 
     @property
     def width_setting(self) -> tuple[str, int]:

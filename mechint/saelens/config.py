@@ -186,6 +186,11 @@ class LanguageModelSAERunnerConfig:
             )
         return d_sae
 
+    @property
+    def buffer_rows(self) -> int:
+        """Rows of the buffer that batches are drawn from."""
+        return max(2, self.n_batches_in_buffer * self.context_size * (self.store_batch_size_prompts or 32))
+
     def collect_config(self, output: Any, num_texts: int) -> CollectConfig:
         """What `mechint collect` gets."""
         centred = bool((self.model_from_pretrained_kwargs or {}).get("center_writing_weights"))
@@ -244,7 +249,7 @@ class LanguageModelSAERunnerConfig:
     def notes(self) -> tuple[str, ...]:
         """In words, what is done otherwise here than in SAELens."""
         default = {part.name: part.default for part in dataclasses.fields(self)}
-        notes = ["activations are collected to disk first, one text a window, and batches are drawn from all of them"]
+        notes = ["one text a window; the first texts are held out, the others are trained on straight from the model"]
         if self.use_ghost_grads:
             notes.append("use_ghost_grads: dead latents are revived by AuxK (Gao et al. 2024) instead")
         if self.exclude_special_tokens:
@@ -252,7 +257,6 @@ class LanguageModelSAERunnerConfig:
         if self.lr_scheduler_name == "cosineannealing":
             notes.append("cosineannealing: the learning rate falls to 0, not to lr_end")
         nothing = (
-            "n_batches_in_buffer",
             "activations_mixing_fraction",
             "feature_sampling_window",
             "dead_feature_threshold",

@@ -1,8 +1,7 @@
-"""`SAETrainingRunner(cfg).run()`: collect, train into a run directory, and return the SAE."""
+"""`SAETrainingRunner(cfg).run()`: train straight from the model into a run directory, and return the SAE."""
 
 import contextlib
 import importlib
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -11,18 +10,15 @@ from typing import Any, final
 
 import torch
 
-from mechint.config import CollectConfig
+from mechint.config import SAETrainConfig
 from mechint.data import open_activations
 from mechint.data.batches import split_as
-from mechint.data.collect import collect_activations
-from mechint.data.text import open_texts
-from mechint.data.tokens import read_texts
 from mechint.errors import MechintError
 from mechint.eval import evaluate_texts, texts_from_rows
 from mechint.eval.reconstruction import measure_activity
 from mechint.inside import open_inside
 from mechint.models import load_model
-from mechint.provenance import read_json, sha256_json
+from mechint.provenance import read_json
 from mechint.runs import Run
 from mechint.sae import SAE
 from mechint.sae.base import usable
@@ -30,10 +26,8 @@ from mechint.saelens.config import LanguageModelSAERunnerConfig
 from mechint.saelens.nested import LoggingConfig
 from mechint.train import resume, train
 
-# Texts whose length says how many are needed.
-SAMPLE = 256
-# Most bytes of activations that are collected unasked; more training tokens than these go over them again.
-MOST_BYTES = 8 * 2**30
+# Texts that are read at most before they are read again: in effect all that there are.
+MOST_TEXTS = 10**9
 # Rows that say how often each latent fires.
 SPARSITY_ROWS = 131_072
 
@@ -47,9 +41,8 @@ class SAETrainingRunner:
         notes: in words, what is done otherwise here than in SAELens; printed when the run begins.
     """
 
-    def __init__(self, cfg: LanguageModelSAERunnerConfig, *, activations_root: str | Path = "activations"):
+    def __init__(self, cfg: LanguageModelSAERunnerConfig):
         self.cfg = cfg
-        self.activations_root = Path(activations_root)
         self.run_dir: Path | None = None
         self.notes: tuple[str, ...] = cfg.notes
         if not cfg.dataset_path and not cfg.use_cached_activations and cfg.resume_from_checkpoint is None:
@@ -59,7 +52,7 @@ class SAETrainingRunner:
             )
 
     def run(self) -> SAE:
-        """Collect (unless the same activations are there already), train, and return the SAE with its sparsity.
+        """Train, straight from the model or on cached activations, and return the SAE with its sparsity.
 
         Ctrl-C saves the state; `resume_from_checkpoint=<run directory>` goes on from it.
 
@@ -93,8 +86,7 @@ class SAETrainingRunner:
             with _wandb_place(cfg.log):
                 self.run_dir = resume(cfg.resume_from_checkpoint, progress=cfg.verbose).root
         else:
-            path = self._activations()
-            config = cfg.train_config(path, open_activations(path).d_in)
+            config = self._config(cfg)
             with _wandb_place(cfg.log):
                 self.run_dir = train(config, progress=cfg.verbose).root
         sae = self._sae(Run(self.run_dir))
@@ -134,34 +126,19 @@ class SAETrainingRunner:
         inside = open_inside(run.path, device=self.cfg.llm_device or self.cfg.device)
         return evaluate_texts(inside, texts, n_resamples=0)["ce_recovered_zero"]
 
-    def _activations(self) -> Path:
-        """The store to train on."""
-        cfg = self.cfg
+    def _config(self, cfg: LanguageModelSAERunnerConfig) -> SAETrainConfig:
+        """What to train: on a store, or straight from the model."""
         if cfg.use_cached_activations:
             if not cfg.cached_activations_path:
                 raise MechintError("use_cached_activations needs cached_activations_path: a store made by mechint")
-            return Path(cfg.cached_activations_path)
-        model = load_model(cfg.model_name, device="cpu", hook_name=cfg.hook_name)
-        max_chars = cfg.collect_config("x", 1).max_chars
-        source = open_texts(cfg.dataset_path, max_chars=max_chars, seed=cfg.seed)
-        try:
-            documents = source.read(0, SAMPLE)
-        finally:
-            source.close()
-        if not documents:
-            raise MechintError(f"{cfg.dataset_path} has no text")
-        sample = read_texts(model, documents, max_chars=max_chars, prepend_bos=cfg.prepend_bos).token_lists
-        lengths = [len(row) + 1 for row in sample]
-        d_in = model.hook_width(cfg.hook_name)
-        cfg.latents(d_in)  # widths that do not fit are known before anything is collected
-        most = MOST_BYTES // (4 * d_in)
-        # a tenth more: what is held out for validation, and texts that are shorter than those at the beginning
-        rows = min(math.ceil(cfg.training_tokens * 1.1), most)
-        rows = max(rows, 2 * cfg.train_batch_size_tokens)
-        config = cfg.collect_config("x", max(math.ceil(rows / (sum(lengths) / len(lengths))), 2))
-        name = f"saelens-{sha256_json({k: v for k, v in config.to_dict().items() if k != 'output'})[:12]}"
-        config = CollectConfig.from_dict({**config.to_dict(), "output": str(self.activations_root / name)})
-        return collect_activations(config, progress=cfg.verbose)[0]
+            path = Path(cfg.cached_activations_path)
+            return cfg.train_config(path, open_activations(path).d_in)
+        d_in = load_model(cfg.model_name, device="cpu", hook_name=cfg.hook_name).hook_width(cfg.hook_name)
+        live = cfg.collect_config("unused", MOST_TEXTS).to_dict()
+        for name in ("output", "preset", "batch_size", "device", "layer", "layers"):
+            del live[name]
+        config = cfg.train_config("", d_in)
+        return SAETrainConfig.from_dict({**config.to_dict(), "live": live, "buffer_rows": cfg.buffer_rows})
 
     def _sae(self, run: Run) -> SAE:
         sae = SAE.load_from_disk(run.path, device="cpu")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from mechint.config import SAETrainConfig
 
 # In shares of all steps: T, and D. In steps: over which L0 and its slope are smoothed at least.
-TIME, AHEAD, SMOOTHED = 0.04, 0.12, 10
+TIME, AHEAD, SMOOTHED = 0.06, 0.165, 10
 
 
 @dataclass
@@ -38,4 +38,4 @@ class Steering:
         if step < min(config.steps_of(config.lambda_warmup_steps), config.steps // 10):
             return
         drive = self.distance + AHEAD * config.steps * self.slope
-        self.log_weight += lr / config.learning_rate / (TIME * config.steps) * max(-1.0, min(1.0, drive))
+        self.log_weight += lr / config.peak_learning_rate / (TIME * config.steps) * max(-1.0, min(1.0, drive))

@@ -39,7 +39,8 @@ def resolve(config: SAETrainConfig, activations: Activations) -> SAETrainConfig:
             filled[key] = recorded
     if config.split_by == "text" and activations.text_ids is None:
         filled["split_by"] = "row"  # an old .pt does not know its texts; the config that is written says what was done
-    return without_unsaid(SAETrainConfig.from_dict({**config.with_latents(config.num_features).to_dict(), **filled}))
+    config = config.with_latents(config.num_features).with_learning_rate()
+    return without_unsaid(SAETrainConfig.from_dict({**config.to_dict(), **filled}))
 
 
 def without_unsaid(config: SAETrainConfig) -> SAETrainConfig:

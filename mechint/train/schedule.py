@@ -32,7 +32,7 @@ def learning_rate_at(config: SAETrainConfig, step: int) -> float:
     """The learning rate of a step of this training."""
     return learning_rate(
         step,
-        peak=config.learning_rate,
+        peak=config.peak_learning_rate,
         warmup_steps=config.steps_of(config.warmup_steps),
         steps=config.steps,
         schedule=config.schedule,

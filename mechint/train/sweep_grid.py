@@ -89,7 +89,7 @@ def plan_members(config: SweepConfig, base: SAETrainConfig, activations: Activat
             try:
                 under = settings | dict.fromkeys(base.superseded(chosen, settings))
                 member = SAETrainConfig.from_dict({**under, **chosen, "runs_root": folder, "run_name": label})
-                member = member.with_latents(member.num_features)
+                member = member.with_latents(member.num_features).with_learning_rate()
                 check_architecture(member)
             except MechintError as error:
                 raise MechintError(f"member {label}: {error}") from None

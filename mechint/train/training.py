@@ -159,7 +159,7 @@ def make_optimizer(sae: SAE, config: SAETrainConfig) -> torch.optim.Adam:
     """Adam, fused where torch has it."""
     return torch.optim.Adam(
         sae.parameters(),
-        lr=config.learning_rate,
+        lr=config.peak_learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         fused=str(config.device).split(":")[0] in ("cpu", "cuda"),
     )
