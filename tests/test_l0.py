@@ -43,7 +43,7 @@ def test_the_l0_asked_for_is_reached_from_any_weight(
     for lam in (0.1, 2.0):
         asked = settings(activations_path, tmp_path, architecture=architecture, target_l0=target, l1_lambda=lam)
         layout = train(SAETrainConfig.from_dict(asked), progress=False)
-        assert json.loads(layout.summary.read_text())["l0"] == pytest.approx(target, rel=0.12)
+        assert json.loads(layout.summary.read_text())["l0"] == pytest.approx(target, rel=0.15)
         with open(layout.metrics) as file:
             found.append(float(list(csv.DictReader(file))[-1]["lam"]))
     assert max(found) < 2 * min(found), f"weights that differed by 20 times end at {found}"

@@ -16,6 +16,7 @@ import pytest
 import torch
 from small_run import in_float64, rows_without_rate
 
+from mechint.cli.train import doubts, main
 from mechint.config import SAETrainConfig
 from mechint.config.presets import learning_rate_for
 from mechint.errors import MechintError
@@ -365,3 +366,28 @@ def test_no_validation_rows_is_said_not_zero(activations_path: Path, tmp_path: P
     layout = train(config_for(activations_path, tmp_path, epochs=2, val_fraction=0.0), progress=False)
     summary = json.loads(layout.summary.read_text())
     assert summary["val_mse"] is None and summary["n_val"] == 0
+
+
+def doubts_of(summary: dict, **settings: object) -> str:
+    config = SAETrainConfig.from_dict({"activation_dim": 64, "expansion": 4, **settings})
+    return " / ".join(doubts(config, {"num_features": 256, "n_train": 10_000_000, "l0": 30.0, **summary}))
+
+
+def test_a_training_that_cannot_mean_what_it_seems_to_says_so():
+    assert doubts_of({}, preset="mechint", epochs=100) == ""
+    short = doubts_of({}, epochs=500)  # the original recipe, whose warm-ups are numbers of steps
+    assert "all 500 steps lie within the warm-up of the learning rate (2,000), which ended at 25% of its peak" in short
+    assert "the penalty rose over 5,000 steps and ended at 10% of --lam 3" in short
+    assert "200 of 256 latents are active" in doubts_of({"l0": 200.0}, epochs=9000)
+    assert doubts_of({"l0": 200.0}, epochs=9000, architecture="topk", k=200) == "", "that is what was asked for"
+    assert "--target-l0 was 20" in doubts_of({"l0": 25.0}, preset="mechint", target_l0=20)
+    assert "the penalty rose" not in doubts_of({}, epochs=3000, target_l0=30)
+    seen = doubts_of({"n_train": 1000}, preset="mechint", epochs=100, batch_size=500)
+    assert seen == "each of the 1,000 training rows was seen 50 times: collect more texts"
+
+
+def test_the_command_says_them(activations_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = f"--activations-path {activations_path} --runs-root {tmp_path} --steps 5 --batch-size 64 --device cpu"
+    assert main(words.split()) == 0
+    said = capsys.readouterr().err
+    assert "note: all 5 steps lie within the warm-up" in said and "which is not sparse: --target-l0 32" in said

@@ -85,9 +85,9 @@ def main(argv: Sequence[str]) -> int:
     if not is_first_process():
         return 0
     summary = read_json(layout.summary)
-    if flags.resume is None:
-        for note in notes(read_json(layout.config)):
-            print(f"note: {note}", file=sys.stderr)
+    config = read_json(layout.config)
+    for note in [*(notes(config) if flags.resume is None else []), *doubts(SAETrainConfig.from_dict(config), summary)]:
+        print(f"note: {note}", file=sys.stderr)
     if (left_out := summary.get("left_out")) and left_out["n_rows"]:
         print(f"note: {outliers_in_words(left_out)}", file=sys.stderr)
     if layout.manifest is not None:  # files hold paths relative to the run; a person wants them from here
@@ -114,6 +114,43 @@ def notes(config: dict[str, Any]) -> list[str]:
         found.append(
             f"{config['activations_path']} does not say its {', '.join(unknown)}: not recorded;"
             f" {', '.join(unknown.values())} can say it here, or to the commands that read the SAE"
+        )
+    return found
+
+
+# Times that each row may be seen before it is worth saying, and the share of latents that no sparse code has active.
+MANY_PASSES, NOT_SPARSE = 20, 0.25
+
+
+def doubts(config: SAETrainConfig, summary: dict[str, Any]) -> list[str]:
+    """In words, why a finished training may not be what it seems: what it never reached, and what came out."""
+    from mechint.sae import find_architecture
+
+    found = []
+    warmup, lam_warmup = (config.steps_of(value) for value in (config.warmup_steps, config.lambda_warmup_steps))
+    if warmup >= config.steps:
+        found.append(
+            f"all {config.steps:,} steps lie within the warm-up of the learning rate ({warmup:,}), which ended at"
+            f" {config.steps / warmup:.0%} of its peak: more --steps, or --warmup-steps 5%"
+        )
+    l0, n_latents = summary.get("l0"), summary["num_features"]
+    has_penalty = find_architecture(config.architecture).has_penalty
+    if has_penalty and lam_warmup > config.steps and config.target_l0 is None:
+        found.append(
+            f"the penalty rose over {lam_warmup:,} steps and ended at {config.steps / lam_warmup:.0%} of --lam"
+            f" {config.l1_lambda:g}: more --steps, or --lambda-warmup-steps 10%"
+        )
+    if l0 is not None and l0 > NOT_SPARSE * n_latents and has_penalty:
+        found.append(
+            f"{l0:.0f} of {n_latents:,} latents are active on a vector, which is not sparse: --target-l0 32 steers the"
+            " penalty there, --preset mechint is the recipe we recommend"
+        )
+    if l0 is not None and config.steers_l0 and abs(l0 / (config.target_l0 or l0) - 1) > 0.1:
+        found.append(f"the L0 is {l0:.1f}, --target-l0 was {config.target_l0:g}: more --steps bring it nearer")
+    passes = config.steps * config.batch_size / max(summary.get("n_train") or 1, 1)
+    if passes > MANY_PASSES:
+        found.append(
+            f"each of the {summary['n_train']:,} training rows was seen {passes:.0f} times: collect more texts"
         )
     return found
 
