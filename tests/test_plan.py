@@ -474,3 +474,8 @@ def test_a_table_for_a_gpu_names_both_memories(config: SAETrainConfig, monkeypat
     lines = table(dataclasses.replace(plan, memory=tuple(both), available=(GB, None)), exists=True)
     assert any(line.startswith("cuda memory") and "of 1.0 GB: fits" in line for line in lines)
     assert any(line.startswith("RAM") for line in lines)
+
+
+def test_the_precision_decides_the_kernel_that_is_planned():
+    config = SAETrainConfig(activation_dim=64, expansion=4, epochs=10, architecture="topk", k=4.0, device="cpu")
+    assert kernel_name(config) != kernel_name(dataclasses.replace(config, precision="bf16")) == "manual"

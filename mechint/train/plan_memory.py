@@ -173,7 +173,8 @@ def kernel_name(config: SAETrainConfig) -> str:
         sae = build_sae(config.architecture, 64, 64 * times, options=options).to(device)
     sae.unit_decoder = config.decoder == "unit"
     optimizer = make_optimizer(sae, dataclasses.replace(config, device=device))
-    return make_kernel(sae, optimizer, kernel=config.kernel, project_gradient=config.project_gradient).name
+    project, precision = config.project_gradient, config.precision
+    return make_kernel(sae, optimizer, kernel=config.kernel, project_gradient=project, precision=precision).name
 
 
 def measure_miniature(

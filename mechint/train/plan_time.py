@@ -116,7 +116,8 @@ def measure_speed(
     rows = (rows * scale).to(device)
     if config.init_l0 is not None:
         set_density(sae, rows, min(config.init_l0 / wider, 0.9 * sae.d_sae))
-    kernel = make_kernel(sae, optimizer, kernel=config.kernel, project_gradient=config.project_gradient)
+    project, precision = config.project_gradient, config.precision
+    kernel = make_kernel(sae, optimizer, kernel=config.kernel, project_gradient=project, precision=precision)
     objective = miniature_objective(config, sae, 0.0, 1.0)
     with_dead = miniature_objective(config, sae, expected_dead, 1.0)
     timer = _Timer(kernel, rows, config, device, seconds / 3)
