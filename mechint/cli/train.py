@@ -19,8 +19,8 @@ OF_COLLECT = (
 
 @dataclass(frozen=True)
 class TrainFlags(SAETrainConfig):
-    """Train a sparse autoencoder. --preset mechint is the recipe we recommend, with --k 32 for topk or --target-l0 32 for
-    others; without a preset it is the canonical one: ReLU, L1, decoder rows renormalised after each step.
+    """Train a sparse autoencoder. --preset mechint is the recipe we recommend, with --k 32 for topk and --target-l0 32
+    for others; without a preset it is the canonical one: ReLU, L1, decoder rows renormalised after each step.
 
     On stored activations (--activations-path), or straight from a model: --model and --dataset, --hook or --layer, and
     any flag of `mechint collect` that says how texts are read. Numbers of steps may also be given as a share of all
