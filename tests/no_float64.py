@@ -27,15 +27,20 @@ class NoFloat64(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._there: dict[int, Any] = {}  # storages, held so that no other comes to lie at the same address
-        self._patch = mock.patch.object(torch.backends.mps, "is_available", lambda: True)
+        self._patches = (
+            mock.patch.object(torch.backends.mps, "is_available", lambda: True),
+            mock.patch.object(torch.cuda, "is_available", lambda: False),
+        )
 
     def __enter__(self) -> "NoFloat64":
-        self._patch.start()
+        for patch in self._patches:
+            patch.start()
         return super().__enter__()
 
     def __exit__(self, *what: Any) -> None:
         super().__exit__(*what)
-        self._patch.stop()
+        for patch in self._patches:
+            patch.stop()
 
     def holds(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self._there
