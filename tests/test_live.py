@@ -136,6 +136,14 @@ def test_texts_that_change_while_a_run_is_stopped(tiny_neox_dir: Path, here: Pat
         resume("runs/a", progress=False)
 
 
+def test_several_processes_are_refused(
+    tiny_neox_dir: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", *words(tiny_neox_dir, "a")]) == 2
+    assert "is one process: collect first" in capsys.readouterr().err and not Path("runs").exists()
+
+
 @pytest.mark.parametrize(
     "more, message",
     [

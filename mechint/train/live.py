@@ -9,6 +9,7 @@ from torch import Tensor
 from mechint.config import CollectConfig, SAETrainConfig
 from mechint.data.collect import collect, open_source
 from mechint.data.norms import outliers, row_norms
+from mechint.data.ranks import n_processes
 from mechint.data.source import Live
 from mechint.data.store import Activations, open_activations
 from mechint.errors import MechintError
@@ -50,6 +51,11 @@ def open_live(config: SAETrainConfig) -> Live:
         raise MechintError(
             f"one SAE is trained on one hook, got {', '.join(settings.hooks)}: give one of them, or collect all with"
             " `mechint collect` and train on each"
+        )
+    if n_processes() > 1:
+        raise MechintError(
+            "a training straight from a model is one process: collect first (`mechint collect`, under torchrun too), then"
+            " train on --activations-path"
         )
     if config.legacy_layout:
         raise MechintError("--legacy-layout trains on stored activations only: collect them first")
