@@ -54,8 +54,8 @@ def open_live(config: SAETrainConfig) -> Live:
         )
     if n_processes() > 1:
         raise MechintError(
-            "a training straight from a model is one process: collect first (`mechint collect`, under torchrun too), then"
-            " train on --activations-path"
+            "a training straight from a model is one process: collect first (`mechint collect`, under torchrun too),"
+            " then train on --activations-path"
         )
     if config.legacy_layout:
         raise MechintError("--legacy-layout trains on stored activations only: collect them first")
