@@ -1,5 +1,6 @@
 """The client of the Hub: downloads, revisions, listings, from the cache without a network; failures as one line."""
 
+import io
 import json
 import logging
 import subprocess
@@ -117,7 +118,12 @@ def test_tokens_and_signatures_are_cut(monkeypatch: pytest.MonkeyPatch, text: st
     assert client.without_tokens(text) == shown
 
 
-def test_the_clients_own_log_is_retold(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_the_clients_own_log_is_retold(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the client's handler keeps the stderr that was there when it was first used, which may be that of a test long over
+    for handler in logging.getLogger("huggingface_hub").handlers:
+        monkeypatch.setattr(handler, "stream", io.StringIO())
     logger = logging.getLogger("huggingface_hub.utils._http")
     with client.clean_client_log(), caplog.at_level(logging.WARNING, logger.name):
         logger.warning("Rate limited. Waiting 38.0s before retry [Retry 1/5].")

@@ -108,7 +108,7 @@ def test_what_is_known_is_in_every_file_and_nothing_else(
         assert not metadata.get("legacy")
     text = " ".join(path.read_text() for path in Path("runs/a").rglob("*.json"))
     assert ("pythia" in text) == ("centred" in text) == (kind == "originals")
-    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"note: {collected}")]
     assumed = files["manifest.json"]["inputs"]["activations"].get("assumed")
     if kind == "bare":
         assert "does not say its model_name, hook_name, processing, prepend_bos" in notes[0] and "--hook" in notes[0]
@@ -126,7 +126,7 @@ def test_flags_say_what_a_bare_file_does_not(
     assert {key: files["config.json"][key] for key in expected} == expected
     for metadata in (files["sae/cfg.json"]["metadata"], files["sae"]):
         assert {key: metadata[key] for key in GIVEN} == GIVEN
-    assert "note:" not in capsys.readouterr().err
+    assert "does not say" not in capsys.readouterr().err
     # one thing said leaves the others unknown; and what the first version always had can be said, too
     said_once = trained(path_of(collected, "bare"), "--model", "pythia-70m")["config.json"]
     assert {key: said_once[key] for key in FLAGS} == {**dict.fromkeys(FLAGS), "model_name": "pythia-70m"}
