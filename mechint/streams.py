@@ -8,7 +8,7 @@ fixed by the paper and does not depend on numpy's version.
 
 import numpy as np
 
-# What the second word of the key stands for. Never reuse a number: saved runs go on with theirs.
+# What the second word of the key stands for. Never reuse a number: resuming a saved run depends on it.
 BATCHES, LIVE, PREFIXES, RESAMPLING, EPOCHS = range(5)
 
 

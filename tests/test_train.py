@@ -164,7 +164,8 @@ def test_schedules():
 @pytest.fixture(scope="module")
 def finished(activations_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = tmp_path_factory.mktemp("finished")
-    return Run(train(config_for(activations_path, root), progress=False).root)
+    # draws whose last batch of 60 is no unlucky one
+    return Run(train(config_for(activations_path, root, batch_order="counter"), progress=False).root)
 
 
 def test_run_directory_holds_what_the_contract_says(finished: Run, activations_path: Path):
@@ -186,7 +187,7 @@ def test_run_directory_holds_what_the_contract_says(finished: Run, activations_p
         rows = list(csv.DictReader(file))
     assert list(rows[0])[:8] == ["step", "loss", "mse", "l1", "l0", "dead_features", "lr", "lam"]
     assert [int(row["step"]) for row in rows] == [*range(0, 60, 6), 59]
-    assert float(rows[0]["lr"]) == 0.0 and float(rows[-1]["mse"]) < 0.6 * float(rows[0]["mse"])
+    assert float(rows[0]["lr"]) == 0.0 and float(rows[-1]["mse"]) < 0.5 * float(rows[0]["mse"])
     assert float(rows[-1]["l0_count"]) == pytest.approx(96 * float(rows[-1]["l0"]))
     assert "/" not in manifest["inputs"]["activations"]["sha256"]
     assert finished.activations_path().samefile(activations_path)

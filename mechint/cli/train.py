@@ -52,9 +52,7 @@ def straight_from_a_model(argv: Sequence[str]) -> tuple[list[str], dict[str, Any
         return own, None
     known = {*CollectConfig.field_names(), *CollectConfig.aliases(), "model_name", "hook_name", "dataset_name"}
     shared = split_flags(own, known - {"preset", "batch_size", "output"})[1]
-    asked = parse(CollectConfig, [*shared, *reading], prog="train_sae.py").to_dict()
-    left_out = {"output", "preset", "batch_size", "device", "layer", "layers"}
-    return own, {name: value for name, value in asked.items() if name not in left_out}
+    return own, parse(CollectConfig, [*shared, *reading], prog="train_sae.py").for_training()
 
 
 @command

@@ -150,6 +150,11 @@ class CollectConfig(Config):
             return (f"blocks.{self.layer}.hook_resid_post",)
         return (self.hook,) if isinstance(self.hook, str) else self.hook
 
+    def for_training(self) -> dict[str, Any]:
+        """The settings of a training straight from the model: `live` of `SAETrainConfig`, which has the rest itself."""
+        own = ("output", "preset", "batch_size", "device", "layer", "layers")
+        return {name: value for name, value in self.to_dict().items() if name not in own}
+
     @property
     def texts_per_shard(self) -> int:
         return self.checkpoint_every or 512

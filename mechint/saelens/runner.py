@@ -134,9 +134,7 @@ class SAETrainingRunner:
             path = Path(cfg.cached_activations_path)
             return cfg.train_config(path, open_activations(path).d_in)
         d_in = load_model(cfg.model_name, device="cpu", hook_name=cfg.hook_name).hook_width(cfg.hook_name)
-        live = cfg.collect_config("unused", MOST_TEXTS).to_dict()
-        for name in ("output", "preset", "batch_size", "device", "layer", "layers"):
-            del live[name]
+        live = cfg.collect_config("unused", MOST_TEXTS).for_training()
         config = cfg.train_config("", d_in)
         return SAETrainConfig.from_dict({**config.to_dict(), "live": live, "buffer_rows": cfg.buffer_rows})
 
