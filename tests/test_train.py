@@ -164,8 +164,7 @@ def test_schedules():
 @pytest.fixture(scope="module")
 def finished(activations_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = tmp_path_factory.mktemp("finished")
-    # draws whose last batch of 60 is no unlucky one
-    return Run(train(config_for(activations_path, root, batch_order="counter"), progress=False).root)
+    return Run(train(config_for(activations_path, root), progress=False).root)
 
 
 def test_run_directory_holds_what_the_contract_says(finished: Run, activations_path: Path):
@@ -187,7 +186,7 @@ def test_run_directory_holds_what_the_contract_says(finished: Run, activations_p
         rows = list(csv.DictReader(file))
     assert list(rows[0])[:8] == ["step", "loss", "mse", "l1", "l0", "dead_features", "lr", "lam"]
     assert [int(row["step"]) for row in rows] == [*range(0, 60, 6), 59]
-    assert float(rows[0]["lr"]) == 0.0 and float(rows[-1]["mse"]) < 0.5 * float(rows[0]["mse"])
+    assert float(rows[0]["lr"]) == 0.0
     assert float(rows[-1]["l0_count"]) == pytest.approx(96 * float(rows[-1]["l0"]))
     assert "/" not in manifest["inputs"]["activations"]["sha256"]
     assert finished.activations_path().samefile(activations_path)
@@ -203,6 +202,14 @@ def test_validation_metrics_are_of_the_held_out_rows(finished: Run, activations_
     assert finished.summary["n_val"] == 300
     assert finished.summary["val_mse"] == pytest.approx((x_hat - held_out).pow(2).mean().item(), rel=1e-5)
     assert finished.summary["val_l0"] == pytest.approx((f > 0).float().mean().item(), rel=1e-6)
+
+
+def test_the_error_falls(activations_path: Path, tmp_path: Path):
+    """On the batches that the bound was found with: one of 60 steps is of few vectors."""
+    layout = train(config_for(activations_path, tmp_path, batch_order="counter"), progress=False)
+    with open(layout.metrics) as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[-1]["mse"]) < 0.5 * float(rows[0]["mse"])
 
 
 def test_two_runs_with_one_seed_are_equal_to_the_bit(finished: Run, activations_path: Path, tmp_path: Path):
